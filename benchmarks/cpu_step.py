@@ -1,0 +1,201 @@
+"""How fast a training step is on the tiny world: Dianjing against the padded way of plain transformers.
+
+    python benchmarks/cpu_step.py [--rounds 7] [--steps 4] [--threads 2]
+
+Both train the same model (same weights, same LoRA, same AdamW) on the same records in the same batches and order;
+pictures are read by the same code and their time counts on both sides. The padded side is transformers'
+LlavaForConditionalGeneration as it comes: rows padded on the right to the longest of the batch, attention_mask,
+labels, its own loss. Rounds alternate between the two, so that a busy machine slows both.
+The losses of the first step must agree, or no figure is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaForConditionalGeneration
+
+from dianjing.config.load import load_recipe
+from dianjing.config.schema import Recipe
+from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
+from dianjing.data.collate import Batch
+from dianjing.data.dataset import Dataset, open_dataset
+from dianjing.data.order import epoch_order, step_indices
+from dianjing.model.build import build
+from dianjing.model.forward import forward_loss
+from dianjing.model.stage import apply_stage
+from dianjing.tinyworld.grammar import LANGUAGES, ask_several
+from dianjing.tinyworld.render import render
+from dianjing.tinyworld.scene import sample_distinct
+from dianjing.tinyworld.wording import FORMS, describe
+from dianjing.train.optim import make_optimizer
+
+RECIPE = "tinyworld_finetune"
+RECORDS = 512
+TEXT_ONLY_EVERY = 8
+LONGEST_DIALOGUE = 8
+LOSS_TOLERANCE = 1e-4
+
+
+def write_records(folder: Path, seed: int = 3) -> Path:
+    """Draw RECORDS scenes with 1 to 8 questions each; every eighth is told in words and has no picture."""
+    rng = random.Random(seed)
+    records = []
+    for index, scene in enumerate(sample_distinct(rng, RECORDS, "train")):
+        turns = ask_several(rng, scene, LANGUAGES[index % 2], rng.randint(1, LONGEST_DIALOGUE))
+        record: dict[str, object] = {"id": f"{index:04d}"}
+        opening = f"{IMAGE_MARKER}\n"
+        if index % TEXT_ONLY_EVERY == 0:
+            opening = describe(rng, scene, LANGUAGES[index % 2], rng.choice(FORMS)) + "\n"
+        else:
+            record["image"] = f"{index:04d}.png"
+            render(scene, rng.getrandbits(32)).save(folder / f"{index:04d}.png")
+        values = [(("human", turn.text), ("gpt", turn.answer)) for turn in turns]
+        messages = [{"from": role, "value": value} for pair in values for role, value in pair]
+        messages[0]["value"] = opening + messages[0]["value"]
+        records.append({**record, "conversations": messages})
+    path = folder / "records.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Side:
+    """One way of taking an optimizer step; `step` returns the mean loss over supervised tokens."""
+
+    name: str
+    model: LlavaForConditionalGeneration
+    optimizer: torch.optim.Optimizer
+    loss_and_gradients: Callable[[LlavaForConditionalGeneration, Dataset, list[int]], float]
+
+    def step(self, dataset: Dataset, indices: list[int], clip_norm: float) -> float:
+        """Take one optimizer step on the records `indices`."""
+        loss = self.loss_and_gradients(self.model, dataset, indices)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        torch.nn.utils.clip_grad_norm_(trained, clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+def packed(model: LlavaForConditionalGeneration, dataset: Dataset, indices: list[int]) -> float:
+    """Dianjing's way: the step's records in packs without padding, loss over supervised tokens only."""
+    batches = [dataset.batch(pack) for pack in dataset.packs(indices)]
+    supervised = sum(batch.num_supervised for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = forward_loss(model, batch) / supervised
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Return input_ids and labels of each record of a batch."""
+    labels = torch.full_like(batch.input_ids, IGNORE_INDEX)
+    labels[batch.target_rows + 1] = batch.targets
+    sizes = batch.cu_seqlens.diff().tolist()
+    return list(batch.input_ids.split(sizes)), list(labels.split(sizes))
+
+
+def padded(model: LlavaForConditionalGeneration, dataset: Dataset, indices: list[int]) -> float:
+    """Run plain transformers on the same records: a rectangle padded on the right, its own loss."""
+    batch = dataset.batch(indices)
+    input_ids, labels = rows(batch)
+    mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
+    ids = pad_sequence(input_ids, batch_first=True, padding_value=model.config.text_config.pad_token_id)
+    ids.view(-1)[mask.view(-1).nonzero().flatten()[batch.image_positions]] = model.config.image_token_id
+    loss = model(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=batch.pixel_values if len(batch.pixel_values) else None,
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        use_cache=False,
+    ).loss
+    loss.backward()
+    return loss.item()
+
+
+def make_sides(recipe: Recipe) -> tuple[Side, Side, Dataset]:
+    """Build the model twice from the same seed, once for each way, and open the data."""
+    sides = []
+    for name, way in (("dianjing", packed), ("padded", padded)):
+        built = build(recipe)
+        apply_stage(built.model, recipe)
+        sides.append(Side(name, built.model.train(), make_optimizer(built.model, recipe), way))
+    plain = sides[1].model
+    plain.set_attn_implementation("sdpa")
+    # Upstream embeds the placeholder too, so it needs an id of the vocabulary: <unk>, which no text here has.
+    plain.config.image_token_id = built.tokenizer.unk_token_id
+    return sides[0], sides[1], open_dataset(recipe.data, built.encoder, built.image_processor)
+
+
+def measure(
+    sides: tuple[Side, Side], dataset: Dataset, recipe: Recipe, rounds: int, steps: int
+) -> dict[str, list]:
+    """Return records per second of each side, one figure a round; both take the same steps, in turns."""
+    batch_size = recipe.train.global_batch_size
+    order = epoch_order(len(dataset.lengths), recipe.seed, 0, recipe.data.order)
+    plan = [step_indices(order, step, batch_size, 0, 1) for step in range(len(order) // batch_size)]
+    first = [side.step(dataset, plan[0], recipe.train.clip_norm) for side in sides]
+    if abs(first[0] - first[1]) > LOSS_TOLERANCE * first[1]:
+        raise SystemExit(f"the two ways do not compute the same: losses {first[0]:.6f} and {first[1]:.6f}")
+    print(f"loss of the first step: {first[0]:.6f} and {first[1]:.6f}")
+    rates: dict[str, list[float]] = {side.name: [] for side in sides}
+    for turn in range(rounds + 1):
+        chosen = [plan[(1 + turn * steps + k) % len(plan)] for k in range(steps)]
+        for side in sides:
+            began = time.perf_counter()
+            for indices in chosen:
+                side.step(dataset, indices, recipe.train.clip_norm)
+            if turn:  # the first round warms up
+                rates[side.name].append(sum(map(len, chosen)) / (time.perf_counter() - began))
+    return rates
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each side in a round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_records(Path(folder))
+        overrides = {
+            "data.path": str(path),
+            "data.images": folder,
+            "projector.init_from": "",
+            "output": folder,
+        }
+        recipe = load_recipe(RECIPE, {**overrides, "train.precision": "fp32"})
+        dianjing, plain, dataset = make_sides(recipe)
+        lengths = sorted(dataset.lengths)
+        print(
+            f"{len(lengths)} records, {lengths[0]} to {lengths[-1]} positions, median {statistics.median(lengths)}"
+        )
+        print(f"batch {recipe.train.global_batch_size}, {options.threads} threads, torch {torch.__version__}")
+        rates = measure((dianjing, plain), dataset, recipe, options.rounds, options.steps)
+    for name, figures in rates.items():
+        middle, low, high = statistics.median(figures), min(figures), max(figures)
+        print(f"{name:9} {middle:7.1f} samples/s  (rounds {low:.1f} to {high:.1f})")
+    ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
+    print(f"ratio     {ratio:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""`dianjing show DATA`: what the model sees of each record, and what it learns from it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import jinja2
+import tyro
+from PIL.Image import Image
+from rich.console import Console
+from rich.text import Text
+
+from dianjing.config.schema import DataConfig
+from dianjing.constants import IGNORE_INDEX
+from dianjing.data.dataset import Dataset, image_folder, open_dataset
+from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
+from dianjing.data.image import ImageProcessor, load_image
+from dianjing.data.template import TEMPLATES, choose_template, get_template, special_strings_missing
+from dianjing.errors import ConfigError
+from dianjing.tinyworld.folders import resolve
+
+NAME = "show"
+SUMMARY = "show what the model sees of each record, and what it learns from it"
+
+RECORDS_SHOWN = 3
+STYLES = {"plain": "", "supervised": "bold green", "picture": "cyan"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line gives."""
+
+    data: tyro.conf.Positional[str]
+    """LLaVA JSON or JSONL."""
+    images: str = ""
+    """Folder of the pictures; the data file's own if not given."""
+    llm: str
+    """Folder of the LLM, or "tinyworld"; only its tokenizer is read."""
+    template: Annotated[str, tyro.conf.arg(help=f"Chat template: {', '.join(TEMPLATES)}.")] = ""
+    vision_tower: str = ""
+    """Folder of the vision tower, or "tinyworld"; without it a picture is one image token."""
+    max_tokens: int = DataConfig.max_tokens
+    """Longer records are cut here, a picture counted as one token."""
+    limit: int | None = None
+    """Records shown; all with --json, else 3."""
+    out: str = ""
+    """Write an HTML page with the preprocessed pictures here."""
+    json: bool = False
+    """Print one JSON object a record (id, input_ids, labels, image_token_id) and nothing else."""
+
+
+def run(arguments: list[str]) -> int:
+    """Show records; return the exit code."""
+    chosen = tyro.cli(
+        Arguments,
+        args=arguments,
+        prog=f"dianjing {NAME}",
+        description=SUMMARY,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if chosen.out and not chosen.vision_tower:
+        raise ConfigError("--out shows the pictures after preprocessing: say which --vision-tower does it")
+    dataset = open_records(chosen)
+    limit = chosen.limit if chosen.limit is not None else dataset.num_records if chosen.json else RECORDS_SHOWN
+    shown = range(min(limit, dataset.num_records))
+    notices = Console(stderr=True, highlight=False)
+    for line in report_lines(dataset):
+        notices.print(line, markup=False)
+    for i in shown:
+        print_record(dataset.example(i), dataset.encoder, as_json=chosen.json)
+    if chosen.out:
+        Path(chosen.out).write_text(page(dataset, shown), encoding="utf-8")
+        notices.print(f"{chosen.out}: {len(shown)} records", markup=False)
+    return 0
+
+
+def open_records(chosen: Arguments) -> Dataset:
+    """Return the records as a run with these settings would read them, cut where they are too long."""
+    tokenizer = load_tokenizer(resolve(chosen.llm, "language_model"))
+    tower = resolve(chosen.vision_tower, "vision_tower") if chosen.vision_tower else None
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        template=get_template(chosen.template or choose_template(tokenizer)),
+        num_image_tokens=_num_image_tokens(tower) if tower else 1,
+        max_tokens=chosen.max_tokens,
+        on_long_record="truncate",
+        image_token_id=image_token_id(tokenizer),
+    )
+    config = DataConfig(path=chosen.data, images=chosen.images, max_tokens=chosen.max_tokens, pack_tokens=sys.maxsize)
+    return open_dataset(config, encoder, ImageProcessor.from_folder(tower) if tower else None)
+
+
+def report_lines(dataset: Dataset) -> Iterator[str]:
+    """Yield what is worth knowing about the whole set."""
+    yield ", ".join(f"{name}: {number}" for name, number in dataset.report.items())
+    template = dataset.encoder.template
+    if missing := special_strings_missing(template, dataset.encoder.tokenizer):
+        yield (
+            f'warning: the tokenizer reads {len(missing)} special strings of the template "{template.name}" as '
+            f"plain text ({', '.join(missing)}): is it the LLM's own template?"
+        )
+    if cut := dataset.report["truncated"]:
+        yield f"warning: {cut} records are cut to {dataset.encoder.max_tokens} tokens (--max-tokens)"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of one kind: "plain", "supervised", or "picture" (one picture each)."""
+
+    kind: str
+    text: str
+
+
+def segments(example: Example, encoder: Encoder) -> list[Segment]:
+    """Return a record as text again, cut where the kind of its tokens changes."""
+    images = iter(example.images)
+    found: list[Segment] = []
+
+    def kind(pair: tuple[int, int]) -> str:
+        token, label = pair
+        if token == encoder.image_token_id:
+            return "picture"
+        return "plain" if label == IGNORE_INDEX else "supervised"
+
+    for name, pairs in groupby(zip(example.input_ids, example.labels, strict=True), kind):
+        ids = [token for token, _ in pairs]
+        if name == "picture":
+            names = [next(images) for _ in range(len(ids) // encoder.num_image_tokens)]
+            found += [Segment(name, f"[{image}: {encoder.num_image_tokens} image tokens]") for image in names]
+        else:
+            text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            found.append(Segment(name, str(text)))
+    return found
+
+
+def print_record(example: Example, encoder: Encoder, *, as_json: bool) -> None:
+    """Print a record for a program, or for a person."""
+    if as_json:
+        fields = {"id": example.id, "input_ids": example.input_ids, "labels": example.labels}
+        print(json.dumps({**fields, "image_token_id": encoder.image_token_id}))
+        return
+    console = Console(highlight=False)
+    console.rule(Text(headline(example)))
+    console.print(Text.assemble(*((part.text, STYLES[part.kind]) for part in segments(example, encoder))))
+
+
+def headline(example: Example) -> str:
+    """Return the record's name and measures in one line."""
+    supervised = sum(label != IGNORE_INDEX for label in example.labels)
+    cut = f", {example.truncated} tokens cut off" if example.truncated else ""
+    return f"{example.id}: {len(example.input_ids)} positions, {supervised} of them supervised{cut}"
+
+
+def page(dataset: Dataset, indices: Iterable[int]) -> str:
+    """Return an HTML page of records, each with its pictures as the vision tower gets them."""
+    processor = dataset.image_processor
+    assert processor, "a page needs the tower's preprocessing"
+    records: list[dict[str, Any]] = []
+    for i in indices:
+        record, example = dataset.records[i], dataset.example(i)
+        folder = image_folder(dataset.config, record)
+        seen = [processor.to_picture(processor(load_image(folder, name))) for name in record.images]
+        records.append(
+            {
+                "headline": headline(example),
+                "pictures": [(name, _inline(image)) for name, image in zip(record.images, seen, strict=True)],
+                "segments": segments(example, dataset.encoder),
+            }
+        )
+    template = files("dianjing.cli").joinpath("show.html.j2").read_text(encoding="utf-8")
+    return jinja2.Template(template, autoescape=True).render(
+        title=os.path.basename(dataset.records[0].source), records=records, report=dataset.report
+    )
+
+
+def _inline(image: Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _num_image_tokens(tower: Path) -> int:
+    config = json.loads((tower / "config.json").read_text(encoding="utf-8"))
+    vision = config.get("vision_config", config)
+    return (vision["image_size"] // vision["patch_size"]) ** 2

@@ -1,0 +1,156 @@
+"""TOML and flags -> Recipe, strictly; and back, so that a run keeps the recipe it was made with."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from dianjing.config.fields import check, did_you_mean, known_field, recipe_fields, sections
+from dianjing.config.schema import Recipe
+from dianjing.errors import ConfigError
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Return the recipe in a TOML file, or the shipped recipe of that name.
+
+    `overrides` holds values as typed on the command line, by dotted field name: {"train.learning_rate": "1e-3"}.
+
+    Raises:
+        ConfigError: the recipe is not there or is not TOML, or a field in it is unknown, missing or of no use.
+    """
+    source = find_recipe(path)
+    try:
+        table = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not TOML: {error}") from None
+    written = {name: (value, str(source)) for name, value in _flatten(table, str(source))}
+    for name, text in (overrides or {}).items():
+        flag = f"--{name.replace('_', '-')}"
+        written[name] = (_typed(name, text, flag), flag)
+    values = {name: check(known_field(name, where), value, where) for name, (value, where) in written.items()}
+    _check_missing(values, str(source))
+    recipe = _make(values)
+    _check_agreement(recipe, str(source))
+    return recipe
+
+
+def find_recipe(path: str | Path) -> Path:
+    """Return the file of a recipe that is given by path, or by name when it is a shipped one.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    shipped = shipped_recipes()
+    if str(path) in shipped:
+        return shipped[str(path)]
+    reason = "a folder, not a recipe" if file.is_dir() else "there is no such recipe"
+    raise ConfigError(
+        f"{path}: {reason}{did_you_mean(str(path), shipped)}; give a TOML file, or the name of a shipped recipe: "
+        f"{', '.join(shipped)}"
+    )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    folder = Path(str(files("dianjing.recipes")))
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write a recipe, defaults included, so that `load_recipe` reads the same one."""
+    lines: list[str] = []
+    section = ""
+    for name, value in flatten(recipe).items():
+        before, _, key = name.rpartition(".")
+        if before != section:
+            section = before
+            lines += ["", f"[{section}]"]
+        if value is not None:
+            lines.append(f"{key} = {as_toml(value)}")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Return every value of a recipe by dotted field name, those outside sections first."""
+    return {
+        name: getattr(getattr(recipe, field.section) if field.section else recipe, field.key)
+        for name, field in recipe_fields().items()
+    }
+
+
+def as_toml(value: object) -> str:
+    """Return a value as TOML writes it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(as_toml(item) for item in value)}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _flatten(table: Mapping[str, Any], source: str) -> Iterator[tuple[str, object]]:
+    for name, value in table.items():
+        if name in sections() and not isinstance(value, dict):
+            raise ConfigError(f"{source}: '{name}' is a section; write [{name}] and its fields below")
+        if isinstance(value, dict) and name not in sections():
+            raise ConfigError(
+                f"{source}: unknown section [{name}]{did_you_mean(name, sections())}; there are {', '.join(sections())}"
+            )
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", value[key]) for key in value)
+        else:
+            yield name, value
+
+
+def _typed(name: str, text: str, flag: str) -> object:
+    """Return a value typed on the command line: as text where text will do, else what TOML makes of it."""
+    takes_text = any(kind is str or get_origin(kind) is Literal for kind in known_field(name, flag).kinds)
+    if takes_text and not text.startswith("["):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _check_missing(values: Mapping[str, object], source: str) -> None:
+    for name, field in recipe_fields().items():
+        if field.default is MISSING and name not in values:
+            place = f"[{field.section}]" if field.section else "the recipe"
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"{source}: {place} lacks '{field.key}' ({field.wanted}); write it there, or give --{flag}"
+            )
+
+
+def _make(values: Mapping[str, object]) -> Recipe:
+    groups: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in sections()}}
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        groups[section][key] = value
+    top = groups.pop("")
+    return Recipe(**top, **{section: sections()[section](**group) for section, group in groups.items()})
+
+
+def _check_agreement(recipe: Recipe, source: str) -> None:
+    """Refuse fields that are fine alone and wrong together."""
+    for section in ("language_model", "vision_tower"):
+        tuning = getattr(recipe, section).tuning
+        if recipe.stage == "pretrain" and tuning != "frozen":
+            raise ConfigError(
+                f'{source}: stage "pretrain" trains the projector alone, but {section}.tuning is "{tuning}"; '
+                'set it to "frozen", or the stage to "finetune"'
+            )
+    if recipe.train.sample_every and not recipe.train.sample_path:
+        raise ConfigError(
+            f"{source}: train.sample_every is {recipe.train.sample_every}, but train.sample_path names no records; "
+            "name a LLaVA JSON with held-out records, or set sample_every to 0"
+        )

@@ -1,0 +1,84 @@
+"""Pack -> Batch: records end to end, no padding, and never an attention_mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Int, Int32
+from torch import Tensor
+
+from dianjing.constants import IGNORE_INDEX
+from dianjing.data.encode import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The records of one pack, flat.
+
+    Two records of 3 and 2 tokens, labels [-, 7, 8] and [-, 9]: position_ids [0, 1, 2, 0, 1],
+    cu_seqlens [0, 3, 5], target_rows [0, 1, 3], targets [7, 8, 9].
+    """
+
+    input_ids: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, " tokens"]
+    """Restart with each record."""
+    cu_seqlens: Int32[Tensor, " documents_and_one"]
+    """Where each record begins, and the end of the last."""
+    max_seqlen: int
+    pixel_values: Float[Tensor, "images 3 height width"]
+    image_positions: Int[Tensor, " image_tokens"]
+    """Rows of the image tokens, in the order of the pictures."""
+    target_rows: Int[Tensor, " supervised"]
+    """Rows whose next token is supervised."""
+    targets: Int[Tensor, " supervised"]
+    """That next token."""
+    ids: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions in the pack, pictures expanded."""
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens the loss is a sum over."""
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+
+
+def collate(
+    examples: Sequence[Example],
+    pixel_values: Sequence[Float[Tensor, "3 height width"]],
+    *,
+    image_token_id: int,
+    image_size: int,
+) -> Batch:
+    """Join examples and their pictures (all examples', in order) to one batch.
+
+    `image_size` gives the shape of pixel_values when there is no picture.
+    """
+    images = sum(example.num_images for example in examples)
+    assert images == len(pixel_values), f"{images} pictures in the records, {len(pixel_values)} given"
+    lengths = [len(example.input_ids) for example in examples]
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids])
+    # The first token of a record follows nothing: it is no target.
+    labels = torch.tensor([label for example in examples for label in [IGNORE_INDEX, *example.labels[1:]]])
+    supervised = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    return Batch(
+        input_ids=input_ids,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        max_seqlen=max(lengths),
+        pixel_values=torch.stack(list(pixel_values)) if pixel_values else torch.zeros(0, 3, image_size, image_size),
+        image_positions=(input_ids == image_token_id).nonzero()[:, 0],
+        target_rows=supervised - 1,
+        targets=labels[supervised],
+        ids=tuple(example.id for example in examples),
+    )

@@ -1,0 +1,202 @@
+"""Joins the other files of this folder: a data set that is checked at the door, and batches of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from dianjing.config.schema import DataConfig
+from dianjing.constants import IGNORE_INDEX
+from dianjing.data.collate import Batch, collate
+from dianjing.data.encode import Encoder, Example, LongRecordError
+from dianjing.data.image import ImageProcessor, check_image, load_image
+from dianjing.data.pack import pack
+from dianjing.data.record import Record, bad_records, load_records
+from dianjing.errors import DataError
+
+CACHE_BYTES = 512 * 2**20
+"""Memory for pictures that are used again, in each process."""
+
+
+@dataclass(kw_only=True)
+class Dataset:
+    """Records that can all be used, and what is known about them before the first is trained on."""
+
+    config: DataConfig
+    encoder: Encoder
+    image_processor: ImageProcessor | None
+    """None: the records can be looked at, but no batch can be made."""
+    records: tuple[Record, ...]
+    lengths: tuple[int, ...]
+    """Positions of each record, pictures expanded."""
+    report: dict[str, int]
+    """What was found -> how often, for printing."""
+    skipped: tuple[str, ...]
+    """One message a record that was left out."""
+    fingerprint: str
+    """Changes with any id, label, picture name or picture file's size."""
+
+    def __post_init__(self) -> None:
+        side = self.image_processor.size if self.image_processor else 1
+        self._pixel_values = lru_cache(maxsize=CACHE_BYTES // (3 * 4 * side * side))(self._read_picture)
+
+    @property
+    def num_records(self) -> int:
+        """How many records an epoch shows."""
+        return len(self.records)
+
+    def example(self, index: int) -> Example:
+        """Return a record as the model reads it; encoded each time, which costs less than keeping it."""
+        return self.encoder.encode(self.records[index])
+
+    def packs(self, indices: Sequence[int]) -> list[list[int]]:
+        """Return the records of a step as packs of at most config.pack_tokens positions."""
+        packs = pack([self.lengths[i] for i in indices], self.config.pack_tokens)
+        return [[indices[i] for i in members] for members in packs]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return the batch of one pack.
+
+        Raises:
+            DataError: a picture is broken, or no longer there.
+        """
+        assert self.image_processor, "a data set without an image processor makes no batches"
+        pixel_values: list[Float[Tensor, "3 height width"]] = []
+        for record in (self.records[i] for i in indices):
+            with _naming(record):
+                folder = image_folder(self.config, record)
+                pixel_values += [self._pixel_values(folder, name) for name in record.images]
+        return collate(
+            [self.example(i) for i in indices],
+            pixel_values,
+            image_token_id=self.encoder.image_token_id,
+            image_size=self.image_processor.size,
+        )
+
+    def _read_picture(self, folder: str, name: str) -> Float[Tensor, "3 height width"]:
+        assert self.image_processor
+        return self.image_processor(load_image(folder, name))
+
+
+def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImageProcessor | None) -> Dataset:
+    """Read every record, look at every picture and encode everything once.
+
+    Raises:
+        DataError: a file cannot be read; or some records cannot be used, all named in one error, unless
+            on_bad_record and, for the long ones, on_long_record have them skipped.
+    """
+    if config.images and not os.path.isdir(config.images):
+        raise DataError(f"{config.images}: there is no such image folder; name it (data.images)")
+    loaded = load_records(config.path, on_bad_record="skip")
+    problems, too_long = list(loaded.skipped), list[str]()
+    records: list[Record] = []
+    lengths: list[int] = []
+    counts: Counter[str] = Counter()
+    digest = hashlib.sha256()
+    file_size = lru_cache(maxsize=None)(check_image)
+    for record in loaded.records:
+        try:
+            example = _fitting(encoder.encode(record), config, record)
+            with _naming(record):
+                sizes = [file_size(image_folder(config, record), name) for name in record.images]
+        except LongRecordError as error:
+            too_long.append(str(error))
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            records.append(record)
+            lengths.append(len(example.input_ids))
+            counts.update(_counted(record, example))
+            digest.update(array("q", [*example.input_ids, *example.labels, *sizes]).tobytes())
+            digest.update(repr(record.images).encode())
+    refused = [*(problems if config.on_bad_record == "error" else ())]
+    refused += too_long if config.on_long_record == "error" else ()
+    if refused:
+        raise bad_records(refused)
+    skipped = (*problems, *too_long)
+    if not records:
+        raise DataError("\n  ".join([f"{config.path}: no record is left to use; skipped:", *skipped[:3]]))
+    return Dataset(
+        config=config,
+        encoder=encoder,
+        image_processor=image_processor,
+        records=tuple(records),
+        lengths=tuple(lengths),
+        report={"records": len(records), **counts, "skipped": len(skipped), **loaded.notices},
+        skipped=skipped,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def image_folder(config: DataConfig, record: Record) -> str:
+    """Return the folder that a record's picture paths are relative to."""
+    return config.images or os.path.dirname(record.source) or "."
+
+
+def _fitting(example: Example, config: DataConfig, record: Record) -> Example:
+    if len(example.input_ids) > config.pack_tokens:
+        raise DataError(
+            f"{record.where}: {len(example.input_ids)} positions with its pictures, but data.pack_tokens is "
+            f"{config.pack_tokens}; raise it, or shorten the record"
+        )
+    return example
+
+
+def _counted(record: Record, example: Example) -> dict[str, int]:
+    return {
+        "pictures": len(record.images),
+        "text-only": not record.images,
+        "turns": len(record.turns),
+        "positions": len(example.input_ids),
+        "supervised tokens": sum(label != IGNORE_INDEX for label in example.labels),
+        "truncated": example.truncated > 0,
+    }
+
+
+@contextmanager
+def _naming(record: Record) -> Generator[None]:
+    """Say in which record a picture could not be used."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from None
+
+
+class _Steps(TorchDataset[list[Batch] | DataError]):
+    """The batches of each step of a plan, for the DataLoader's processes."""
+
+    def __init__(self, dataset: Dataset, plan: Sequence[Sequence[int]]) -> None:
+        self.dataset = dataset
+        self.plan = plan
+
+    def __getitem__(self, step: int) -> list[Batch] | DataError:
+        try:
+            return [self.dataset.batch(members) for members in self.dataset.packs(self.plan[step])]
+        except DataError as error:
+            # Raised in a worker, it would come out with a traceback for its message.
+            return error
+
+
+def step_batches(dataset: Dataset, plan: Iterable[Sequence[int]], workers: int) -> Iterator[list[Batch]]:
+    """Yield the batches of each step of `plan` (records by index, a step each); the same for any `workers`.
+
+    Raises:
+        DataError: a picture is broken, or no longer there.
+    """
+    steps = list(plan)
+    loader = DataLoader(_Steps(dataset, steps), batch_size=None, sampler=range(len(steps)), num_workers=workers)
+    for batches in loader:
+        if isinstance(batches, DataError):
+            raise batches
+        yield batches

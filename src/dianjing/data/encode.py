@@ -1,0 +1,186 @@
+"""Spans -> Example(input_ids, labels), with XTuner's ids; each `<image>` becomes its run of image tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dianjing.config.schema import OnLong
+from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
+from dianjing.data.record import Record, Turn
+from dianjing.data.template import Span, Template, prompt, spans, text_ids
+from dianjing.errors import DataError, ModelError
+
+
+class LongRecordError(DataError):
+    """A record has more than max_tokens tokens, and the recipe does not cut records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One record as the model reads it."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    """As long as input_ids and unshifted; IGNORE_INDEX where nothing is learned."""
+    images: tuple[str, ...]
+    num_images: int
+    truncated: int
+    """Tokens cut off its end, a picture counted as one."""
+    source: str
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Turns records into ids and labels for one LLM, one template and one vision tower.
+
+    Raises:
+        ModelError: the template ends turns with EOS and the tokenizer has none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    num_image_tokens: int
+    """Image tokens that stand for one picture."""
+    max_tokens: int
+    """Longest record, a picture counted as one."""
+    on_long_record: OnLong
+    image_token_id: int
+
+    def __post_init__(self) -> None:
+        if not self.template.suffix_as_eos and self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f'the template "{self.template.name}" ends an answer with EOS, which this tokenizer has not; '
+                "choose the LLM's own template, or set eos_token in its tokenizer_config.json"
+            )
+
+    def encode(self, record: Record) -> Example:
+        """Return the record's ids and labels.
+
+        Raises:
+            LongRecordError: it is longer than max_tokens, which on_long_record does not cut.
+            DataError: the cut leaves no answer, or takes a picture away.
+        """
+        input_ids, labels = self._tokens(spans(self.template, record.turns))
+        truncated = max(len(input_ids) - self.max_tokens, 0)
+        if truncated:
+            if self.on_long_record != "truncate":
+                raise LongRecordError(
+                    f"{record.where}: {len(input_ids)} tokens, but max_tokens is {self.max_tokens}; shorten "
+                    'it, raise data.max_tokens, or set data.on_long_record to "truncate" or "skip"'
+                )
+            input_ids, labels = input_ids[: self.max_tokens], labels[: self.max_tokens]
+        cut = f"; raise data.max_tokens = {self.max_tokens}, or remove the record" if truncated else ""
+        if input_ids.count(self.image_token_id) != len(record.images):
+            raise DataError(f"{record.where}: a picture lies beyond the cut{cut}")
+        if all(label == IGNORE_INDEX for label in labels[1:]):
+            raise DataError(f"{record.where}: no answer is left to learn from{cut}")
+        return Example(
+            id=record.id,
+            input_ids=self._expand(input_ids, input_ids),
+            labels=self._expand(input_ids, labels),
+            images=record.images,
+            num_images=len(record.images),
+            truncated=truncated,
+            source=record.source,
+            index=record.index,
+        )
+
+    def prompt(self, history: Sequence[tuple[str, str]], question: str) -> tuple[list[int], int]:
+        """Return the ids up to where the answer begins, and how many pictures they show.
+
+        They are what training shows before that answer. `history` holds (question, answer); questions
+        are as in a Record, their markers placed (`record.place_marker` does that).
+        """
+        turns = [Turn(question=asked, answer=answer) for asked, answer in history]
+        input_ids, _ = self._tokens(prompt(self.template, turns, question))
+        return self._expand(input_ids, input_ids), input_ids.count(self.image_token_id)
+
+    def _tokens(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Return ids and labels with one image token a picture."""
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for span in spans:
+            ids = self._answer(span.text) if span.supervised else self._question(span.text)
+            if span.bos:
+                ids = [*_one_id(self.tokenizer.bos_token_id), *ids]
+            if span.eos:
+                ids = [*ids, *_one_id(self.tokenizer.eos_token_id)]
+            input_ids += ids
+            labels += ids if span.supervised else [IGNORE_INDEX] * len(ids)
+        return input_ids, labels
+
+    def _question(self, text: str) -> list[int]:
+        # The pieces around a picture are tokenised apart, as XTuner does: their ids depend on it.
+        first, *others = text.split(IMAGE_MARKER)
+        ids = self._text(first)
+        for piece in others:
+            ids += [self.image_token_id, *self._text(piece)]
+        return ids
+
+    def _answer(self, text: str) -> list[int]:
+        ids = self._text(text)
+        if self.image_token_id not in ids:
+            return ids
+        # A tokenizer that knows the marker would make a picture of it; split, it stays the text it is.
+        halves = text.replace(IMAGE_MARKER, f"{IMAGE_MARKER[:1]}\0{IMAGE_MARKER[1:]}").split("\0")
+        return [token for half in halves for token in self._text(half)]
+
+    def _text(self, text: str) -> list[int]:
+        return text_ids(self.tokenizer, text)
+
+    def _expand(self, input_ids: Sequence[int], values: Sequence[int]) -> list[int]:
+        """Return `values` with those at a picture repeated for each of its image tokens."""
+        expanded: list[int] = []
+        for token, value in zip(input_ids, values, strict=True):
+            expanded += [value] * self.num_image_tokens if token == self.image_token_id else [value]
+        return expanded
+
+
+def _one_id(token_id: object) -> list[int]:
+    """Return a tokenizer's BOS or EOS as a list, empty where it has none."""
+    return [] if token_id is None else [cast(int, token_id)]
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of an image token: the tokenizer's own `<image>`, else the first id it does not use."""
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get(IMAGE_MARKER, max(vocabulary.values()) + 1)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that a folder's tokenizer.json describes; no code of the folder is run.
+
+    Raises:
+        ModelError: there is no tokenizer.json, or it cannot be read.
+    """
+    folder = os.fspath(folder)
+    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        old = os.path.isfile(os.path.join(folder, "tokenizer.model"))
+        found = "only tokenizer.model is there, which is not read" if old else "there is no tokenizer.json"
+        raise ModelError(f"{folder}: {found}; save the tokenizer in the fast format (tokenizer.json) first")
+    # XTuner gives a Qwen tokenizer no BOS, whatever its settings say.
+    settings: dict[str, Any] = {"bos_token": None} if _declared_class(folder).startswith("qwen") else {}
+    load = cast(Any, PreTrainedTokenizerFast).from_pretrained
+    try:
+        return load(folder, local_files_only=True, **settings)
+    except Exception as error:  # the tokenizers library raises bare Exception for what it cannot read
+        raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
+
+
+def _declared_class(folder: str) -> str:
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(path):
+        return ""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return str(json.load(file).get("tokenizer_class")).lower()
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None

@@ -1,0 +1,226 @@
+"""Path -> pixel_values (3, height, width): safe opening, pad to a square or crop, the tower's own numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dianjing.errors import DataError, ModelError
+
+Aspect = Literal["pad", "crop"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+"""How a complete file of a format ends."""
+MAX_PIXELS = 50_000_000
+MAX_SIDE = 16_384
+"""A picture is padded to the square of its longer side: this bounds the memory."""
+MAX_RATIO = 200
+"""Longer to shorter side: the crop first enlarges the shorter side to the tower's."""
+
+
+def load_image(root: str, name: str) -> Image.Image:
+    """Return the picture `name` of the folder `root` as RGB, upright, transparency on white.
+
+    Raises:
+        DataError: the name leads out of the folder, or the file is missing, broken, too large or no picture.
+    """
+    path = _path(root, name)
+    try:
+        with _open(path, name) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image), name)
+    except DataError:
+        raise
+    except Exception as error:  # what Pillow raises for a broken file depends on where it is broken
+        raise DataError(f'picture "{name}": the file is broken ({error}); replace it') from error
+
+
+def check_image(root: str, name: str) -> int:
+    """Return the size of a picture's file in bytes, after a look at its header and its end.
+
+    Raises:
+        DataError: as `load_image` does; a file that looks complete is not decoded, which keeps this fast.
+    """
+    path = _path(root, name)
+    with _open(path, name) as image, open(path, "rb") as file:
+        ending = ENDINGS.get(image.format or "", b"")
+        file.seek(0, os.SEEK_END)
+        size = file.tell()
+        file.seek(max(size - len(ending), 0))
+        complete = bool(ending) and file.read() == ending
+    if not complete:
+        load_image(root, name)
+    return size
+
+
+def _path(root: str, name: str) -> str:
+    shown = f'picture "{name[:80]}"'
+    if "\0" in name or "://" in name or name.startswith("data:") or os.path.isabs(name):
+        raise DataError(f"{shown}: not a path inside the image folder; write one relative to it")
+    folder = os.path.realpath(root)
+    path = os.path.realpath(os.path.join(folder, name))
+    if os.path.commonpath([folder, path]) != folder:
+        raise DataError(f"{shown}: it leads out of the image folder {root}; put the picture inside")
+    if not os.path.isfile(path):
+        raise DataError(f"{shown}: no such file in {root}; add the picture, or name its folder (data.images)")
+    return path
+
+
+def _open(path: str, name: str) -> Image.Image:
+    """Open a picture of an allowed format and size; nothing is decoded yet."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(_too_large(name)) from None
+    except Exception as error:  # as above
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not one, or broken"
+        raise DataError(f'picture "{name}": cannot be opened as {", ".join(FORMATS)} ({reason})') from None
+    shorter, longer = sorted(image.size)
+    if shorter * longer > MAX_PIXELS or longer > MAX_SIDE or longer > MAX_RATIO * shorter:
+        image.close()
+        raise DataError(_too_large(name, image.size))
+    return image
+
+
+def _too_large(name: str, size: tuple[int, int] | None = None) -> str:
+    measured = f"{size[0]}x{size[1]} pixels are" if size else "it is"
+    return (
+        f'picture "{name}": {measured} too large or too narrow; at most {MAX_PIXELS // 1_000_000} '
+        f"megapixels, {MAX_SIDE} pixels a side and {MAX_RATIO}:1 are read; scale or cut it"
+    )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise DataError(f'picture "{name}": 32-bit pixels have no known white; save it with 8 or 16 bits')
+    if image.mode.startswith("I;16"):
+        # Pillow would clip all above 255 to white.
+        wide = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """The vision tower's preprocessing, bit-equal to transformers' CLIP and SigLIP image processors (Pil)."""
+
+    size: int
+    """Height and width of the result in pixels."""
+    crop: bool
+    """The shorter side becomes `size`, the centre is kept (CLIP); else both are stretched to it (SigLIP)."""
+    resample: int
+    """Pillow's number of the resampling filter."""
+    rescale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    aspect: Aspect
+    """"pad": first make it a square on the mean colour, as XTuner's pad_image_to_square."""
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str], aspect: Aspect | None = None) -> ImageProcessor:
+        """Read the preprocessing of a vision tower, or of an export, from its folder.
+
+        `aspect` None is what the folder says (do_pad), "pad" if it says nothing.
+
+        Raises:
+            ModelError: the folder has none, or one that is not CLIP's or SigLIP's.
+        """
+        path, config = _read_config(Path(folder))
+        try:
+            size = _side(config["size"])
+            crop = bool(config.get("do_center_crop", "crop_size" in config))
+            if crop and _side(config["crop_size"]) != size:
+                raise ValueError(f"crop_size {config['crop_size']} differs from size {config['size']}")
+            for step in ("do_resize", "do_rescale", "do_normalize"):
+                if not config.get(step, True):
+                    raise ValueError(f"{step} is false")
+            return cls(
+                size=size,
+                crop=crop,
+                resample=int(config.get("resample", Image.Resampling.BICUBIC)),
+                rescale=float(config.get("rescale_factor", 1 / 255)),
+                mean=_colour(config["image_mean"]),
+                std=_colour(config["image_std"]),
+                aspect=aspect or ("pad" if config.get("do_pad", True) else "crop"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ModelError(f"{path}: not the preprocessing of a CLIP or SigLIP tower: {reason}") from None
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        """Return the pixel values of an RGB picture."""
+        if self.aspect == "pad":
+            image = self._padded(image)
+        pixels = torch.tensor(np.asarray(self._resized(image))).permute(2, 0, 1)  # (3, size, size)
+        # float64 and back, as transformers does it: bit-equal, not only close.
+        scaled = (pixels.double() * self.rescale).float()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return ((scaled - mean) / std).contiguous()
+
+    def to_picture(self, pixel_values: Float[Tensor, "3 height width"]) -> Image.Image:
+        """Return what the tower sees as a picture again."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = ((pixel_values * std + mean) / self.rescale).round().clamp(0, 255)
+        return Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        background = tuple(int(value * 255) for value in self.mean)
+        square = Image.new("RGB", (side, side), background)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        resample = Image.Resampling(self.resample)
+        if not self.crop:
+            return image.resize((self.size, self.size), resample)
+        longer = int(self.size * max(image.size) / min(image.size))
+        width, height = (self.size, longer) if image.width <= image.height else (longer, self.size)
+        image = image.resize((width, height), resample)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+def _read_config(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ModelError(f"{path}: not JSON: {error}") from None
+            return path, config.get("image_processor", config)
+    raise ModelError(f"{folder}: no preprocessor_config.json; copy it from the vision tower's repository")
+
+
+def _side(value: Any) -> int:
+    """Return the one length that a size of the config gives: an int, an edge, or equal sides."""
+    if isinstance(value, Mapping):
+        lengths = cast(Mapping[str, Any], value)
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"size {lengths}")
+        value = next(iter(lengths.values()))
+    return int(value)
+
+
+def _colour(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

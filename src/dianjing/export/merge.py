@@ -1,0 +1,33 @@
+"""A model with adapters -> the weights it would have without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+ADAPTER = "default"
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the fp32 state dict of the model with every LoRA added to the weight it stands on.
+
+    Names are those of the model before it had adapters; the model itself stays as it is. Tied weights come
+    as one tensor under both names, unless an adapter on the head has untied them.
+    """
+    adapted: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    merged: dict[str, Tensor] = {}
+    same: dict[int, Tensor] = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if ".lora_" in name:
+            continue
+        owner = name.removesuffix(".base_layer.weight")
+        plain = name.replace(".base_layer.", ".")
+        if owner in adapted and owner != name:
+            merged[plain] = weight.float() + adapted[owner].get_delta_weight(ADAPTER).float()
+        else:
+            merged[plain] = same.setdefault(id(weight), weight.detach().float())
+    return merged

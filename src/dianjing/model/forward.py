@@ -1,0 +1,84 @@
+"""Batch -> summed loss over its supervised tokens: the only caller of the model in training."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration
+
+from dianjing.data.collate import Batch
+from dianjing.model.attention import UNREAD_MASK
+
+
+def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:
+    """Return the cross-entropy of the batch's targets, summed, in fp32."""
+    with arithmetic(model):
+        features = image_features(model, batch.pixel_values)
+        embeddings = embed(model, batch.input_ids, batch.image_positions, features)
+        hidden = model.model.language_model(
+            inputs_embeds=embeddings[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=UNREAD_MASK,
+            use_cache=False,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        ).last_hidden_state[0]  # (tokens, hidden)
+        logits = model.lm_head(hidden[batch.target_rows])  # (supervised, vocab)
+    loss = cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return loss if len(batch.pixel_values) else loss + _unseen_picture(model, batch)
+
+
+def arithmetic(model: LlavaForConditionalGeneration) -> AbstractContextManager[None]:
+    """Return the context in which the model computes in the precision it was built for."""
+    dtype = model.config.dtype
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def image_features(
+    model: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "images 3 height width"]
+) -> Float[Tensor, "images patches hidden"]:
+    """Return the projected features of pictures, run through no more of the tower's layers than they need."""
+    tower, config = model.model.vision_tower, model.config
+    if not len(pixel_values):
+        return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
+    learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
+    with torch.set_grad_enabled(learns):
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        for layer in tower.encoder.layers[: num_tower_layers(model)]:
+            hidden = layer(hidden, None)
+    if config.vision_feature_select_strategy == "default":
+        hidden = hidden[:, 1:]  # the class token is no patch
+    return model.model.multi_modal_projector(hidden)
+
+
+def num_tower_layers(model: LlavaForConditionalGeneration) -> int:
+    """Return how many layers of the vision tower the features have passed; the others reach no loss."""
+    # hidden_states[0] is what enters the first layer.
+    return range(model.config.vision_config.num_hidden_layers + 1)[model.config.vision_feature_layer]
+
+
+def embed(
+    model: LlavaForConditionalGeneration,
+    input_ids: Int[Tensor, " tokens"],
+    image_positions: Int[Tensor, " image_tokens"],
+    features: Float[Tensor, "images patches hidden"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Return the embeddings of the tokens, those at image_positions being the features, in their order."""
+    # The id that marks a picture lies outside the vocabulary; any row will do, it is overwritten.
+    embeddings = model.get_input_embeddings()(input_ids.index_fill(0, image_positions, 0))
+    rows = features.flatten(0, 1).to(embeddings.dtype)
+    assert len(rows) == len(image_positions), f"{len(image_positions)} image tokens, but {len(rows)} features"
+    return embeddings.index_copy(0, image_positions, rows)
+
+
+def _unseen_picture(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:
+    """Return a zero that depends on all that learns from pictures: each rank must have a gradient for it."""
+    if not torch.is_grad_enabled():
+        return torch.zeros((), device=batch.pixel_values.device)
+    with arithmetic(model):
+        features = image_features(model, batch.pixel_values.new_zeros(1, *batch.pixel_values.shape[1:]))
+    return features.float().sum() * 0

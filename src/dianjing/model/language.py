@@ -1,0 +1,194 @@
+"""A folder with a text LLM -> the model, its weights all accounted for; InternLM2 is read as the Llama it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dianjing.errors import ModelError
+
+INTERNLM2_TO_LLAMA = {
+    "model.tok_embeddings.": "model.embed_tokens.",
+    "output.": "lm_head.",
+    ".attention_norm.": ".input_layernorm.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+    ".attention.wo.": ".self_attn.o_proj.",
+    ".feed_forward.w1.": ".mlp.gate_proj.",
+    ".feed_forward.w3.": ".mlp.up_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.",
+}
+FUSED_QKV = ".attention.wqkv."
+
+INTERNLM2_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was read from where, a line a part, to be printed."""
+
+    lines: tuple[str, ...]
+
+    def __add__(self, other: LoadReport) -> LoadReport:
+        return LoadReport(self.lines + other.lines)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LoadReport]:
+    """Return the causal LM of a folder, its weights in `dtype`, and what was read.
+
+    Only safetensors are read and no code of the folder is run.
+
+    Raises:
+        ModelError: the folder is no causal LM that can be read, or its weights are not exactly the model's.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    require_safetensors(folder)
+    kind = config.get("model_type")
+    if kind == "internlm2":
+        model = _load_internlm2(folder, config, dtype)
+    elif kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        model = load_exactly(AutoModelForCausalLM, folder, dtype=dtype)
+    else:
+        raise ModelError(
+            f'{folder}: model_type "{kind}" is no text LLM that can be read; give the folder of a causal LM whose '
+            "architecture transformers knows by itself (code in a model folder is never run)"
+        )
+    how = "InternLM2, read as Llama" if kind == "internlm2" else type(model).__name__
+    return model, LoadReport((f"language model: {how}, {count(model)} from {folder}",))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a model folder.
+
+    Raises:
+        ModelError: it is missing, or is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: there is no config.json; give the folder of a Hugging Face model") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: a JSON object is needed, not a {type(config).__name__}")
+    return config
+
+
+def require_safetensors(folder: Path) -> None:
+    """Refuse a folder whose weights are not in safetensors.
+
+    Raises:
+        ModelError: there is no *.safetensors file.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+    found = f"its weights are in {pickled[0]}, which can run code when read" if pickled else "it has no weights"
+    raise ModelError(f"{folder}: {found}; put the weights there as *.safetensors")
+
+
+def load_exactly(
+    model_class: Any, folder: Path, *, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None, **settings: Any
+) -> PreTrainedModel:
+    """Return a model from its folder, or from `weights` that were read there (then with `config`).
+
+    Raises:
+        ModelError: the weights are not exactly those that the configuration asks for, or cannot be read.
+    """
+    source = {"pretrained_model_name_or_path": None if weights else folder, "state_dict": weights, **settings}
+    try:
+        model, info = model_class.from_pretrained(
+            **source, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {error}") from error
+    faults = {"missing": info["missing_keys"], "left over": info["unexpected_keys"]}
+    found = [f"{name_some(keys)} {fault}" for fault, keys in faults.items() if keys]
+    if found:
+        raise ModelError(f"{folder}: the weights are not those of its config.json: {'; '.join(found)}")
+    return model
+
+
+def name_some(names: Iterable[str]) -> str:
+    """Return the first three names and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more
+
+
+def count(model: torch.nn.Module) -> str:
+    """Return the size of a model in words, tied weights counted once."""
+    return f"{sum(weight.numel() for weight in model.parameters()):,} parameters"
+
+
+def _load_internlm2(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    settings = {name: config[name] for name in INTERNLM2_SETTINGS if name in config}
+    llama = LlamaConfig(**settings, attention_bias=bool(config.get("bias", False)))
+    weights: dict[str, Tensor] = {}
+    for name, weight in read_weights(folder):
+        weights |= internlm2_to_llama(name, weight, llama)
+    return load_exactly(LlamaForCausalLM, folder, dtype=dtype, weights=weights, config=llama)
+
+
+def internlm2_to_llama(name: str, weight: Tensor, config: LlamaConfig) -> dict[str, Tensor]:
+    """Return one InternLM2 tensor under Llama's names.
+
+    wqkv holds, for each key-value head, the rows of its query heads, then of the key, then of the value:
+    with 4 query and 2 key-value heads q0 q1 k0 v0 q2 q3 k1 v1.
+    """
+    for old, new in INTERNLM2_TO_LLAMA.items():
+        name = name.replace(old, new)
+    if FUSED_QKV not in name:
+        return {name: weight}
+    queries = config.num_attention_heads // config.num_key_value_heads
+    groups = weight.unflatten(0, (config.num_key_value_heads, queries + 2, -1))
+    parts = {"q_proj": groups[:, :queries], "k_proj": groups[:, -2:-1], "v_proj": groups[:, -1:]}
+    return {
+        name.replace(FUSED_QKV, f".self_attn.{part}."): rows.flatten(0, 2).contiguous()
+        for part, rows in parts.items()
+    }
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of all safetensors files of a folder.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{path}: damaged: {error}; copy it again") from None

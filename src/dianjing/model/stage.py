@@ -1,0 +1,156 @@
+"""Which parameters train in a stage, and the table that says so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from rich.table import Table
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
+from dianjing.model.forward import num_tower_layers
+
+PARTS = {
+    "language_model": ("model.language_model.", "lm_head."),
+    "vision_tower": ("model.vision_tower.",),
+    "projector": ("model.multi_modal_projector.",),
+}
+"""How the names of a part's parameters begin."""
+
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """One row of the table."""
+
+    part: str
+    tuning: str
+    parameters: int
+    trainable: int
+    learning_rate: float | None
+    """None when nothing of the part trains."""
+    dtype: str
+    """Of the weights that stay as they are; trainable ones are always fp32."""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What trains and what does not; rich prints it as a table."""
+
+    stage: str
+    parts: tuple[PartReport, ...]
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train, over all parts."""
+        return sum(part.trainable for part in self.parts)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left")
+        for column in ("part", "tuning", "parameters", "trainable", "learning rate", "frozen as"):
+            table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
+        for row in self.parts:
+            rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
+            table.add_row(row.part, row.tuning, f"{row.parameters:,}", f"{row.trainable:,}", rate, row.dtype)
+        return table
+
+
+def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport:
+    """Freeze and unfreeze the model in place, give it its adapters, and report on it.
+
+    Layers of the vision tower that the loss cannot reach never train. Weights that train are fp32.
+    """
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        _tune_language_model(model, recipe.language_model)
+        _tune_vision_tower(model, recipe.vision_tower)
+    model.model.multi_modal_projector.requires_grad_(True)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return _report(model, recipe)
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a parameter belongs to, by the parameter's name."""
+    return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
+
+
+def learning_rate(recipe: Recipe, part: str) -> float:
+    """Return the learning rate of a part: its own, or else the run's."""
+    own = getattr(recipe, part).learning_rate
+    return recipe.train.learning_rate if own is None else own
+
+
+def _tune_language_model(model: LlavaForConditionalGeneration, config: LanguageModelConfig) -> None:
+    decoder = model.model.language_model
+    if config.tuning == "full":
+        decoder.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    elif config.tuning == "lora":
+        targets = [*_linear_names(model, "model.language_model."), *([HEAD] if config.lora_head else [])]
+        _add_lora(model, targets, config)
+        if config.lora_share_qkv:
+            _share_qkv(decoder)
+
+
+def _tune_vision_tower(model: LlavaForConditionalGeneration, config: VisionTowerConfig) -> None:
+    tower = model.model.vision_tower
+    reached = [f"encoder.layers.{number}." for number in range(num_tower_layers(model))]
+    if config.tuning == "full":
+        tower.requires_grad_(True)
+        tower.post_layernorm.requires_grad_(False)
+        tower.encoder.layers[len(reached) :].requires_grad_(False)
+    elif config.tuning == "lora":
+        _add_lora(tower, [name for layer in reached for name in _linear_names(tower, layer)], config)
+
+
+def _linear_names(model: nn.Module, beginning: str) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if name.startswith(beginning) and isinstance(module, nn.Linear):
+            yield name
+
+
+def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig | VisionTowerConfig) -> None:
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (any number will do)
+        lora_dropout=config.lora_dropout,
+        # A list would be matched by the ends of the names, which also fit elsewhere.
+        target_modules="|".join(map(re.escape, targets)),
+    )
+    inject_adapter_in_model(lora, model)
+
+
+def _share_qkv(decoder: nn.Module) -> None:
+    for module in decoder.modules():
+        if hasattr(module, "q_proj"):
+            module.k_proj.lora_A = module.v_proj.lora_A = module.q_proj.lora_A
+
+
+def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport:
+    rows = []
+    for part, beginnings in PARTS.items():
+        weights = [weight for name, weight in model.named_parameters() if name.startswith(beginnings)]
+        trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
+        frozen = {str(weight.dtype).removeprefix("torch.") for weight in weights if not weight.requires_grad}
+        rows.append(
+            PartReport(
+                part=part.replace("_", " "),
+                tuning=getattr(getattr(recipe, part), "tuning", "full"),
+                parameters=sum(weight.numel() for weight in weights),
+                trainable=trainable,
+                learning_rate=learning_rate(recipe, part) if trainable else None,
+                dtype=", ".join(sorted(frozen)) or "-",
+            )
+        )
+    return StageReport(recipe.stage, tuple(rows))

@@ -1,0 +1,108 @@
+"""A run, an exported folder or a text-only LLM -> Seer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+from dianjing.config.load import load_recipe
+from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.image import ImageProcessor
+from dianjing.data.template import choose_template, get_template
+from dianjing.errors import ModelError
+from dianjing.model.build import build, num_image_tokens
+from dianjing.model.language import load_language_model
+from dianjing.model.stage import apply_stage
+from dianjing.model.weights import load_trainable_state
+from dianjing.tinyworld.folders import resolve
+from dianjing.train.checkpoint import newest
+from dianjing.use.generate import Seer
+
+TEMPLATE_KEY = "dianjing_template"
+"""Where an exported config.json names the chat template."""
+
+
+def load_for_use(path: str, device: str | None = None) -> Seer:
+    """Return the model at `path`, ready to answer; `device` None = the GPU if there is one.
+
+    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported LLaVA folder, or the
+    folder of a text-only LLM ("tinyworld" too), which has no eyes.
+
+    Raises:
+        ModelError: the folder is none of these.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = resolve(path, "language_model")
+    if (folder / "recipe.toml").is_file():
+        return _load_run(folder, device)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{path}: neither recipe.toml (a run) nor config.json (a model) is there; "
+            "give the folder of a run, of an export, or of a text LLM"
+        )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    seer = _load_llava(folder, config, device) if config.get("model_type") == "llava" else _load_text(folder, device)
+    return replace(seer, name=path)
+
+
+def _load_run(run: Path, device: str) -> Seer:
+    recipe = load_recipe(run / "recipe.toml")
+    if device == "cpu":
+        recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
+    checkpoint = newest(run)
+    built = build(recipe, device, fresh_projector=True)
+    apply_stage(built.model, recipe)
+    load_trainable_state(built.model, load_file(checkpoint / "trainable.safetensors"))
+    return Seer(
+        name=str(run),
+        model=built.model.eval(),
+        tokenizer=built.tokenizer,
+        encoder=built.encoder,
+        image_processor=built.image_processor,
+    )
+
+
+def _load_llava(folder: Path, config: dict[str, Any], device: str) -> Seer:
+    tokenizer = load_tokenizer(folder)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=_dtype(device))
+    vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
+    return Seer(
+        name=str(folder),
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        encoder=_encoder(tokenizer, config.get(TEMPLATE_KEY), num_image_tokens(vision, strategy)),
+        image_processor=ImageProcessor.from_folder(folder),
+    )
+
+
+def _load_text(folder: Path, device: str) -> Seer:
+    tokenizer = load_tokenizer(folder)
+    model: Any = load_language_model(folder, _dtype(device))[0]
+    return Seer(
+        name=str(folder),
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        encoder=_encoder(tokenizer, None, 1),
+        image_processor=None,
+    )
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, template: str | None, num_image_tokens: int) -> Encoder:
+    return Encoder(
+        tokenizer=tokenizer,
+        template=get_template(template or choose_template(tokenizer)),
+        num_image_tokens=num_image_tokens,
+        max_tokens=tokenizer.model_max_length,
+        on_long_record="error",
+        image_token_id=image_token_id(tokenizer),
+    )
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16

@@ -1,0 +1,69 @@
+"""Models that answer, made from the tiny parts; their adapters are random, as if they had learned something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dianjing.config.schema import Recipe
+from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.template import get_template
+from dianjing.model.build import build
+from dianjing.model.language import load_language_model
+from dianjing.model.stage import apply_stage
+from dianjing.use.generate import Conversation, Seer
+
+
+def seer_of(recipe: Recipe) -> Seer:
+    """Return the model of a recipe, all that trains moved away from where it began."""
+    built = build(recipe)
+    apply_stage(built.model, recipe)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for weight in built.model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    return Seer(
+        name="tiny",
+        model=built.model.eval(),
+        tokenizer=built.tokenizer,
+        encoder=built.encoder,
+        image_processor=built.image_processor,
+    )
+
+
+def text_seer(folder: Path) -> Seer:
+    """Return a text-only LLM."""
+    tokenizer = load_tokenizer(folder)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        template=get_template("internlm2_chat"),
+        num_image_tokens=1,
+        max_tokens=512,
+        on_long_record="error",
+        image_token_id=image_token_id(tokenizer),
+    )
+    model, _ = load_language_model(folder, torch.float32)
+    return Seer(name="text", model=model.eval(), tokenizer=tokenizer, encoder=encoder, image_processor=None)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Return a picture of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def conversations() -> list[Conversation]:
+    """Return conversations of unlike length: one picture, two, none, a history, the same picture again."""
+    wide, tall = picture(60, 20, 1), picture(18, 50, 2)
+    return [
+        Conversation((), "<image>\nWhat colour is it?", [wide]),
+        Conversation((), "Hello!", []),
+        Conversation((), "Is <image> as wide as <image> is, or is it not, and if not, why?", [wide, tall]),
+        Conversation([("<image>\nIs it wide?", "No.")], "Sure?", [tall]),
+        Conversation((), "<image>", [wide]),
+        Conversation([("Hello!", "Hello!"), ("<image>\nWhat?", "Red.")], "<image>\nAnd now?", [tall, wide]),
+    ]
