@@ -6,7 +6,7 @@ Both train the same model (same weights, same LoRA, same AdamW) on the same reco
 pictures are read by the same code and their time counts on both sides. The padded side is transformers'
 LlavaForConditionalGeneration as it comes: rows padded on the right to the longest of the batch, attention_mask,
 labels, its own loss. Rounds alternate between the two, so that a busy machine slows both.
-The losses of the first step must agree, or no figure is printed.
+The losses of the first two steps must agree, or no figure is printed.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import Recipe
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.collate import Batch
-from dianjing.data.dataset import Dataset, open_dataset
+from dianjing.data.dataset import Dataset, open_dataset, step_batches
 from dianjing.data.order import epoch_order, step_indices
-from dianjing.model.build import build
-from dianjing.model.forward import forward_loss
+from dianjing.model.build import Built, build
 from dianjing.model.stage import apply_stage
 from dianjing.tinyworld.grammar import LANGUAGES, ask_several
 from dianjing.tinyworld.render import render
 from dianjing.tinyworld.scene import sample_distinct
 from dianjing.tinyworld.wording import FORMS, describe
-from dianjing.train.optim import make_optimizer
+from dianjing.train.optim import learning_rate_factor, make_optimizer, set_learning_rates
+from dianjing.train.step import Losses, Parts, take_step
+from dianjing.train.watch import Watch
 
 RECIPE = "tinyworld_finetune"
 RECORDS = 512
 TEXT_ONLY_EVERY = 8
 LONGEST_DIALOGUE = 8
 LOSS_TOLERANCE = 1e-4
+AT_STEP, TOTAL_STEPS = 100, 1000
+"""Which step of a run the learning rate is taken from; it stays there."""
 
 
 def write_records(folder: Path, seed: int = 3) -> Path:
@@ -70,35 +72,59 @@ def write_records(folder: Path, seed: int = 3) -> Path:
     return path
 
 
-@dataclass
-class Side:
-    """One way of taking an optimizer step; `step` returns the mean loss over supervised tokens."""
-
-    name: str
-    model: LlavaForConditionalGeneration
-    optimizer: torch.optim.Optimizer
-    loss_and_gradients: Callable[[LlavaForConditionalGeneration, Dataset, list[int]], float]
-
-    def step(self, dataset: Dataset, indices: list[int], clip_norm: float) -> float:
-        """Take one optimizer step on the records `indices`."""
-        loss = self.loss_and_gradients(self.model, dataset, indices)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
+Step = Callable[[list[int]], float]
+"""Takes one optimizer step on these records; returns the mean loss over supervised tokens."""
 
 
-def packed(model: LlavaForConditionalGeneration, dataset: Dataset, indices: list[int]) -> float:
-    """Dianjing's way: the step's records in packs without padding, loss over supervised tokens only."""
-    batches = [dataset.batch(pack) for pack in dataset.packs(indices)]
-    supervised = sum(batch.num_supervised for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = forward_loss(model, batch) / supervised
+def packed(recipe: Recipe, built: Built, dataset: Dataset) -> Step:
+    """Return Dianjing's step: the one that `dianjing train` takes, data path included."""
+    model, accelerator = built.model.train(), Accelerator(mixed_precision="no")
+    parts = Parts(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=model,
+        losses=accelerator.prepare_model(Losses(model)),
+        optimizer=make_optimizer(model, recipe),
+        dataset=dataset,
+        watch=Watch(model.model.multi_modal_projector),
+    )
+
+    def step(indices: list[int]) -> float:
+        (batches,) = step_batches(dataset, [indices], workers=0)
+        return take_step(parts, AT_STEP, TOTAL_STEPS, batches, data_wait=0.0).loss
+
+    return step
+
+
+def padded(recipe: Recipe, built: Built, dataset: Dataset) -> Step:
+    """Return plain transformers' step on the same records: a rectangle padded on the right, its own loss."""
+    model, optimizer = built.model.train(), make_optimizer(built.model, recipe)
+    set_learning_rates(optimizer, learning_rate_factor(AT_STEP - 1, TOTAL_STEPS, recipe.train.warmup_ratio))
+    model.set_attn_implementation("sdpa")
+    # Upstream embeds the placeholder too, so it needs an id of the vocabulary: <unk>, which no text here has.
+    model.config.image_token_id = built.tokenizer.unk_token_id
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def step(indices: list[int]) -> float:
+        batch = dataset.batch(indices)
+        input_ids, labels = rows(batch)
+        mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
+        ids = pad_sequence(input_ids, batch_first=True, padding_value=built.tokenizer.pad_token_id)
+        ids.view(-1)[mask.view(-1).nonzero().flatten()[batch.image_positions]] = model.config.image_token_id
+        loss = model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=batch.pixel_values if len(batch.pixel_values) else None,
+            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            use_cache=False,
+        ).loss
         loss.backward()
-        total += loss.item()
-    return total
+        torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
 
 
 def rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
@@ -109,66 +135,38 @@ def rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     return list(batch.input_ids.split(sizes)), list(labels.split(sizes))
 
 
-def padded(model: LlavaForConditionalGeneration, dataset: Dataset, indices: list[int]) -> float:
-    """Run plain transformers on the same records: a rectangle padded on the right, its own loss."""
-    batch = dataset.batch(indices)
-    input_ids, labels = rows(batch)
-    mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
-    ids = pad_sequence(input_ids, batch_first=True, padding_value=model.config.text_config.pad_token_id)
-    ids.view(-1)[mask.view(-1).nonzero().flatten()[batch.image_positions]] = model.config.image_token_id
-    loss = model(
-        input_ids=ids,
-        attention_mask=mask,
-        pixel_values=batch.pixel_values if len(batch.pixel_values) else None,
-        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-        use_cache=False,
-    ).loss
-    loss.backward()
-    return loss.item()
-
-
-def make_sides(recipe: Recipe) -> tuple[Side, Side, Dataset]:
+def make_sides(recipe: Recipe) -> tuple[dict[str, Step], Dataset]:
     """Build the model twice from the same seed, once for each way, and open the data."""
-    sides = []
-    for name, way in (("dianjing", packed), ("padded", padded)):
-        built = build(recipe)
+    models = [build(recipe), build(recipe)]
+    for built in models:
         apply_stage(built.model, recipe)
-        sides.append(Side(name, built.model.train(), make_optimizer(built.model, recipe), way))
-    plain = sides[1].model
-    plain.set_attn_implementation("sdpa")
-    # Upstream embeds the placeholder too, so it needs an id of the vocabulary: <unk>, which no text here has.
-    plain.config.image_token_id = built.tokenizer.unk_token_id
-    return sides[0], sides[1], open_dataset(recipe.data, built.encoder, built.image_processor)
+    dataset = open_dataset(recipe.data, models[0].encoder, models[0].image_processor)
+    sides = {"dianjing": packed(recipe, models[0], dataset), "padded": padded(recipe, models[1], dataset)}
+    return sides, dataset
 
 
-def measure(
-    sides: tuple[Side, Side], dataset: Dataset, recipe: Recipe, rounds: int, steps: int
-) -> dict[str, list]:
-    """Return records per second of each side, one figure a round; both take the same steps, in turns."""
-    batch_size = recipe.train.global_batch_size
-    order = epoch_order(len(dataset.lengths), recipe.seed, 0, recipe.data.order)
-    plan = [step_indices(order, step, batch_size, 0, 1) for step in range(len(order) // batch_size)]
-    first = [side.step(dataset, plan[0], recipe.train.clip_norm) for side in sides]
-    if abs(first[0] - first[1]) > LOSS_TOLERANCE * first[1]:
-        raise SystemExit(f"the two ways do not compute the same: losses {first[0]:.6f} and {first[1]:.6f}")
-    print(f"loss of the first step: {first[0]:.6f} and {first[1]:.6f}")
-    rates: dict[str, list[float]] = {side.name: [] for side in sides}
+def measure(sides: dict[str, Step], plan: list[list[int]], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Return samples per second of each side, one figure a round; both take the same steps, in turns."""
+    for indices in plan[:2]:  # the second loss shows that the first update was the same
+        ours, theirs = (step(indices) for step in sides.values())
+        if abs(ours - theirs) > LOSS_TOLERANCE * theirs:
+            raise SystemExit(f"the two ways do not compute the same: losses {ours:.6f} and {theirs:.6f}")
+        print(f"same loss: {ours:.6f} and {theirs:.6f}")
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
-        chosen = [plan[(1 + turn * steps + k) % len(plan)] for k in range(steps)]
-        for side in sides:
+        chosen = [plan[(2 + turn * steps + k) % len(plan)] for k in range(steps)]
+        for name, step in sides.items():
             began = time.perf_counter()
             for indices in chosen:
-                side.step(dataset, indices, recipe.train.clip_norm)
+                step(indices)
             if turn:  # the first round warms up
-                rates[side.name].append(sum(map(len, chosen)) / (time.perf_counter() - began))
+                rates[name].append(sum(map(len, chosen)) / (time.perf_counter() - began))
     return rates
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each side in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -183,13 +181,14 @@ def main() -> None:
             "output": folder,
         }
         recipe = load_recipe(RECIPE, {**overrides, "train.precision": "fp32"})
-        dianjing, plain, dataset = make_sides(recipe)
+        sides, dataset = make_sides(recipe)
         lengths = sorted(dataset.lengths)
-        print(
-            f"{len(lengths)} records, {lengths[0]} to {lengths[-1]} positions, median {statistics.median(lengths)}"
-        )
+        print(f"{len(lengths)} records, {lengths[0]} to {lengths[-1]} positions, median {statistics.median(lengths)}")
         print(f"batch {recipe.train.global_batch_size}, {options.threads} threads, torch {torch.__version__}")
-        rates = measure((dianjing, plain), dataset, recipe, options.rounds, options.steps)
+        batch_size = recipe.train.global_batch_size
+        order = epoch_order(dataset.num_records, recipe.seed, 0, recipe.data.order)
+        plan = [step_indices(order, step, batch_size, 0, 1) for step in range(len(order) // batch_size)]
+        rates = measure(sides, plan, options.rounds, options.steps)
     for name, figures in rates.items():
         middle, low, high = statistics.median(figures), min(figures), max(figures)
         print(f"{name:9} {middle:7.1f} samples/s  (rounds {low:.1f} to {high:.1f})")

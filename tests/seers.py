@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.template import get_template
 from dianjing.model.build import build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage
+from dianjing.model.weights import trainable_state
+from dianjing.train.checkpoint import save
+from dianjing.train.state import TrainState
 from dianjing.use.generate import Conversation, Seer
 
 
@@ -24,7 +28,7 @@ def seer_of(recipe: Recipe) -> Seer:
     with torch.no_grad():
         for weight in built.model.parameters():
             if weight.requires_grad:
-                weight.add_(torch.randn_like(weight), alpha=0.1)
+                weight.add_(torch.randn_like(weight), alpha=0.02)
     return Seer(
         name="tiny",
         model=built.model.eval(),
@@ -67,3 +71,13 @@ def conversations() -> list[Conversation]:
         Conversation((), "<image>", [wide]),
         Conversation([("Hello!", "Hello!"), ("<image>\nWhat?", "Red.")], "<image>\nAnd now?", [tall, wide]),
     ]
+
+
+def write_run(recipe: Recipe, seer: Seer) -> Path:
+    """Write what use needs of a run: its recipe and one checkpoint."""
+    run = Path(recipe.output)
+    run.mkdir(parents=True)
+    save_recipe(recipe, run / "recipe.toml")
+    state = TrainState(step=1, epoch=0, samples_seen=4, total_steps=1, recipe={}, data={})
+    save(run, trainable_state(seer.model), {"step": torch.ones(1)}, state, keep=1)
+    return run

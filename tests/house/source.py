@@ -30,9 +30,7 @@ class Module:
 
 def _read(path: Path) -> Module:
     dotted = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    return Module(
-        dotted.removesuffix(".__init__"), str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-    )
+    return Module(dotted.removesuffix(".__init__"), str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
 
 
 MODULES = tuple(_read(path) for path in sorted(PACKAGE.rglob("*.py")))

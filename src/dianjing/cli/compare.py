@@ -1,55 +1,57 @@
-"""`dianjing compare A B [C] --data held_out.json`: one page with the answers side by side."""
+"""`dianjing compare A B [C] --data held_out.json --out compare.html`: the answers side by side."""
 
 from __future__ import annotations
 
-import argparse
-import gc
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from dianjing.cli.questions import add_data_arguments, read_questions
-from dianjing.eval.score import score, summarise
-from dianjing.use.ask import ask, load_pictures
-from dianjing.use.compare import Column, page
-from dianjing.use.load import load_for_use
+from dianjing.cli.flags import Asking, parse
+from dianjing.errors import ConfigError
 
 NAME = "compare"
 SUMMARY = "put the answers of several models beside the pictures, on one HTML page"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Asking):
+    """What the command line gives."""
+
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")]
+    """Runs, exported folders, or folders of text LLMs ("tinyworld"): one column each."""
+    data: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """LLaVA JSON or JSONL with the questions and their answers."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """The page to write."""
+
+
 def run(arguments: list[str]) -> int:
     """Ask every model every question and write the page."""
-    parser = argparse.ArgumentParser(prog=f"dianjing {NAME}", description=SUMMARY)
-    parser.add_argument("models", nargs="+", help='runs, exported folders or text LLMs ("tinyworld")')
-    parser.add_argument("--data", required=True, help="LLaVA JSON or JSONL with the questions and their answers")
-    add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the page to write (.html)")
-    given = parser.parse_args(arguments)
+    given = parse(Arguments, arguments, NAME, SUMMARY)
+    if not given.models:
+        raise ConfigError("no model is named; write dianjing compare MODEL MODEL --data FILE --out FILE")
+
+    # Slow to import, so a typing error is said before.
+    from dianjing.cli.questions import read_questions
+    from dianjing.use.ask import ask, load_pictures
+    from dianjing.use.compare import column, page
+    from dianjing.use.load import load_for_use
+
     notices = Console(stderr=True)
-    questions, root = read_questions(given, notices)
+    questions, root = read_questions(given.data, given, notices)
     columns = []
     with Progress(console=notices, transient=True) as progress:
         for name in given.models:
             task = progress.add_task(name, total=len(questions))
             seer = load_for_use(name)
-            answers = ask(
-                seer,
-                questions,
-                root,
-                given.max_new_tokens,
-                lambda count, task=task: progress.advance(task, count),
-            )
-            scored = [
-                score(question.type, text, question.reference)
-                for question, text in zip(questions, answers, strict=True)
-            ]
-            columns.append(Column(name=name, can_see=seer.can_see, answers=answers, summary=summarise(scored)))
-            del seer
-            gc.collect()
-    title = f"{Path(given.data).name}: side by side"
-    html = page(title, questions, columns, load_pictures(questions, root))
+            answers = ask(seer, questions, root, given.max_new_tokens, lambda n, task=task: progress.advance(task, n))
+            columns.append(column(name, seer.can_see, questions, answers))
+            del seer  # before the next one is loaded
+    html = page(f"{Path(given.data).name}: side by side", questions, columns, load_pictures(questions, root))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(html, encoding="utf-8")
     print(given.out)

@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dianjing.cli.questions import add_data_arguments, read_questions
-from dianjing.eval.evaluate import Report, evaluate, times_asked
-from dianjing.eval.score import Summary
-from dianjing.use.load import load_for_use
+from dianjing.cli.flags import Asking, parse
+
+if TYPE_CHECKING:
+    from dianjing.eval.evaluate import Report
+    from dianjing.eval.score import Summary
 
 NAME = "eval"
 SUMMARY = "score a model with the right picture, with another one, and with none"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Asking):
+    """What the command line gives."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run, an exported folder, or the folder of a text LLM ("tinyworld")."""
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """LLaVA JSON or JSONL with the questions and their answers."""
+    json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Write the scores and every answer to this file."""
+
+
 def run(arguments: list[str]) -> int:
     """Score a model on a data set and print the table."""
-    parser = argparse.ArgumentParser(prog=f"dianjing {NAME}", description=SUMMARY)
-    parser.add_argument("model", help='a run, an exported folder, or a text LLM ("tinyworld")')
-    parser.add_argument("data", help="LLaVA JSON or JSONL with the questions and their answers")
-    add_data_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write scores and every answer to this file")
-    given = parser.parse_args(arguments)
+    given = parse(Arguments, arguments, NAME, SUMMARY)
+
+    # Slow to import, so a typing error is said before.
+    from dianjing.cli.questions import read_questions
+    from dianjing.eval.evaluate import evaluate, times_asked
+    from dianjing.use.load import load_for_use
+
     notices = Console(stderr=True)
-    questions, root = read_questions(given, notices)
+    questions, root = read_questions(given.data, given, notices)
     seer = load_for_use(given.model)
     with Progress(console=notices, transient=True) as progress:
         task = progress.add_task("answering", total=times_asked(seer, questions))
         report = evaluate(seer, questions, root, given.max_new_tokens, lambda count: progress.advance(task, count))
     Console().print(table(report))
     if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n"
-        given.json.write_text(text, encoding="utf-8")
+        file = Path(given.json)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -2,64 +2,89 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from rich.console import Console
 
+from dianjing.cli.flags import parse
 from dianjing.config.load import load_recipe
-from dianjing.data.record import load_records
-from dianjing.errors import DianjingError
-from dianjing.export.export import export
-from dianjing.use.ask import load_pictures
-from dianjing.use.generate import Conversation
-from dianjing.use.load import load_for_use
-from dianjing.use.questions import questions_of
+from dianjing.errors import DataError
+
+if TYPE_CHECKING:
+    from dianjing.use.generate import Conversation
 
 NAME = "export"
 SUMMARY = "write a run as a Hugging Face LLaVA folder that equals it"
 RECORDS = 8
-"""Records of the data that the receipt covers, besides the drawn pictures."""
+"""Records of the data that run and export are compared on, besides drawn pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line gives."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder of a run."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to write; it must not exist."""
+    data: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """LLaVA JSON to compare run and export on; the run's own if not given."""
+    images: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Folder of its pictures; the data file's own if not given."""
 
 
 def run(arguments: list[str]) -> int:
     """Export a run and say how equal it is."""
-    parser = argparse.ArgumentParser(prog=f"dianjing {NAME}", description=SUMMARY)
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--data", help="LLaVA JSON to compare run and export on (default: the run's own)")
-    parser.add_argument("--images", help="its image folder (default: the folder of the data file)")
-    given = parser.parse_args(arguments)
+    given = parse(Arguments, arguments, NAME, SUMMARY)
+
+    # Slow to import, so a typing error is said before.
+    from dianjing.export.export import export, require_free
+    from dianjing.use.load import load_for_use
+
+    require_free(given.out)
     notices = Console(stderr=True)
-    seer = load_for_use(given.run, "cpu")
-    conversations = _conversations(given.run, given.data, given.images, notices) if seer.can_see else []
-    cases = export(seer, given.out, conversations)
+    conversations = real_conversations(given, notices)
+    cases = export(load_for_use(given.run, "cpu"), given.out, conversations)
     difference = max(case.logit_difference for case in cases)
     notices.print(
-        f"run and export agree on {len(cases)} conversations: same tokens, same greedy answers, "
-        f"logits within {difference:.1e} (parity.json)"
+        f"run and export agree on {len(cases)} conversations: same tokens, same pixels, same greedy answers, "
+        f"logits within {difference:.1e} (parity.json)",
+        soft_wrap=True,
     )
     print(given.out)
     return 0
 
 
-def _conversations(run: str, data: str | None, images: str | None, notices: Console) -> list[Conversation]:
-    """Return a few real questions with their pictures, spread over the data."""
-    path, root = data, images
-    if path is None and (Path(run) / "recipe.toml").is_file():
-        config = load_recipe(Path(run) / "recipe.toml").data
-        path = config.path if isinstance(config.path, str) else config.path[0]
-        root = config.images or None
-    if path is None:
+def real_conversations(given: Arguments, notices: Console) -> list[Conversation]:
+    """Return a few questions with their pictures, spread over the data; none if the run's own is gone.
+
+    Raises:
+        DataError: the data that --data names cannot be used.
+    """
+    from dianjing.data.record import load_records
+    from dianjing.use.ask import load_pictures
+    from dianjing.use.generate import Conversation
+    from dianjing.use.questions import questions_of
+
+    data, images = given.data, given.images
+    recipe = Path(given.run).expanduser() / "recipe.toml"
+    if not data and recipe.is_file():
+        config = load_recipe(recipe).data
+        data, images = config.path if isinstance(config.path, str) else config.path[0], config.images
+    if not data:
         return []
     try:
-        records = load_records(path, on_bad_record="skip").records
-        chosen = records[:: max(1, len(records) // RECORDS)][:RECORDS]
-        questions = [questions_of(record)[0] for record in chosen]
-        pictures = load_pictures(questions, root or str(Path(path).parent))
-    except DianjingError as error:
-        if data is not None:
+        records = load_records(data, on_bad_record="skip").records
+        spread = records[:: max(1, len(records) // RECORDS)][:RECORDS]
+        questions = [questions_of(record)[0] for record in spread]
+        pictures = load_pictures(questions, images or str(Path(data).parent))
+    except DataError as error:
+        if given.data:
             raise
-        notices.print(f"compared on drawn pictures only: {error}", style="yellow")
+        text = f"the data of the run is not there any more, so drawn pictures alone are compared: {error}"
+        notices.print(text, style="yellow", markup=False, soft_wrap=True)
         return []
     return [Conversation((), one.text, [pictures[name] for name in one.images]) for one in questions]

@@ -75,12 +75,12 @@ def run(arguments: list[str]) -> int:
     shown = range(min(limit, dataset.num_records))
     notices = Console(stderr=True, highlight=False)
     for line in report_lines(dataset):
-        notices.print(line, markup=False)
+        notices.print(line, markup=False, soft_wrap=True)
     for i in shown:
         print_record(dataset.example(i), dataset.encoder, as_json=chosen.json)
     if chosen.out:
         Path(chosen.out).write_text(page(dataset, shown), encoding="utf-8")
-        notices.print(f"{chosen.out}: {len(shown)} records", markup=False)
+        notices.print(f"{chosen.out}: {len(shown)} records", markup=False, soft_wrap=True)
     return 0
 
 
@@ -102,7 +102,7 @@ def open_records(chosen: Arguments) -> Dataset:
 
 def report_lines(dataset: Dataset) -> Iterator[str]:
     """Yield what is worth knowing about the whole set."""
-    yield ", ".join(f"{name}: {number}" for name, number in dataset.report.items())
+    yield counts(dataset)
     template = dataset.encoder.template
     if missing := special_strings_missing(template, dataset.encoder.tokenizer):
         yield (
@@ -110,7 +110,12 @@ def report_lines(dataset: Dataset) -> Iterator[str]:
             f"plain text ({', '.join(missing)}): is it the LLM's own template?"
         )
     if cut := dataset.report["truncated"]:
-        yield f"warning: {cut} records are cut to {dataset.encoder.max_tokens} tokens (--max-tokens)"
+        yield f"warning: records cut to {dataset.encoder.max_tokens} tokens (--max-tokens): {cut}"
+
+
+def counts(dataset: Dataset) -> str:
+    """Return what the set holds in one line."""
+    return ", ".join(f"{number:,} {name}" for name, number in dataset.report.items() if number)
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def page(dataset: Dataset, indices: Iterable[int]) -> str:
         )
     template = files("dianjing.cli").joinpath("show.html.j2").read_text(encoding="utf-8")
     return jinja2.Template(template, autoescape=True).render(
-        title=os.path.basename(dataset.records[0].source), records=records, report=dataset.report
+        title=os.path.basename(dataset.records[0].source), records=records, counts=counts(dataset)
     )
 
 
@@ -190,6 +195,11 @@ def _inline(image: Image) -> str:
 
 
 def _num_image_tokens(tower: Path) -> int:
-    config = json.loads((tower / "config.json").read_text(encoding="utf-8"))
-    vision = config.get("vision_config", config)
-    return (vision["image_size"] // vision["patch_size"]) ** 2
+    # Imported here because it takes seconds, and only a tower needs it.
+    from transformers import CLIPVisionConfig
+
+    from dianjing.model.build import SELECT, num_image_tokens
+    from dianjing.model.language import read_config
+
+    config = read_config(tower)
+    return num_image_tokens(CLIPVisionConfig(**config.get("vision_config", config)), SELECT)

@@ -38,7 +38,7 @@ AT_MOST_ONE = frozenset({"train.warmup_ratio"})
 SIGNED = frozenset({"vision_tower.feature_layer"})
 """Numbers that may be negative; no other may."""
 
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list"}
+KINDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class RecipeField:
 def sections() -> dict[str, type]:
     """Return the sections of a recipe and the dataclass of each."""
     hints = get_type_hints(schema.Recipe)
-    return {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    return {name: cast(type, hint) for name, hint in hints.items() if is_dataclass(hint)}
 
 
 @cache
@@ -105,13 +105,13 @@ def known_field(name: str, where: str) -> RecipeField:
         return known[name]
     section, _, key = name.rpartition(".")
     siblings = [field.key for field in known.values() if field.section == section]
-    near = did_you_mean(key, siblings) or did_you_mean(name, known)
+    near = nearest(key, siblings)
     if not near:
-        by_key = {field.key: other for other, field in known.items()}
-        near = "".join(f"; did you mean '{by_key[match]}'?" for match in _close(key, by_key))
-    if siblings and not near:
-        near = f"; there are {', '.join(siblings)}"
-    raise ConfigError(f"{where}: unknown field '{key if siblings else name}'{near}")
+        key_elsewhere = nearest(key, [field.key for field in known.values()])
+        near = [other for other, field in known.items() if field.key in key_elsewhere]
+    offer = f"; did you mean {' or '.join(repr(other) for other in near)}?"
+    choices = f"; there are {', '.join(siblings or sections())}"
+    raise ConfigError(f"{where}: unknown field '{key if siblings else name}'{offer if near else choices}")
 
 
 def check(field: RecipeField, value: object, where: str) -> object:
@@ -133,18 +133,15 @@ def check(field: RecipeField, value: object, where: str) -> object:
     raise ConfigError(f"{where}: {field.name} = {shown}: {field.wanted} is needed, not {_kind_of(value)}")
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean '...'?" with the nearest name, or nothing when none is near."""
-    return "".join(f"; did you mean '{match}'?" for match in _close(name, names))
-
-
-def _close(name: str, names: Iterable[str]) -> list[str]:
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Return the name that is most like `name`, or nothing when none is."""
     return difflib.get_close_matches(name, list(names), n=1)
 
 
 def _choice(field: RecipeField, value: str, choices: tuple[str, ...], where: str) -> str:
     if value not in choices:
-        raise ConfigError(f'{where}: {field.name} = "{value}"{did_you_mean(value, choices)}; it is {field.wanted}')
+        offer = "".join(f'; did you mean "{choice}"?' for choice in nearest(value, choices))
+        raise ConfigError(f'{where}: {field.name} = "{value}": {field.wanted} is needed{offer}')
     return value
 
 
@@ -187,7 +184,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _kind_of(value: object) -> str:
-    return KINDS.get(tuple if isinstance(value, list) else type(value), f"a {type(value).__name__}")
+    return "a list" if isinstance(value, list) else KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _meanings() -> dict[tuple[str, str], str]:

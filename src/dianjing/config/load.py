@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, cast, get_origin
 
-from dianjing.config.fields import check, did_you_mean, known_field, recipe_fields, sections
+from dianjing.config.fields import check, known_field, nearest, recipe_fields, sections
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError
 
@@ -34,7 +34,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         written[name] = (_typed(name, text, flag), flag)
     values = {name: check(known_field(name, where), value, where) for name, (value, where) in written.items()}
     _check_missing(values, str(source))
-    recipe = _make(values)
+    recipe = make_recipe(values)
     _check_agreement(recipe, str(source))
     return recipe
 
@@ -52,10 +52,8 @@ def find_recipe(path: str | Path) -> Path:
     if str(path) in shipped:
         return shipped[str(path)]
     reason = "a folder, not a recipe" if file.is_dir() else "there is no such recipe"
-    raise ConfigError(
-        f"{path}: {reason}{did_you_mean(str(path), shipped)}; give a TOML file, or the name of a shipped recipe: "
-        f"{', '.join(shipped)}"
-    )
+    offer = "".join(f"; did you mean '{name}'?" for name in nearest(str(path), shipped))
+    raise ConfigError(f"{path}: {reason}; give a TOML file or a shipped recipe: {', '.join(shipped)}{offer}")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -75,7 +73,9 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
             lines += ["", f"[{section}]"]
         if value is not None:
             lines.append(f"{key} = {as_toml(value)}")
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    writing = Path(f"{path}.writing")
+    writing.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    writing.replace(path)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -86,10 +86,20 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def make_recipe(values: Mapping[str, object]) -> Recipe:
+    """Return the recipe of checked values by dotted field name; what is not given has its default."""
+    groups: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in sections()}}
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        groups[section][key] = value
+    top = groups.pop("")
+    return Recipe(**top, **{section: sections()[section](**group) for section, group in groups.items()})
+
+
 def as_toml(value: object) -> str:
     """Return a value as TOML writes it."""
     if isinstance(value, tuple):
-        return f"[{', '.join(as_toml(item) for item in value)}]"
+        return f"[{', '.join(as_toml(item) for item in cast(tuple[object, ...], value))}]"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -98,22 +108,23 @@ def as_toml(value: object) -> str:
 
 def _flatten(table: Mapping[str, Any], source: str) -> Iterator[tuple[str, object]]:
     for name, value in table.items():
-        if name in sections() and not isinstance(value, dict):
-            raise ConfigError(f"{source}: '{name}' is a section; write [{name}] and its fields below")
-        if isinstance(value, dict) and name not in sections():
-            raise ConfigError(
-                f"{source}: unknown section [{name}]{did_you_mean(name, sections())}; there are {', '.join(sections())}"
-            )
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", value[key]) for key in value)
-        else:
+        if name not in sections():
+            if isinstance(value, dict):
+                offer = "".join(f"; did you mean [{other}]?" for other in nearest(name, sections()))
+                raise ConfigError(f"{source}: unknown section [{name}]; there are {', '.join(sections())}{offer}")
             yield name, value
+        elif isinstance(value, dict):
+            yield from ((f"{name}.{key}", item) for key, item in cast(dict[str, object], value).items())
+        else:
+            raise ConfigError(f"{source}: '{name}' is a section; write [{name}] and its fields below")
 
 
 def _typed(name: str, text: str, flag: str) -> object:
     """Return a value typed on the command line: as text where text will do, else what TOML makes of it."""
-    takes_text = any(kind is str or get_origin(kind) is Literal for kind in known_field(name, flag).kinds)
-    if takes_text and not text.startswith("["):
+    kinds = known_field(name, flag).kinds
+    takes_text = any(kind is str or get_origin(kind) is Literal for kind in kinds)
+    takes_list = any(get_origin(kind) is tuple for kind in kinds)
+    if takes_text and not (takes_list and text.startswith("[")):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -124,20 +135,11 @@ def _typed(name: str, text: str, flag: str) -> object:
 def _check_missing(values: Mapping[str, object], source: str) -> None:
     for name, field in recipe_fields().items():
         if field.default is MISSING and name not in values:
-            place = f"[{field.section}]" if field.section else "the recipe"
+            place = f"[{field.section}]" if field.section else "it"
             flag = name.replace("_", "-")
             raise ConfigError(
-                f"{source}: {place} lacks '{field.key}' ({field.wanted}); write it there, or give --{flag}"
+                f"{source}: {place} lacks '{field.key}' ({field.wanted}); write it there or give --{flag}"
             )
-
-
-def _make(values: Mapping[str, object]) -> Recipe:
-    groups: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in sections()}}
-    for name, value in values.items():
-        section, _, key = name.rpartition(".")
-        groups[section][key] = value
-    top = groups.pop("")
-    return Recipe(**top, **{section: sections()[section](**group) for section, group in groups.items()})
 
 
 def _check_agreement(recipe: Recipe, source: str) -> None:

@@ -156,11 +156,11 @@ def _fitting(example: Example, config: DataConfig, record: Record) -> Example:
 def _counted(record: Record, example: Example) -> dict[str, int]:
     return {
         "pictures": len(record.images),
-        "text-only": not record.images,
+        "text-only": int(not record.images),
         "turns": len(record.turns),
         "positions": len(example.input_ids),
         "supervised tokens": sum(label != IGNORE_INDEX for label in example.labels),
-        "truncated": example.truncated > 0,
+        "truncated": int(example.truncated > 0),
     }
 
 

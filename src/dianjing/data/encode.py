@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -77,7 +78,7 @@ class Encoder:
                     'it, raise data.max_tokens, or set data.on_long_record to "truncate" or "skip"'
                 )
             input_ids, labels = input_ids[: self.max_tokens], labels[: self.max_tokens]
-        cut = f"; raise data.max_tokens = {self.max_tokens}, or remove the record" if truncated else ""
+        cut = f"; raise data.max_tokens ({self.max_tokens}), or remove the record" if truncated else ""
         if input_ids.count(self.image_token_id) != len(record.images):
             raise DataError(f"{record.where}: a picture lies beyond the cut{cut}")
         if all(label == IGNORE_INDEX for label in labels[1:]):
@@ -130,8 +131,7 @@ class Encoder:
         if self.image_token_id not in ids:
             return ids
         # A tokenizer that knows the marker would make a picture of it; split, it stays the text it is.
-        halves = text.replace(IMAGE_MARKER, f"{IMAGE_MARKER[:1]}\0{IMAGE_MARKER[1:]}").split("\0")
-        return [token for half in halves for token in self._text(half)]
+        return [token for half in re.split("(?<=<)(?=image>)", text) for token in self._text(half)]
 
     def _text(self, text: str) -> list[int]:
         return text_ids(self.tokenizer, text)
@@ -166,11 +166,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         old = os.path.isfile(os.path.join(folder, "tokenizer.model"))
         found = "only tokenizer.model is there, which is not read" if old else "there is no tokenizer.json"
         raise ModelError(f"{folder}: {found}; save the tokenizer in the fast format (tokenizer.json) first")
-    # XTuner gives a Qwen tokenizer no BOS, whatever its settings say.
-    settings: dict[str, Any] = {"bos_token": None} if _declared_class(folder).startswith("qwen") else {}
-    load = cast(Any, PreTrainedTokenizerFast).from_pretrained
     try:
-        return load(folder, local_files_only=True, **settings)
+        # XTuner gives a Qwen tokenizer no BOS, whatever its settings say.
+        settings: dict[str, Any] = {"bos_token": None} if _declared_class(folder).startswith("qwen") else {}
+        return cast(Any, PreTrainedTokenizerFast).from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # the tokenizers library raises bare Exception for what it cannot read
         raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
@@ -179,8 +178,5 @@ def _declared_class(folder: str) -> str:
     path = os.path.join(folder, "tokenizer_config.json")
     if not os.path.isfile(path):
         return ""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return str(json.load(file).get("tokenizer_class")).lower()
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
+    with open(path, encoding="utf-8") as file:
+        return str(json.load(file).get("tokenizer_class")).lower()

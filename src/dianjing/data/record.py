@@ -121,8 +121,9 @@ def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"{path}: cannot be read ({reason}); give a LLaVA JSON or JSONL file") from None
+    before = len(problems)
     found = _read_list(path, text) if suffix == ".json" else _read_lines(path, text, problems)
-    if not found and not problems:
+    if not found and len(problems) == before:
         raise DataError(f"{path}: there is no record in it")
     return found
 
@@ -210,7 +211,7 @@ def _messages(fields: Mapping[str, object], noticed: Counter[str]) -> list[tuple
     key = "conversations"
     if key not in fields and "conversation" in fields:
         key = "conversation"
-        noticed['the key "conversation" was read as "conversations"'] += 1
+        noticed['records with "conversation" for "conversations"'] += 1
     if key not in fields:
         raise DataError(f'there is no "conversations" among its keys ({", ".join(fields) or "none"})')
     values = fields[key]
@@ -246,10 +247,10 @@ def _turns(messages: Sequence[tuple[str, str]], noticed: Counter[str]) -> tuple[
         if role == "human":
             asked.append(place_marker(text))
         elif not asked and not turns:
-            noticed["an answer before the first question was dropped"] += 1
+            noticed["answers before the first question dropped"] += 1
         else:
             if not asked:
-                noticed["an answer follows an answer: its question is empty"] += 1
+                noticed["answers after an answer, to an empty question"] += 1
             if not text.strip():
                 raise DataError(f"the answer of turn {len(turns)} is empty; write it or remove the turn")
             turns.append(Turn(question="".join(asked), answer=text))
@@ -257,7 +258,7 @@ def _turns(messages: Sequence[tuple[str, str]], noticed: Counter[str]) -> tuple[
     if not turns:
         raise DataError('no human message has an answer; add a message from "gpt", or remove the record')
     if asked:
-        noticed["an unanswered last question was dropped"] += 1
+        noticed["unanswered last questions dropped"] += 1
     return tuple(turns)
 
 

@@ -20,18 +20,34 @@ def export(seer: Seer, out: Path, conversations: Sequence[Conversation] = ()) ->
     Raises:
         ExportError: `out` exists, the model cannot be exported, or the export does not equal the run.
     """
-    if out.exists():
-        raise ExportError(f"{out}: already there; remove it or give another name")
+    require_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     unproven = out.with_name(f"{out.name}.unproven")
     shutil.rmtree(unproven, ignore_errors=True)
     unproven.mkdir()
     try:
         save_hf(seer, unproven)
-        cases = compare(seer, unproven, [*conversations, *drawn_cases()])
+        cases = _compare(seer, unproven, [*conversations, *drawn_cases()])
         write_receipt(seer, unproven, cases)
         unproven.rename(out)
     except BaseException:
         shutil.rmtree(unproven, ignore_errors=True)
         raise
     return cases
+
+
+def require_free(out: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ExportError: there is something of that name.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: already there; remove it or give another name")
+
+
+def _compare(seer: Seer, folder: Path, conversations: Sequence[Conversation]) -> list[Case]:
+    try:
+        return compare(seer, folder, conversations)
+    except Exception as error:  # whatever stops a stranger from reading it
+        raise ExportError(f"the export cannot be read back, so it is not kept: {error}") from error

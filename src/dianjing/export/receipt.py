@@ -148,8 +148,8 @@ def _message(question: str) -> dict[str, Any]:
     count, text = question.count(IMAGE_MARKER), without_markers(question)
     if not count or question != with_markers(text, count):
         return {"role": "user", "content": question}
-    parts: list[dict[str, Any]] = [{"type": "image"}] * count
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    parts: list[dict[str, Any]] = [*[{"type": "image"}] * count, *([{"type": "text", "text": text}] if text else [])]
+    return {"role": "user", "content": parts}
 
 
 def _run_logits(seer: Seer, conversation: Conversation, answer: list[int]) -> Float[Tensor, "tokens vocab"]:

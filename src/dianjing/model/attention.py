@@ -68,10 +68,11 @@ def _on_gpu(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # importing it needs what only GPU builds of torch have
 
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (tokens, heads, size)
-    spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    return varlen_attn(*rows, *spans, scale=scaling, window_size=(-1, 0), **grouped)[None]
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, size)
+    settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if query.shape[1] != key.shape[1]:
+        settings["enable_gqa"] = True
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **settings)[None]  # pyright: ignore
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -62,7 +61,9 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     llm, llm_report = load_language_model(llm_folder, dtype)
     tower, tower_report = load_vision_tower(tower_folder, dtype)
     image_id = image_token_id(tokenizer)
-    model = assemble(llm, tower, image_id, recipe.vision_tower.feature_layer, recipe.seed).to(device)
+    _require_rows(llm, tokenizer, image_id)
+    model: Any = assemble(llm, tower, image_id, recipe.vision_tower.feature_layer, recipe.seed)
+    model.to(device)
     if image_processor.size != tower.config.image_size:
         raise ModelError(
             f"{tower_folder}: the tower takes pictures of {tower.config.image_size} pixels, but "
@@ -89,38 +90,40 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     )
 
 
-def num_image_tokens(vision_config: CLIPVisionConfig, strategy: str) -> int:
+def num_image_tokens(vision_config: Any, strategy: str) -> int:
     """Return how many features one picture has; "default" leaves the class token out."""
     patches = (vision_config.image_size // vision_config.patch_size) ** 2
     return patches if strategy == "default" else patches + 1
 
 
 def assemble(
-    llm: PreTrainedModel, tower: CLIPVisionModel, image_token_id: int, feature_layer: int, seed: int
+    llm: PreTrainedModel, tower: PreTrainedModel, image_token_id: int, feature_layer: int, seed: int
 ) -> LlavaForConditionalGeneration:
     """Return a LLaVA made of the two parts themselves (no copies) and a new fp32 projector.
 
     Raises:
-        ModelError: the tower has no such layer.
+        ModelError: the tower has no such layer, or the LLM cannot keep the records of a pack apart.
     """
+    _require_isolation(llm)
     depth = tower.config.num_hidden_layers
     if not -depth - 1 <= feature_layer <= depth:
         raise ModelError(
             f"vision_tower.feature_layer is {feature_layer}, but the tower has {depth} layers: "
             f"{-depth - 1} to {depth}, -2 being LLaVA's choice"
         )
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=llm.config,
-        image_token_id=image_token_id,
-        image_seq_length=num_image_tokens(tower.config, SELECT),
-        vision_feature_layer=feature_layer,
-        vision_feature_select_strategy=SELECT,
-        tie_word_embeddings=llm.config.tie_word_embeddings,
-        dtype=llm.config.dtype,
-    )
+    settings: dict[str, Any] = {
+        "vision_config": tower.config,
+        "text_config": llm.config,
+        "image_token_id": image_token_id,
+        "image_seq_length": num_image_tokens(tower.config, SELECT),
+        "vision_feature_layer": feature_layer,
+        "vision_feature_select_strategy": SELECT,
+        "tie_word_embeddings": llm.config.tie_word_embeddings,
+        "dtype": llm.config.dtype,
+    }
+    config = LlavaConfig(**settings)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model: Any = LlavaForConditionalGeneration(config)
     model.model.language_model = llm.get_decoder()
     model.model.vision_tower = tower
     model.lm_head = llm.get_output_embeddings()
@@ -134,6 +137,25 @@ def new_projector(config: LlavaConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlavaMultiModalProjector(config)
+
+
+def _require_isolation(llm: Any) -> None:
+    """Refuse an LLM in which one record of a pack could see another."""
+    if not llm._supports_attention_backend or getattr(llm, "_is_stateful", False):
+        raise ModelError(
+            f"{type(llm).__name__} is not supported: records share a forward pass without seeing each other, which "
+            "needs an LLM whose layers mix tokens by attention only, through transformers' attention interface"
+        )
+
+
+def _require_rows(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, image_id: int) -> None:
+    """Refuse a tokenizer with ids that the LLM has no embedding for; the id of a picture needs none."""
+    largest = max(token for token in tokenizer.get_vocab().values() if token != image_id)
+    if largest >= llm.config.vocab_size:
+        raise ModelError(
+            f"the tokenizer's ids go up to {largest}, but the LLM has {llm.config.vocab_size} embeddings; "
+            "the folder's tokenizer is another LLM's, or has tokens that this LLM was never resized for"
+        )
 
 
 def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from dianjing.data.collate import Batch
 from dianjing.model.attention import UNREAD_MASK
@@ -19,22 +21,23 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
     with arithmetic(model):
         features = image_features(model, batch.pixel_values)
         embeddings = embed(model, batch.input_ids, batch.image_positions, features)
-        hidden = model.model.language_model(
-            inputs_embeds=embeddings[None],
-            position_ids=batch.position_ids[None],
-            attention_mask=UNREAD_MASK,
-            use_cache=False,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        ).last_hidden_state[0]  # (tokens, hidden)
+        with _last_layer_at(model, batch.target_rows, batch.num_tokens):
+            hidden = model.model.language_model(
+                inputs_embeds=embeddings[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=UNREAD_MASK,
+                use_cache=False,
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+            ).last_hidden_state[0]  # (tokens, hidden)
         logits = model.lm_head(hidden[batch.target_rows])  # (supervised, vocab)
     loss = cross_entropy(logits.float(), batch.targets, reduction="sum")
     return loss if len(batch.pixel_values) else loss + _unseen_picture(model, batch)
 
 
-def arithmetic(model: LlavaForConditionalGeneration) -> AbstractContextManager[None]:
+def arithmetic(model: PreTrainedModel) -> torch.autocast:
     """Return the context in which the model computes in the precision it was built for."""
-    dtype = model.config.dtype
+    dtype: Any = model.config.dtype
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -42,7 +45,8 @@ def image_features(
     model: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "images 3 height width"]
 ) -> Float[Tensor, "images patches hidden"]:
     """Return the projected features of pictures, run through no more of the tower's layers than they need."""
-    tower, config = model.model.vision_tower, model.config
+    tower: Any = model.model.vision_tower
+    config: Any = model.config
     if not len(pixel_values):
         return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
@@ -58,7 +62,8 @@ def image_features(
 def num_tower_layers(model: LlavaForConditionalGeneration) -> int:
     """Return how many layers of the vision tower the features have passed; the others reach no loss."""
     # hidden_states[0] is what enters the first layer.
-    return range(model.config.vision_config.num_hidden_layers + 1)[model.config.vision_feature_layer]
+    config: Any = model.config
+    return range(config.vision_config.num_hidden_layers + 1)[config.vision_feature_layer]
 
 
 def embed(
@@ -73,6 +78,31 @@ def embed(
     rows = features.flatten(0, 1).to(embeddings.dtype)
     assert len(rows) == len(image_positions), f"{len(image_positions)} image tokens, but {len(rows)} features"
     return embeddings.index_copy(0, image_positions, rows)
+
+
+@contextmanager
+def _last_layer_at(model: LlavaForConditionalGeneration, rows: Int[Tensor, " rows"], num_tokens: int) -> Iterator[None]:
+    """Let the last decoder layer compute, after its attention, only these rows; no other row is read after it."""
+
+    def select(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][:, rows],)
+
+    def spread(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.new_zeros(1, num_tokens, output.shape[-1]).index_copy(1, rows, output)
+
+    layer: Any = model.model.language_model.layers[-1]
+    checkpointing = layer.gradient_checkpointing
+    hooks = []
+    try:
+        # Its backward pass comes first: dropping what it needs and computing it again would save no memory.
+        layer.gradient_checkpointing = False
+        for module in (layer.self_attn.o_proj, layer.mlp):
+            hooks += [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
+        yield
+    finally:
+        layer.gradient_checkpointing = checkpointing
+        for hook in hooks:
+            hook.remove()
 
 
 def _unseen_picture(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:

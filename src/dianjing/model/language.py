@@ -160,7 +160,7 @@ def _load_internlm2(folder: Path, config: Mapping[str, Any], dtype: torch.dtype)
     return load_exactly(LlamaForCausalLM, folder, dtype=dtype, weights=weights, config=llama)
 
 
-def internlm2_to_llama(name: str, weight: Tensor, config: LlamaConfig) -> dict[str, Tensor]:
+def internlm2_to_llama(name: str, weight: Tensor, config: Any) -> dict[str, Tensor]:
     """Return one InternLM2 tensor under Llama's names.
 
     wqkv holds, for each key-value head, the rows of its query heads, then of the key, then of the value:
@@ -174,8 +174,7 @@ def internlm2_to_llama(name: str, weight: Tensor, config: LlamaConfig) -> dict[s
     groups = weight.unflatten(0, (config.num_key_value_heads, queries + 2, -1))
     parts = {"q_proj": groups[:, :queries], "k_proj": groups[:, -2:-1], "v_proj": groups[:, -1:]}
     return {
-        name.replace(FUSED_QKV, f".self_attn.{part}."): rows.flatten(0, 2).contiguous()
-        for part, rows in parts.items()
+        name.replace(FUSED_QKV, f".self_attn.{part}."): rows.flatten(0, 2).contiguous() for part, rows in parts.items()
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.model.forward import num_tower_layers
+from dianjing.model.lora import LoraLinear
 
 PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
@@ -128,6 +130,7 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
         # A list would be matched by the ends of the names, which also fit elsewhere.
         target_modules="|".join(map(re.escape, targets)),
     )
+    lora._register_custom_module({nn.Linear: LoraLinear})
     inject_adapter_in_model(lora, model)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
 from dianjing.errors import ModelError
 from dianjing.model.language import LoadReport, count, load_exactly, read_config, read_weights, require_safetensors
@@ -17,7 +17,7 @@ TEXT_SIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_sca
 """What a whole CLIP has beside its tower."""
 
 
-def load_vision_tower(folder: str | Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, LoadReport]:
+def load_vision_tower(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LoadReport]:
     """Return the vision tower of a folder, its weights in `dtype`, and what was read.
 
     Raises:

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=("both", "language_model", "vision_tower"), default="both")
-    parser.add_argument("--cycle", type=int, choices=(1, 2), help="only this cycle of the language model")
+    parser.add_argument("--cycle", type=int, choices=(1, 2, 3), help="only this cycle of the language model")
     parser.add_argument("--dialogues", type=int, default=1_600_000)
     parser.add_argument("--vision-tower-steps", type=int, default=10_000)
     parser.add_argument("--pictures", type=int, default=256_000)

@@ -109,14 +109,30 @@ def describe(rng: random.Random, scene: Scene, language: str, form: str) -> str:
     return joint.join(pattern.format(**words_for(words, thing)) for thing in order)
 
 
-def told_dialogue(rng: random.Random, scene: Scene, number: int) -> list[Question]:
+def gather(rng: random.Random, scene: Scene) -> list[str]:
+    """Say a scene as phrases that are each to be read at a single position: all cells in order, or the objects in any."""
+    language = rng.choice(LANGUAGES)
+    words, space = WORDS[language], "" if language == "zh" else " "
+    pattern = space + space.join(("{size}", "{colour}", "{shape}", "{place}"))
+    if rng.random() < 0.5:
+        return [pattern.format(**words_for(words, thing)) for thing in rng.sample(scene, len(scene))]
+    by_place = {thing.place: thing for thing in scene}
+    return [
+        pattern.format(**words_for(words, by_place[place]))
+        if place in by_place
+        else space + space.join((words.empty, words.places[place]))
+        for place in range(PLACES)
+    ]
+
+
+def told_dialogue(rng: random.Random, scene: Scene, number: int, description: str | None = None) -> list[Question]:
     """A dialogue that opens with the scene in words; description and questions may be in different languages."""
     spoken, told = rng.choice(LANGUAGES), rng.choice(LANGUAGES)
     questions = ask_several(rng, scene, spoken, number)
     if rng.random() < 0.4:
         questions.insert(rng.randint(0, len(questions)), caption_question(rng, scene, spoken))
     first = questions[0]
-    description = describe(rng, scene, told, rng.choice(FORMS))
+    description = description or describe(rng, scene, told, rng.choice(FORMS))
     return [Question(first.type, f"{description}\n{first.text}", first.answer), *questions[1:]]
 
 

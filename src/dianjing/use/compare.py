@@ -13,13 +13,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL.Image import Image, Resampling
 
-from dianjing.eval.score import Summary, exact_match, token_f1
+from dianjing.eval.score import Summary, exact_match, score, summarise, token_f1, tokens
 from dianjing.use.questions import Question, without_markers
 
 THUMBNAIL_PIXELS = 360
 """Longer side of a picture on the page."""
 CLOSE_F1 = 0.5
-"""From this token F1 on an answer that is not exact counts as close."""
+"""From this token F1 on an answer that is not exact counts as close, if its reference is long."""
+LONG_REFERENCE = 10
+"""Words of a reference that can be missed in part; in a shorter one a wrong word is a wrong answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,12 @@ class Column:
     can_see: bool
     answers: Sequence[str]
     summary: Summary
+
+
+def column(name: str, can_see: bool, questions: Sequence[Question], answers: Sequence[str]) -> Column:
+    """Return the column of a model that gave these answers."""
+    scored = [score(one.type, answer, one.reference) for one, answer in zip(questions, answers, strict=True)]
+    return Column(name=name, can_see=can_see, answers=answers, summary=summarise(scored))
 
 
 def page(title: str, questions: Sequence[Question], columns: Sequence[Column], pictures: Mapping[str, Image]) -> str:
@@ -83,4 +91,5 @@ def verdict(answer: str, reference: str) -> dict[str, Any]:
     f1 = token_f1(answer, reference)
     if exact_match(answer, reference):
         return {"verdict": "right", "f1": f1}
-    return {"verdict": "close" if f1 >= CLOSE_F1 else "wrong", "f1": f1}
+    close = f1 >= CLOSE_F1 and len(tokens(reference)) >= LONG_REFERENCE
+    return {"verdict": "close" if close else "wrong", "f1": f1}

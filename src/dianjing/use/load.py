@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from dianjing.data.image import ImageProcessor
 from dianjing.data.template import choose_template, get_template
 from dianjing.errors import ModelError
 from dianjing.model.build import build, num_image_tokens
-from dianjing.model.language import load_language_model
+from dianjing.model.language import load_exactly, load_language_model, read_config, require_safetensors
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state
+from dianjing.tinyworld.folders import NAME as TINYWORLD
 from dianjing.tinyworld.folders import resolve
-from dianjing.train.checkpoint import newest
+from dianjing.train.checkpoint import TRAINABLE, newest
 from dianjing.use.generate import Seer
 
 TEMPLATE_KEY = "dianjing_template"
@@ -38,16 +38,20 @@ def load_for_use(path: str, device: str | None = None) -> Seer:
         ModelError: the folder is none of these.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if path != TINYWORLD and not Path(path).expanduser().is_dir():
+        raise ModelError(f'{path}: no such folder; give a run, an exported model, a text LLM, or "{TINYWORLD}"')
     folder = resolve(path, "language_model")
     if (folder / "recipe.toml").is_file():
-        return _load_run(folder, device)
-    if not (folder / "config.json").is_file():
+        seer = _load_run(folder, device)
+    elif not (folder / "config.json").is_file():
         raise ModelError(
-            f"{path}: neither recipe.toml (a run) nor config.json (a model) is there; "
+            f"{path}: neither recipe.toml (a run) nor config.json (a model) is in it; "
             "give the folder of a run, of an export, or of a text LLM"
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    seer = _load_llava(folder, config, device) if config.get("model_type") == "llava" else _load_text(folder, device)
+    elif read_config(folder).get("model_type") == "llava":
+        seer = _load_llava(folder, device)
+    else:
+        seer = _load_text(folder, device)
     return replace(seer, name=path)
 
 
@@ -58,7 +62,7 @@ def _load_run(run: Path, device: str) -> Seer:
     checkpoint = newest(run)
     built = build(recipe, device, fresh_projector=True)
     apply_stage(built.model, recipe)
-    load_trainable_state(built.model, load_file(checkpoint / "trainable.safetensors"))
+    load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
     return Seer(
         name=str(run),
         model=built.model.eval(),
@@ -68,15 +72,19 @@ def _load_run(run: Path, device: str) -> Seer:
     )
 
 
-def _load_llava(folder: Path, config: dict[str, Any], device: str) -> Seer:
+def _load_llava(folder: Path, device: str) -> Seer:
+    config = read_config(folder)
+    tower = config.get("vision_config", {}).get("model_type")
+    if tower != "clip_vision_model":
+        raise ModelError(f'{folder}: its vision tower is "{tower}"; only LLaVAs with a CLIP tower can be asked here')
     tokenizer = load_tokenizer(folder)
-    model: Any = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=_dtype(device))
-    vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
+    require_safetensors(folder)
+    model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
     return Seer(
         name=str(folder),
         model=model.to(device).eval(),
         tokenizer=tokenizer,
-        encoder=_encoder(tokenizer, config.get(TEMPLATE_KEY), num_image_tokens(vision, strategy)),
+        encoder=_encoder(tokenizer, config.get(TEMPLATE_KEY), model.config),
         image_processor=ImageProcessor.from_folder(folder),
     )
 
@@ -88,21 +96,22 @@ def _load_text(folder: Path, device: str) -> Seer:
         name=str(folder),
         model=model.to(device).eval(),
         tokenizer=tokenizer,
-        encoder=_encoder(tokenizer, None, 1),
+        encoder=_encoder(tokenizer, None, None),
         image_processor=None,
     )
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, template: str | None, num_image_tokens: int) -> Encoder:
+def _encoder(tokenizer: PreTrainedTokenizerBase, template: str | None, llava: Any) -> Encoder:
+    """Return the encoder of a model; `llava` is the configuration of one that sees, else None."""
     return Encoder(
         tokenizer=tokenizer,
         template=get_template(template or choose_template(tokenizer)),
-        num_image_tokens=num_image_tokens,
+        num_image_tokens=num_image_tokens(llava.vision_config, llava.vision_feature_select_strategy) if llava else 1,
         max_tokens=tokenizer.model_max_length,
         on_long_record="error",
-        image_token_id=image_token_id(tokenizer),
+        image_token_id=llava.image_token_id if llava else image_token_id(tokenizer),
     )
 
 
 def _dtype(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

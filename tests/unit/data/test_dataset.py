@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -164,6 +163,7 @@ def test_long_records_have_a_rule_of_their_own(tiny_llm: Path, tiny_clip: Path, 
             opened(tiny_llm, tiny_clip, replace(short, on_long_record="error", on_bad_record=on_bad_record))
     cut = opened(tiny_llm, tiny_clip, replace(short, on_long_record="truncate"))
     assert (cut.num_records, cut.report["truncated"]) == (8, dataset.report["skipped"])
+    assert {type(number) for number in cut.report.values()} == {int}
 
 
 def test_no_record_left(tiny_llm: Path, tiny_clip: Path, tiny_dataset: TinyDataset) -> None:
@@ -208,14 +208,12 @@ def test_the_fingerprint_changes_with_text_order_and_pictures(
 
 def test_the_fingerprint_changes_with_a_picture_file(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
     conversation = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]
-    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": conversation}]))
     found = set()
-    for side in (4, 5):
-        Image.new("RGB", (side, side)).save(tmp_path / "a.png")
-        pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "a.png")
+    for name, side in (("a.bmp", 4), ("a.bmp", 5), ("b.bmp", 5)):
+        Image.new("RGB", (side, side)).save(tmp_path / name)
+        (tmp_path / "data.json").write_text(json.dumps([{"image": name, "conversations": conversation}]))
         found.add(opened(tiny_llm, tiny_clip, DataConfig(path=str(tmp_path / "data.json"))).fingerprint)
-    assert len(found) == 2
+    assert len(found) == 3
 
 
 def test_the_door_is_fast(tiny_llm: Path, tiny_clip: Path, tiny_dataset: TinyDataset, tmp_path: Path) -> None:

@@ -165,9 +165,9 @@ def test_a_long_record_is_named_with_its_length_and_the_limit(policy: str) -> No
 
 def test_a_cut_that_takes_a_picture_or_all_answers_is_refused() -> None:
     encoder = make_encoder(SPM, "vicuna", max_tokens=30, on_long_record="truncate")
-    with pytest.raises(DataError, match=r"a picture lies beyond the cut; raise data\.max_tokens = 30"):
+    with pytest.raises(DataError, match=r"a picture lies beyond the cut; raise data\.max_tokens \(30\)"):
         encoder.encode(record_of(("Q", "A"), ("word " * 40 + "<image>", "A"), images=1))
-    with pytest.raises(DataError, match=r"no answer is left to learn from; raise data\.max_tokens = 30"):
+    with pytest.raises(DataError, match=r"no answer is left to learn from; raise data\.max_tokens \(30\)"):
         encoder.encode(record_of(("word " * 40, "A")))
 
 
@@ -262,5 +262,5 @@ def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="its tokenizer cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(ModelError, match="its tokenizer cannot be read: Expecting"):
         load_tokenizer(tmp_path)

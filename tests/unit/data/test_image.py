@@ -17,7 +17,20 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from dianjing.data.image import ImageProcessor, check_image, load_image
 from dianjing.errors import DataError, ModelError
 
-SIZES = [(40, 40), (28, 28), (97, 31), (29, 113), (1, 1), (1, 7), (3, 2), (300, 2), (27, 29), (57, 28), (640, 477)]
+SIZES = [
+    (40, 40),
+    (28, 28),
+    (97, 31),
+    (29, 113),
+    (1, 1),
+    (1, 7),
+    (3, 2),
+    (30, 41),
+    (300, 2),
+    (27, 29),
+    (57, 28),
+    (640, 477),
+]
 CLIP = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": 28},
@@ -188,6 +201,7 @@ def test_a_complete_jpeg_with_bytes_after_its_end_is_fine(tmp_path: Path) -> Non
         ("folder", "no such file"),
         ("../outside.png", "leads out of the image folder"),
         ("folder/../../outside.png", "leads out of the image folder"),
+        ("../images-of-another/a.png", "leads out of the image folder"),
         ("link.png", "leads out of the image folder"),
         ("https://host/a.png", "not a path inside"),
         ("data:image/png;base64,iVBO", "not a path inside"),

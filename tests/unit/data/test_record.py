@@ -70,16 +70,16 @@ def test_what_is_dropped_or_odd_is_noticed() -> None:
     record, noticed = parse(gpt("Hi"), gpt("Ho"), human("Q"), gpt("A"), gpt("B"), human("left"), human("over"))
     assert record.turns == (Turn(question="Q", answer="A"), Turn(question="", answer="B"))
     assert noticed == {
-        "an answer before the first question was dropped": 2,
-        "an answer follows an answer: its question is empty": 1,
-        "an unanswered last question was dropped": 1,
+        "answers before the first question dropped": 2,
+        "answers after an answer, to an empty question": 1,
+        "unanswered last questions dropped": 1,
     }
 
 
 def test_conversation_is_read_with_a_notice() -> None:
     record, noticed = parse_record({"conversation": [human("Q"), gpt("A")]}, PLACE)
     assert record.turns == (Turn(question="Q", answer="A"),)
-    assert dict(noticed) == {'the key "conversation" was read as "conversations"': 1}
+    assert dict(noticed) == {'records with "conversation" for "conversations"': 1}
 
 
 @pytest.mark.parametrize(("fields", "expected"), [({"id": 7}, "7"), ({"id": "x"}, "x"), ({"id": None}, "17")])
@@ -196,7 +196,7 @@ def test_bad_records_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     assert [record.index for record in found.records] == [0, 2]
     assert len(found.skipped) == 1
     assert 'record 1 ("1"): conversations is empty' in found.skipped[0]
-    assert dict(found.notices) == {'the key "conversation" was read as "conversations"': 1}
+    assert dict(found.notices) == {'records with "conversation" for "conversations"': 1}
 
 
 def test_a_bad_line_is_one_bad_record(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""`dianjing VERB ...`: finds the verb, runs it, and prints what a user can put right without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dianjing import __version__
+from dianjing.errors import ConfigError, DianjingError
+
+VERBS = {
+    "demo": "watch a blind model learn to see, on drawn scenes",
+    "recipes": "list the shipped recipes, or copy one to edit",
+    "show": "show what the model sees of each record, and what it learns from it",
+    "train": "train what a recipe says",
+    "chat": "ask a model about pictures",
+    "eval": "score a model with the right picture, with another one, and with none",
+    "compare": "put the answers of several models beside the pictures, on one HTML page",
+    "export": "write a run as a Hugging Face LLaVA folder that equals it",
+}
+"""Each is the module of that name here, imported only when it is called; the text is its SUMMARY."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if given[0] == "--version":
+        print(f"dianjing {__version__}")
+        return 0
+    try:
+        return _run(given[0], given[1:])
+    except DianjingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What is read by `| head` may end early; nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        offer = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(VERBS)}"
+        raise ConfigError(f"unknown verb '{verb}'{offer}")
+    # Models are folders on this machine; nothing is looked for elsewhere, whatever they name.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars
+    return importlib.import_module(f"dianjing.cli.{verb}").run(arguments)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:{width}}  {summary}" for verb, summary in VERBS.items()]
+    return "\n".join(["usage: dianjing VERB ...", "", *lines, "", "`dianjing VERB --help` says more about one."])

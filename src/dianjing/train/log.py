@@ -1,0 +1,186 @@
+"""One dict of metrics -> progress bar, train.jsonl, TensorBoard and loss.png."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dianjing.data.dataset import Dataset
+
+JOURNAL = "train.jsonl"
+CURVE = "loss.png"
+SKIPPED_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step was like, over all ranks."""
+
+    step: int
+    """Counted from 1."""
+    epoch: float
+    loss: float
+    """Mean over the supervised tokens."""
+    learning_rate: float
+    """Of the projector."""
+    grad_norm: float
+    """Before clipping."""
+    records: int
+    supervised_tokens: int
+    seconds: float
+    """From waiting for the batches to the new weights."""
+    data_wait: float
+    """The part of it spent waiting."""
+
+
+class Log:
+    """Tells of a run as it goes; a rank that is not the main one has a quiet log that writes nothing."""
+
+    def __init__(self, run: Path, *, quiet: bool, write: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._run = run
+        self._write = write
+
+    def show(self, *renderables: RenderableType) -> None:
+        """Print to the terminal."""
+        self.console.print(*renderables, markup=False, soft_wrap=True)
+
+    def busy(self, text: str) -> AbstractContextManager[object]:
+        """Return a context in which a terminal shows that something is going on."""
+        return self.console.status(text)
+
+    def warn(self, text: str) -> None:
+        """Print what deserves a second look."""
+        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    def data(self, dataset: Dataset) -> None:
+        """Print what was found in the data, and what was left out."""
+        found = ", ".join(f"{count:,} {name}" for name, count in dataset.report.items() if count)
+        self.show(f"data: {found}")
+        for text in dataset.skipped[:SKIPPED_SHOWN]:
+            self.warn(f"  skipped: {text}")
+        if len(dataset.skipped) > SKIPPED_SHOWN:
+            self.warn(f"  ... and {len(dataset.skipped) - SKIPPED_SHOWN} more")
+
+    def steps(self, first_step: int, total_steps: int, log_every: int) -> StepLog:
+        """Return the log of the steps after `first_step`; lines of later ones, now repeated, are dropped."""
+        return StepLog(self, self._run if self._write else None, first_step, total_steps, log_every)
+
+
+class StepLog:
+    """The steps of a run: entered before the first, told of each, left after the last."""
+
+    def __init__(self, log: Log, run: Path | None, first_step: int, total_steps: int, log_every: int) -> None:
+        self._console = log.console
+        self._run = run
+        self._first_step, self._total_steps, self._log_every = first_step, total_steps, log_every
+        self._rows = [row for row in read_journal(run) if row["step"] <= first_step] if run else []
+        self._window: list[StepResult] = []
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> StepLog:
+        if self._run:
+            from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._first_step + 1)
+            self._journal = (self._run / JOURNAL).open("w", encoding="utf-8")
+            for row in self._rows:
+                self._journal.write(json.dumps(row) + "\n")
+            self._journal.flush()
+        self._progress.start()
+        self._task = self._progress.add_task("step", total=self._total_steps, completed=self._first_step, metrics="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._run:
+            self._journal.close()
+            self._board.close()
+
+    def step(self, result: StepResult) -> None:
+        """Take note of a step; every log_every steps, and after the last, write a line."""
+        self._window.append(result)
+        due = result.step % self._log_every == 0 or result.step == self._total_steps
+        metrics = self._metrics()
+        line = (
+            f"loss {metrics['loss']:.4f}  rate {metrics['learning_rate']:.2e}  "
+            f"{metrics['samples_per_second']:.1f} samples/s"
+        )
+        self._progress.update(self._task, completed=result.step, metrics=line)
+        if not due:
+            return
+        if not self._console.is_terminal:
+            self._console.print(f"step {result.step}/{self._total_steps}  {line}")
+        if self._run:
+            self._record(metrics)
+        self._window = []
+
+    def curve(self) -> None:
+        """Draw the loss so far to loss.png."""
+        if self._run and self._rows:
+            draw_curve(self._rows, self._run / CURVE)
+
+    def _metrics(self) -> dict[str, float]:
+        """Return the last step's values, loss and speeds over all steps since the last line."""
+        seconds = sum(result.seconds for result in self._window)
+        tokens = sum(result.supervised_tokens for result in self._window)
+        last = asdict(self._window[-1])
+        return {
+            "step": last["step"],
+            "epoch": last["epoch"],
+            "loss": sum(result.loss * result.supervised_tokens for result in self._window) / tokens,
+            "learning_rate": last["learning_rate"],
+            "grad_norm": last["grad_norm"],
+            "samples_per_second": sum(result.records for result in self._window) / seconds,
+            "supervised_tokens_per_second": tokens / seconds,
+            "data_wait": sum(result.data_wait for result in self._window) / seconds,
+        }
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        self._rows.append(metrics)
+        self._journal.write(json.dumps(metrics) + "\n")
+        self._journal.flush()
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(f"train/{name}", value, int(metrics["step"]))
+
+
+def read_journal(run: Path) -> list[dict[str, float]]:
+    """Return the lines of a run's train.jsonl; a last line cut off by a crash is left out."""
+    path = run / JOURNAL
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw loss over steps, and the learning rate below it."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    steps = [row["step"] for row in rows]
+    loss.plot(steps, [row["loss"] for row in rows], linewidth=1.2)
+    loss.set_ylabel("loss per supervised token")
+    loss.grid(alpha=0.3)
+    rate.plot(steps, [row["learning_rate"] for row in rows], linewidth=1.2, color="tab:orange")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("optimizer step")
+    rate.grid(alpha=0.3)
+    figure.savefig(path)

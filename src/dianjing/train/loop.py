@@ -1,0 +1,174 @@
+"""The training loop: from a recipe to a run, told from top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors.torch import load_file
+from torch.optim import Optimizer
+from transformers import LlavaForConditionalGeneration
+
+from dianjing.config.load import save_recipe
+from dianjing.config.schema import Recipe
+from dianjing.data.collate import Batch
+from dianjing.data.dataset import open_dataset, step_batches
+from dianjing.data.order import run_indices
+from dianjing.errors import ConfigError
+from dianjing.model.build import build
+from dianjing.model.stage import apply_stage
+from dianjing.model.weights import load_trainable_state, trainable_state
+from dianjing.train.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
+from dianjing.train.interrupt import Interrupt, Stopped
+from dianjing.train.log import Log
+from dianjing.train.optim import (
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+)
+from dianjing.train.samples import Samples
+from dianjing.train.state import TrainState, require_same_run, state_at
+from dianjing.train.step import Losses, Parts, over_ranks, take_step
+from dianjing.train.watch import Watch, require_pictures
+
+BYTES_PER_PARAMETER = 12
+"""What a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
+    """Train as the recipe says and return the run's folder; `resume` goes on from its newest checkpoint.
+
+    Raises:
+        DianjingError: the recipe, a model, the data or the folder cannot be used, or the run went wrong.
+        Stopped: SIGINT or SIGTERM came; the checkpoint is written.
+    """
+    accelerator = _start_accelerator()
+    run = Path(recipe.output).expanduser()
+    log = Log(run, quiet=quiet or not accelerator.is_main_process, write=accelerator.is_main_process)
+    checkpoint = newest(run, log.show) if resume else _require_new(run)
+
+    with log.busy("loading the models"):
+        built = build(recipe, accelerator.device, fresh_projector=resume)
+    log.show(str(built.report))
+    if recipe.stage == "finetune" and not recipe.projector.init_from:
+        log.warn("the projector starts from nothing; projector.init_from takes it from a pretrain run")
+    stage = apply_stage(built.model, recipe)
+    log.show(stage)
+    with log.busy("looking at every record and picture"):
+        dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
+    log.data(dataset)
+    require_pictures(dataset, recipe.stage)
+
+    optimizer = make_optimizer(built.model, recipe)
+    state = state_at(0, recipe, dataset)
+    if checkpoint:
+        state = _restore(checkpoint, built.model, optimizer, state)
+        log.show(f"resumed from {checkpoint}, step {state.step} of {state.total_steps}")
+    samples = Samples(recipe, built, run, state.step)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        to_come = recipe.train.keep + 1 - len(checkpoints(run))
+        require_space(run, to_come * stage.trainable * BYTES_PER_PARAMETER)
+        save_recipe(recipe, run / "recipe.toml")
+
+    parts = Parts(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=built.model.train(),
+        losses=accelerator.prepare_model(Losses(built.model)),
+        optimizer=optimizer,
+        dataset=dataset,
+        watch=Watch(built.model.model.multi_modal_projector),
+    )
+    _take_all_steps(parts, state, log, samples, run)
+    log.show(f"done: {run} holds the checkpoint, loss.png and train.jsonl; try: dianjing chat {run} --image PICTURE")
+    return run
+
+
+def _take_all_steps(parts: Parts, state: TrainState, log: Log, samples: Samples, run: Path) -> None:
+    recipe, accelerator = parts.recipe, parts.accelerator
+    with Interrupt() as interrupt, log.steps(state.step, state.total_steps, recipe.train.log_every) as step_log:
+        if accelerator.is_main_process and state.step == 0:
+            samples.answer(0)
+        for step, (batches, data_wait) in enumerate(_batches(parts, state), start=state.step + 1):
+            step_log.step(take_step(parts, step, state.total_steps, batches, data_wait))
+            last = step == state.total_steps
+            stopped_by = _on_any_rank(accelerator, interrupt.number)
+            if accelerator.is_main_process:
+                if last or stopped_by or step % recipe.train.save_every == 0:
+                    _save(parts, step, run)
+                    step_log.curve()
+                if samples.due(step, last):
+                    samples.answer(step)
+            accelerator.wait_for_everyone()
+            if stopped_by and not last:
+                raise Stopped(stopped_by, f"stopped after step {step} of {state.total_steps}, with a checkpoint")
+
+
+def _save(parts: Parts, step: int, run: Path) -> None:
+    trained, memory = trainable_state(parts.model), optimizer_state(parts.optimizer)
+    save(run, trained, memory, state_at(step, parts.recipe, parts.dataset), parts.recipe.train.keep)
+
+
+def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], float]]:
+    """Yield this rank's packs of each step to come, and the seconds they were waited for."""
+    plan = run_indices(
+        parts.dataset.num_records,
+        seed=parts.recipe.seed,
+        mode=parts.recipe.data.order,
+        global_batch_size=parts.recipe.train.global_batch_size,
+        rank=parts.accelerator.process_index,
+        world_size=parts.accelerator.num_processes,
+        first_step=state.step,
+        last_step=state.total_steps,
+    )
+    began = time.perf_counter()
+    for batches in step_batches(parts.dataset, plan, parts.recipe.data.workers):
+        yield batches, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def _start_accelerator() -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision="no",  # forward_loss chooses the arithmetic itself
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(f"the launch asks for {kind.value}; only plain data parallel training is supported yet")
+    return accelerator
+
+
+def _require_new(run: Path) -> None:
+    """Refuse to write over a run.
+
+    Raises:
+        ConfigError: the folder has checkpoints.
+    """
+    if found := checkpoints(run):
+        raise ConfigError(
+            f"{run}: it already holds a run, up to {found[-1].name}; give --resume to go on with it, or choose "
+            "another output"
+        )
+
+
+def _restore(
+    checkpoint: Path, model: LlavaForConditionalGeneration, optimizer: Optimizer, start: TrainState
+) -> TrainState:
+    """Put a checkpoint into model and optimizer and return where it was; `start` is the run as it is now."""
+    state = read_state(checkpoint)
+    require_same_run(state, start, checkpoint)
+    load_trainable_state(model, load_file(checkpoint / TRAINABLE))
+    load_optimizer_state(optimizer, load_file(checkpoint / OPTIMIZER))
+    return state
+
+
+def _on_any_rank(accelerator: Accelerator, number: int) -> int:
+    """Return the signal this rank has had, or SIGTERM when only another has."""
+    (heard,) = over_ranks(accelerator, float(number))
+    return (number or signal.SIGTERM) if heard else 0

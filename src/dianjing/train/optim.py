@@ -1,0 +1,90 @@
+"""What trains at which rate, the optimizer, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from transformers import LlavaForConditionalGeneration
+
+from dianjing.config.schema import Recipe
+from dianjing.errors import CheckpointError
+from dianjing.model.stage import PARTS, learning_rate, part_of
+
+WARMUP_START = 1e-5
+"""Factor of the first warm-up step (XTuner's LinearLR)."""
+SHORTEST_WARMUP = 2
+"""Steps: the first at WARMUP_START, the second at the full rate."""
+SHORTEST_SCHEDULE = 4
+"""Steps below which there is no warm-up: it would be most of the run."""
+
+
+def make_optimizer(model: LlavaForConditionalGeneration, recipe: Recipe) -> AdamW:
+    """Return AdamW over all that trains in the model, one group a part."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    groups = [
+        {
+            "part": part,
+            "params": [(name, weight) for name, weight in trained if part_of(name) == part],
+            "full_rate": learning_rate(recipe, part),
+        }
+        for part in PARTS
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        betas=recipe.train.betas,
+        weight_decay=recipe.train.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> float:
+    """Return what the learning rates are multiplied by at a step counted from 0.
+
+    XTuner's curve: linear over the first int(warmup_ratio * total_steps) steps, then a cosine to 0. Its warm-up
+    of one step, which never ends, becomes one of two.
+    """
+    warmup = int(warmup_ratio * total_steps)
+    if warmup_ratio > 0:
+        warmup = max(warmup, SHORTEST_WARMUP) if total_steps >= SHORTEST_SCHEDULE else 0
+    if step < warmup:
+        return WARMUP_START + (1 - WARMUP_START) * step / (warmup - 1)
+    return (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set the rate of each group to its full rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["full_rate"] * factor
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's memory of each parameter: "<parameter>/exp_avg" and so on."""
+    return {
+        f"{name}/{key}": value
+        for group in optimizer.param_groups
+        for name, weight in zip(group["param_names"], group["params"], strict=True)
+        for key, value in optimizer.state[weight].items()
+    }
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_state` returned.
+
+    Raises:
+        CheckpointError: it is of other parameters.
+    """
+    weights = {
+        name: weight
+        for group in optimizer.param_groups
+        for name, weight in zip(group["param_names"], group["params"], strict=True)
+    }
+    saved = {key.rpartition("/")[0] for key in state}
+    if saved != weights.keys():
+        first = min(saved ^ weights.keys())
+        raise CheckpointError(f"the optimizer's state is not of what trains here ({first}); start a new run")
+    for key, value in state.items():
+        name, _, kind = key.rpartition("/")
+        optimizer.state[weights[name]][kind] = value.to(weights[name].device)

@@ -1,0 +1,99 @@
+"""The model's own answers on held-out pictures while it trains: samples.jsonl and samples.html."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dianjing.config.schema import Recipe
+from dianjing.data.record import load_records
+from dianjing.eval.score import score, summarise
+from dianjing.model.build import Built
+from dianjing.use.ask import ask, check_pictures, load_pictures
+from dianjing.use.compare import Column, page
+from dianjing.use.generate import Seer
+from dianjing.use.questions import Question, questions_of, without_markers
+
+JOURNAL = "samples.jsonl"
+PAGE = "samples.html"
+COLUMNS = 4
+"""Times shown on the page: the first and the latest."""
+MAX_NEW_TOKENS = 128
+
+
+class Samples:
+    """A few held-out questions, asked again and again; none when the recipe wants none.
+
+    Raises:
+        DataError: the held-out records or their pictures cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, built: Built, run: Path, first_step: int) -> None:
+        self._every = recipe.train.sample_every
+        self._run = run
+        self._model = built.model
+        self._questions: list[Question] = []
+        if not self._every:
+            return
+        self._root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
+        self._questions = _choose(recipe.train.sample_path, recipe.train.sample_count)
+        check_pictures(self._questions, self._root)
+        self._seer = Seer(
+            name=str(run),
+            model=built.model,
+            tokenizer=built.tokenizer,
+            encoder=built.encoder,
+            image_processor=built.image_processor,
+        )
+        self._rows = [row for row in _read(run / JOURNAL) if row["step"] <= first_step] if first_step else []
+
+    def due(self, step: int, last: bool) -> bool:
+        """Return whether the questions are asked after a step."""
+        return bool(self._every) and (last or step % self._every == 0)
+
+    def answer(self, step: int) -> None:
+        """Ask the questions and write the answers down."""
+        if not self._every:
+            return
+        self._model.eval()
+        answers = ask(self._seer, self._questions, self._root, MAX_NEW_TOKENS)
+        self._model.train()
+        self._rows += [
+            {
+                "step": step,
+                "id": question.id,
+                "question": without_markers(question.text),
+                "reference": question.reference,
+                "answer": answer,
+            }
+            for question, answer in zip(self._questions, answers, strict=True)
+        ]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows]
+        (self._run / JOURNAL).write_text("".join(lines), encoding="utf-8")
+        self._write_page()
+
+    def _write_page(self) -> None:
+        steps = list(dict.fromkeys(row["step"] for row in self._rows))
+        columns = [self._column(step) for step in [steps[0], *steps[1:][1 - COLUMNS :]]]
+        pictures = load_pictures(self._questions, self._root)
+        text = page(f"{self._run.name}: sample answers", self._questions, columns, pictures)
+        (self._run / PAGE).write_text(text, encoding="utf-8")
+
+    def _column(self, step: int) -> Column:
+        answers = [row["answer"] for row in self._rows if row["step"] == step]
+        scored = [
+            score(question.type, answer, question.reference)
+            for question, answer in zip(self._questions, answers, strict=True)
+        ]
+        return Column(name=f"step {step}", can_see=True, answers=answers, summary=summarise(scored))
+
+
+def _choose(path: str, count: int) -> list[Question]:
+    """Return the first questions of `count` records spread over the file."""
+    records = load_records(path).records
+    return [questions_of(record)[0] for record in records[:: max(1, len(records) // count)][:count]]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -1,0 +1,104 @@
+"""Where a run is, and whether it is still the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dianjing.config.load import flatten
+from dianjing.config.schema import Recipe
+from dianjing.data.dataset import Dataset
+from dianjing.data.order import steps_per_epoch
+from dianjing.errors import CheckpointError
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "output",
+        "data.path",
+        "data.images",
+        "data.workers",
+        "data.pack_tokens",
+        "train.gradient_checkpointing",
+        "train.log_every",
+        "train.save_every",
+        "train.keep",
+        "train.sample_every",
+        "train.sample_path",
+        "train.sample_count",
+    }
+)
+"""Fields that say how and where, not what is learned; what data.path holds is compared itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """How far a run has come; order of the data, learning rate and dropout all follow from it."""
+
+    step: int
+    """Optimizer steps taken."""
+    epoch: int
+    """Epochs completed."""
+    samples_seen: int
+    """Records trained on, repeats counted."""
+    total_steps: int
+    """Steps at which the run ends."""
+    recipe: dict[str, Any]
+    """All fields that matter, by dotted name."""
+    data: dict[str, Any]
+    """What the data set holds, and its fingerprint."""
+
+    def to_json(self) -> str:
+        """Return the state as JSON text."""
+        return json.dumps(asdict(self), ensure_ascii=False, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> TrainState:
+        """Return the state that `to_json` wrote."""
+        return TrainState(**json.loads(text))
+
+
+def state_at(step: int, recipe: Recipe, dataset: Dataset) -> TrainState:
+    """Return the state of a run after `step` optimizer steps."""
+    in_epoch = steps_per_epoch(dataset.num_records, recipe.train.global_batch_size)
+    epoch, steps = divmod(step, in_epoch)
+    matters = {name: value for name, value in flatten(recipe).items() if name not in FREE_TO_CHANGE}
+    return TrainState(
+        step=step,
+        epoch=epoch,
+        samples_seen=epoch * dataset.num_records + steps * recipe.train.global_batch_size,
+        total_steps=total_steps(recipe, dataset.num_records),
+        recipe=json.loads(json.dumps(matters)),  # tuples become lists, as in a state that was read
+        data={**dataset.report, "fingerprint": dataset.fingerprint},
+    )
+
+
+def total_steps(recipe: Recipe, num_records: int) -> int:
+    """Return the optimizer steps of a whole run."""
+    steps = recipe.train.epochs * steps_per_epoch(num_records, recipe.train.global_batch_size)
+    return min(steps, recipe.train.max_steps or steps)
+
+
+def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> None:
+    """Refuse to go on with another recipe or other data than before.
+
+    Raises:
+        CheckpointError: all that changed is named.
+    """
+    changed = [*_changes(saved.recipe, now.recipe)]
+    if saved.data["fingerprint"] != now.data["fingerprint"]:
+        saved_counts, counts = ({**state.data, "fingerprint": None} for state in (saved, now))
+        changed += [f"the data: {change}" for change in _changes(saved_counts, counts)] or [
+            "the data: texts, answers, pictures or their order"
+        ]
+    if changed:
+        raise CheckpointError(
+            "\n  ".join([f"{checkpoint}: it is of another run; undo this, or start a new run:", *changed])
+        )
+
+
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in dict.fromkeys([*saved, *now]):
+        if saved.get(name) != now.get(name):
+            yield f"{name} was {json.dumps(saved.get(name))}, is {json.dumps(now.get(name))}"

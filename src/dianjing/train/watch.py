@@ -1,0 +1,63 @@
+"""What a run must not do in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dianjing.data.dataset import Dataset
+from dianjing.errors import TrainError
+
+BLIND_STEPS = 3
+"""Steps with pictures in a row, in which the projector may get no gradient at all."""
+NAMES_SHOWN = 8
+
+
+def require_pictures(dataset: Dataset, stage: str) -> None:
+    """Refuse to pretrain a projector on text.
+
+    Raises:
+        TrainError: no record of the data set has a picture.
+    """
+    if stage == "pretrain" and not dataset.report.get("pictures"):
+        raise TrainError(
+            f"{dataset.config.path}: no record has a picture, so the projector has nothing to learn from; give "
+            "records with an 'image'"
+        )
+
+
+class Watch:
+    """Stops a run that would go on for nothing; asked before each optimizer step."""
+
+    def __init__(self, projector: nn.Module) -> None:
+        self._projector = projector
+        self._blind_steps = 0
+
+    def supervised(self, tokens: int, step: int) -> None:
+        """Raise TrainError when a step has nothing to learn."""
+        if not tokens:
+            raise TrainError(f"step {step}: none of its tokens is supervised; run `dianjing show` on the data")
+
+    def not_finite(self, loss: float, norm: float, step: int, ids: Sequence[str]) -> TrainError:
+        """Return the error of a step whose loss or gradient is no number; `ids` are the records to suspect."""
+        more = f" and {len(ids) - NAMES_SHOWN} more" if len(ids) > NAMES_SHOWN else ""
+        return TrainError(
+            f"step {step}: the loss is {loss}, the gradient norm {norm}; the step was not taken and no checkpoint "
+            f"written. Records: {', '.join(ids[:NAMES_SHOWN])}{more}. Look at them with `dianjing show`, or lower the "
+            "learning rate; --resume goes on from the last checkpoint"
+        )
+
+    def sight(self, pictures: int, step: int) -> None:
+        """Raise TrainError when pictures were shown and the projector learns nothing from them."""
+        if not pictures:
+            return
+        gradients = [weight.grad for weight in self._projector.parameters() if weight.grad is not None]
+        blind = not gradients or not torch.nn.utils.get_total_norm(gradients)
+        self._blind_steps = self._blind_steps + 1 if blind else 0
+        if self._blind_steps == BLIND_STEPS:
+            raise TrainError(
+                f"step {step}: for {BLIND_STEPS} steps with pictures the projector got no gradient: the pictures do "
+                "not reach the loss; check vision_tower.feature_layer, and the records with `dianjing show`"
+            )

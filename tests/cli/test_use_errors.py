@@ -1,0 +1,113 @@
+"""What a user can do wrong with chat, compare, eval and export: exit code 2, what is wrong, no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dianjing.cli.main import main
+from tests.conftest import MakeRecipe
+from tests.seers import picture, seer_of, write_run
+from tests.tiny import TinyDataset
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Run a verb that must fail and return what it says."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("error: ")
+        assert "Traceback" not in shown.err
+        return shown.err
+
+    return run
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """Return a picture that ends too early."""
+    picture(64, 64).save(tmp_path / "whole.jpg")
+    path = tmp_path / "broken.jpg"
+    path.write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
+    return path
+
+
+def write_data(folder: Path, *records: dict) -> Path:
+    path = folder / "data.json"
+    path.write_text(json.dumps(list(records)))
+    return path
+
+
+def record(name: str, image: str | None, question: str = "<image>\nWhat?") -> dict:
+    conversation = [{"from": "human", "value": question}, {"from": "gpt", "value": "Red."}]
+    return {"id": name, "image": image, "conversations": conversation}
+
+
+def test_no_such_model(fails: Fails, tmp_path: Path, tiny_dataset: TinyDataset) -> None:
+    assert "no such folder" in fails("chat", tmp_path / "nowhere", "--prompt", "Hello!")
+    assert "no such folder" in fails("eval", tmp_path / "nowhere", tiny_dataset.path, "--images", tiny_dataset.images)
+    assert "no such folder" in fails("export", tmp_path / "nowhere", tmp_path / "out")
+    assert "recipe.toml" in fails("chat", tmp_path, "--prompt", "Hello!")
+
+
+def test_pictures_in_a_chat(fails: Fails, tiny_llm: Path, broken: Path) -> None:
+    assert "no such file" in fails("chat", tiny_llm, "--image", broken.with_name("none.png"), "--prompt", "What?")
+    assert "broken.jpg" in fails("chat", tiny_llm, "--image", broken, "--prompt", "What?")
+
+
+def test_flags_of_no_use(fails: Fails, tiny_llm: Path, tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    assert "--temperature" in fails("chat", tiny_llm, "--prompt", "What?", "--temperature", "-1")
+    assert "--top-p" in fails("chat", tiny_llm, "--prompt", "What?", "--top-p", "0")
+    assert "--limit" in fails("eval", tiny_llm, tiny_dataset.path, "--limit", "-1")
+    assert "no model" in fails("compare", "--data", tiny_dataset.path, "--out", tmp_path / "x.html")
+
+
+def test_all_bad_pictures_are_named_before_a_model_is_loaded(fails: Fails, tmp_path: Path, broken: Path) -> None:
+    data = write_data(
+        tmp_path,
+        record("one", "broken.jpg"),
+        record("two", "none.jpg"),
+        record("three", "../outside.jpg"),
+        record("four", "whole.jpg"),
+    )
+    for verb in (("eval", "nowhere", data), ("compare", "nowhere", "--data", data, "--out", tmp_path / "x.html")):
+        said = fails(*verb)
+        assert "3 pictures cannot be used" in said
+        assert all(f'record "{name}"' in said for name in ("one", "two", "three"))
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_bad_records(fails: Fails, tiny_llm: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, record("marks", None))
+    assert '"marks"' in fails("eval", tiny_llm, data)
+    assert "cannot be read" in fails("eval", tiny_llm, tmp_path / "none.json")
+    assert "cannot be read" in fails("compare", tiny_llm, "--data", tmp_path / "none.json", "--out", "x.html")
+
+
+def test_exports_that_cannot_be(fails: Fails, make_recipe: MakeRecipe, tiny_llm: Path, tmp_path: Path) -> None:
+    recipe = make_recipe("pretrain")
+    run = write_run(recipe, seer_of(recipe))
+    assert "text-only" in fails("export", tiny_llm, tmp_path / "out")
+    assert "already there" in fails("export", run, tmp_path)
+    assert "cannot be read" in fails("export", run, tmp_path / "out", "--data", tmp_path / "none.json")
+    (run / "checkpoints/step-000001/manifest.json").unlink()
+    assert "no checkpoint is whole" in fails("export", run, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_fresh_process_says_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dianjing", "chat", str(tmp_path / "nowhere"), "--prompt", "Hello!"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "no such folder" in done.stderr

@@ -1,0 +1,60 @@
+"""Whatever recipe can be written in code can be saved and is read back as the same recipe."""
+
+from __future__ import annotations
+
+import string
+import tempfile
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from dianjing.config.fields import ABOVE_ZERO, AT_LEAST_ONE, SIGNED, RecipeField, recipe_fields
+from dianjing.config.load import load_recipe, make_recipe, save_recipe
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+SHARE = st.floats(0, 1, exclude_max=True)
+
+
+def values_of(field: RecipeField, kind: Any) -> SearchStrategy:
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if kind == tuple[str, ...]:
+        return st.lists(TEXT, min_size=1).map(tuple)
+    if kind == tuple[float, float]:
+        return st.tuples(SHARE, SHARE)
+    low = -9 if field.name in SIGNED else 1 if field.name in AT_LEAST_ONE | ABOVE_ZERO else 0
+    return {
+        str: TEXT,
+        bool: st.booleans(),
+        NoneType: st.none(),
+        int: st.integers(low, 2**40),
+        float: SHARE if low == 0 else st.floats(low, allow_infinity=False),
+    }[kind]
+
+
+def values() -> SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {name: st.one_of(*(values_of(field, kind) for kind in field.kinds)) for name, field in recipe_fields().items()}
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(values())
+def test_saved_and_read_back(drawn: dict[str, Any]) -> None:
+    for section in ("language_model", "vision_tower") if drawn["stage"] == "pretrain" else ():
+        drawn[f"{section}.tuning"] = "frozen"
+    drawn["train.sample_path"] += "x"
+    recipe = make_recipe(drawn)
+    with tempfile.TemporaryDirectory() as folder:
+        save_recipe(recipe, Path(folder) / "recipe.toml")
+        assert load_recipe(Path(folder) / "recipe.toml") == recipe
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(string.printable, max_size=12))
+def test_any_text_can_be_a_flags_value(text: str) -> None:
+    assert load_recipe("tinyworld_pretrain", {"data.images": text}).data.images == text

@@ -1,0 +1,95 @@
+"""Other versions of transformers read an export as the run answers.
+
+Set DIANJING_READER_PYTHON to the interpreter of an environment with such a version (docs/dependencies.md says how
+to make one); several are separated as in PATH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dianjing.export.export import export
+from dianjing.export.receipt import drawn_cases
+from dianjing.use.generate import (
+    Conversation,
+    Seer,
+    answering,
+    generate_ids,
+    language_parts,
+    left_padded,
+    prepare,
+)
+from tests.conftest import MakeRecipe
+from tests.readers.read_export import ANSWER_TOKENS
+from tests.seers import seer_of
+from tests.tiny import write_llm
+
+READERS = [python for python in os.environ.get("DIANJING_READER_PYTHON", "").split(os.pathsep) if python]
+RUNS = {
+    "lora": {},
+    "tied": {"tie_word_embeddings": True},
+    "rope": {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "crop": {},
+}
+
+pytestmark = pytest.mark.skipif(
+    not READERS, reason="DIANJING_READER_PYTHON is not set: NOT checked that transformers 4.57 reads an export"
+)
+
+
+@pytest.fixture(params=list(RUNS))
+def seer(request: pytest.FixtureRequest, make_recipe: MakeRecipe, tmp_path: Path) -> Seer:
+    folder = write_llm(tmp_path / "llm", **RUNS[request.param])
+    sections = {
+        "language_model": {"folder": str(folder), "tuning": "lora"},
+        "vision_tower": {"tuning": "lora"},
+        "data": {"aspect": "crop" if request.param == "crop" else "pad"},
+    }
+    return seer_of(make_recipe("finetune", **sections))
+
+
+def last_logits(seer: Seer, conversation: Conversation) -> torch.Tensor:
+    """Return the run's logits where the answer begins."""
+    decoder, head = language_parts(seer.model)
+    with answering(seer.model):
+        embeddings, _ = left_padded(seer, [prepare(seer, conversation)])
+        return head(decoder(inputs_embeds=embeddings).last_hidden_state[0, -1])
+
+
+@pytest.mark.parametrize("python", READERS)
+def test_another_version_reads_the_export(seer: Seer, tmp_path: Path, python: str) -> None:
+    export(seer, tmp_path / "out")
+    cases = []
+    for number, conversation in enumerate(drawn_cases()):
+        paths = [tmp_path / f"{number}-{i}.png" for i in range(len(conversation.images))]
+        for path, image in zip(paths, conversation.images, strict=True):
+            image.save(path)
+        text = {"type": "text", "text": conversation.question.replace("<image>\n", "")}
+        message = {"role": "user", "content": [*[{"type": "image"}] * len(paths), text]}
+        cases.append({"messages": [message], "images": [str(path) for path in paths]})
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+
+    script = Path(__file__).with_name("read_export.py")
+    command = [python, str(script), str(tmp_path / "out"), str(tmp_path / "cases.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    version, *read = map(json.loads, done.stdout.splitlines())
+    assert "newly initialized" not in done.stderr
+
+    assert seer.image_processor is not None
+    answers = generate_ids(seer, drawn_cases(), ANSWER_TOKENS)
+    for conversation, answer, theirs in zip(drawn_cases(), answers, read, strict=True):
+        pixels = [seer.image_processor(image).flatten() for image in conversation.images]
+        assert theirs["input_ids"] == prepare(seer, conversation).input_ids, version
+        assert torch.equal(torch.tensor(theirs["pixel_values"]), torch.cat(pixels) if pixels else torch.empty(0))
+        logits = torch.tensor(theirs["logits"])
+        assert int(logits.argmax()) == answer[0]
+        assert theirs["answer"] == answer, version
+        gap = (last_logits(seer, conversation) - logits[: seer.model.config.text_config.vocab_size]).abs().max()
+        assert gap < 1e-4

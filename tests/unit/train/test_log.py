@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dianjing.train.log import Log, StepResult, read_journal
+
+
+def result(step: int, loss: float, tokens: int = 10) -> StepResult:
+    return StepResult(
+        step=step,
+        epoch=step / 4,
+        loss=loss,
+        learning_rate=1e-3 / step,
+        grad_norm=0.5,
+        records=2,
+        supervised_tokens=tokens,
+        seconds=0.5,
+        data_wait=0.1,
+    )
+
+
+def take(run: Path, first: int, last: int, every: int = 2, **settings: Any) -> None:
+    log = Log(run, **{"quiet": True, "write": True, **settings})
+    with log.steps(first, 7, every) as steps:
+        for step in range(first + 1, last + 1):
+            steps.step(result(step, float(step), tokens=10 * step))
+        steps.curve()
+
+
+def test_a_line_covers_the_steps_since_the_last_one(tmp_path: Path) -> None:
+    take(tmp_path, 0, 7)
+    rows = read_journal(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    assert rows[1] == {
+        "step": 4,
+        "epoch": 1.0,
+        "loss": pytest.approx((3 * 30 + 4 * 40) / 70),
+        "learning_rate": 2.5e-4,
+        "grad_norm": 0.5,
+        "samples_per_second": 4.0,
+        "supervised_tokens_per_second": 70.0,
+        "data_wait": pytest.approx(0.2),
+    }
+
+
+def test_the_curve_is_a_picture(tmp_path: Path) -> None:
+    take(tmp_path, 0, 7)
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (840, 600)
+        assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 10
+
+
+def test_a_resumed_run_goes_on_with_the_same_lines(tmp_path: Path) -> None:
+    take(tmp_path / "straight", 0, 7)
+    take(tmp_path / "killed", 0, 6)
+    with (tmp_path / "killed" / "train.jsonl").open("a") as journal:
+        journal.write('{"step": 7, "lo')
+    take(tmp_path / "killed", 4, 7)
+    assert read_journal(tmp_path / "killed") == read_journal(tmp_path / "straight")
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
+    take(tmp_path, 0, 7)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in read_journal(tmp_path)
+    ]
+
+
+def test_a_rank_that_is_not_the_main_one_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    take(tmp_path, 0, 7, write=False)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_there_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    take(tmp_path, 0, 7, quiet=False)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"step {row['step']}/7  loss {row['loss']:.4f}  rate {row['learning_rate']:.2e}  4.0 samples/s"
+        for row in map(json.loads, (tmp_path / "train.jsonl").read_text().splitlines())
+    ]

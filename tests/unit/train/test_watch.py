@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dianjing.errors import TrainError
+from dianjing.train.checkpoint import newest
+from dianjing.train.loop import train
+from dianjing.train.step import Losses
+from dianjing.train.watch import BLIND_STEPS, Watch
+
+
+def projector(gradient: float | None) -> nn.Module:
+    module = nn.Linear(2, 2)
+    for weight in module.parameters():
+        weight.grad = None if gradient is None else torch.full_like(weight, gradient)
+    return module
+
+
+@pytest.mark.parametrize("gradient", [None, 0.0])
+def test_a_projector_that_never_learns_stops_the_run(gradient: float | None) -> None:
+    watch = Watch(projector(gradient))
+    for step in range(1, BLIND_STEPS):
+        watch.sight(2, step)
+        watch.sight(0, step)  # a step without pictures says nothing
+    with pytest.raises(TrainError, match=f"step {BLIND_STEPS}: for {BLIND_STEPS} steps with pictures the projector"):
+        watch.sight(1, BLIND_STEPS)
+
+
+def test_a_projector_that_learns_now_and_then_does_not() -> None:
+    module = projector(0.0)
+    watch = Watch(module)
+    for step in range(4 * BLIND_STEPS):
+        module.bias.grad = torch.full((2,), float(step % BLIND_STEPS == 0))
+        watch.sight(1, step)
+
+
+def test_a_step_without_supervised_tokens() -> None:
+    with pytest.raises(TrainError, match="step 4: none of its tokens is supervised"):
+        Watch(projector(1.0)).supervised(0, 4)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_number_stops_the_run_and_names_the_records(
+    make_recipe: Any, monkeypatch: pytest.MonkeyPatch, where: str, value: float
+) -> None:
+    """The third step goes wrong on the pack that holds the record "two"; the first checkpoint stays the last."""
+    recipe = make_recipe(
+        train={"global_batch_size": 4, "epochs": 3, "save_every": 2}, data={"order": "sequential", "pack_tokens": 100}
+    )
+    packs: list[Any] = []
+    forward = Losses.forward
+
+    def broken(self: Losses, batch: Any) -> torch.Tensor:
+        packs.append(batch)
+        loss = forward(self, batch)
+        late = sum("two" in seen.ids for seen in packs) == 2
+        if late and "two" in batch.ids and where == "loss":
+            return loss * value
+        if late and "two" in batch.ids:
+            loss.register_hook(lambda gradient: gradient * value)
+        return loss
+
+    monkeypatch.setattr(Losses, "forward", broken)
+    with pytest.raises(TrainError, match=r"step 4: .*(nan|inf).*no checkpoint written") as error:
+        train(recipe, quiet=True)
+    named = str(error.value).partition("Records: ")[2].partition(". Look")[0].split(", ")
+    last = [batch.ids for batch in packs if "two" in batch.ids][-1]
+    assert sorted(named) == sorted(last if where == "loss" else ["two", "small", "again", "chat"])
+    assert newest(Path(recipe.output)).name == "step-000002"
+
+
+def test_pretraining_without_pictures_is_refused(make_recipe: Any, tmp_path: Any) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        '{"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]}\n'
+    )
+    recipe = make_recipe(data={"path": str(tmp_path / "text.jsonl"), "images": ""})
+    with pytest.raises(TrainError, match=r"text\.jsonl: no record has a picture"):
+        train(recipe, quiet=True)
