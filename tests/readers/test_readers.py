@@ -1,7 +1,9 @@
 """Other versions of transformers read an export as the run answers.
 
-Set DIANJING_READER_PYTHON to the interpreter of an environment with such a version (docs/dependencies.md says how
-to make one); several are separated as in PATH.
+They live in environments of their own, whose interpreters DIANJING_READER_PYTHON names (several as in PATH):
+
+    python3 -m venv reader && reader/bin/pip install torch==2.13.0 transformers==4.57.6 pillow
+    DIANJING_READER_PYTHON=reader/bin/python python -m pytest tests/readers
 """
 
 from __future__ import annotations

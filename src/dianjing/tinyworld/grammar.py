@@ -282,7 +282,7 @@ def caption_question(rng: random.Random, scene: Scene, language: str) -> Questio
 
 
 def read_caption(text: str) -> frozenset[Thing]:
-    """Read the objects back out of a caption in either language; clauses that name no whole object count for nothing."""
+    """Read the objects back out of a caption in either language; a clause without a whole object counts for nothing."""
     things = set()
     for words in WORDS.values():
         separator = ", " if words is ENGLISH else "，"

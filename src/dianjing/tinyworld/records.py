@@ -28,8 +28,8 @@ Turns = Callable[[random.Random, Scene, int], list[Question]]
 class Sizes:
     """How many scenes each part of the data set has."""
 
-    pretrain: int = 3000
-    finetune: int = 3000
+    pretrain: int = 4000
+    finetune: int = 4000
     questions_per_scene: int = 8
     held_out: int = 360
     held_out_pairs: int = 180
@@ -120,7 +120,10 @@ def _in_words(folder: Path, scenes: list[Scene], seed: int) -> Path:
 
 
 def write_demo_data(folder: Path, sizes: Sizes, seed: int = 7) -> DemoData:
-    """Draw every scene of the demo; no held-out scene is in the training data, no held-out pair in any of its pictures."""
+    """Draw every scene of the demo.
+
+    No held-out scene is in the training data, and no held-out pair in any of its pictures.
+    """
     rng = random.Random(seed)
     held_out = sample_distinct(rng, sizes.held_out, "train")
     captions = sample_distinct(rng, sizes.captions, "train", without=set(held_out))

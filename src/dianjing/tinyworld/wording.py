@@ -110,7 +110,7 @@ def describe(rng: random.Random, scene: Scene, language: str, form: str) -> str:
 
 
 def gather(rng: random.Random, scene: Scene) -> list[str]:
-    """Say a scene as phrases that are each to be read at a single position: all cells in order, or the objects in any."""
+    """Say a scene as phrases, each to be read at one position: all cells in order, or the objects in any."""
     language = rng.choice(LANGUAGES)
     words, space = WORDS[language], "" if language == "zh" else " "
     pattern = space + space.join(("{size}", "{colour}", "{shape}", "{place}"))
@@ -150,7 +150,7 @@ def small_talk(rng: random.Random) -> list[Question]:
 
 
 def text_dialogue(rng: random.Random, scene: Scene) -> list[Question]:
-    """Draw one training dialogue of the base language model: mostly scenes in words, some chat, some blind questions."""
+    """Draw one training dialogue of the base model: mostly scenes in words, some chat, some blind questions."""
     kind = rng.random()
     if kind < 0.03:
         return small_talk(rng)

@@ -1,0 +1,72 @@
+"""What the demo measured -> two self-contained pages: report.html and compare.html."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from dianjing.demo.run import STAGES, Results
+from dianjing.tinyworld.grammar import QUESTION_TYPES
+from dianjing.train.log import CURVE
+from dianjing.use.ask import load_pictures
+from dianjing.use.compare import column, page, thumbnail
+from dianjing.use.questions import without_markers
+
+SHOWN = 2 * len(QUESTION_TYPES)
+"""Questions on the report: each type in both languages."""
+COMPARED = 120
+
+
+def write_report(out: Path, results: Results) -> Path:
+    """Write report.html and compare.html into `out`; return the report's path."""
+    answered = {name: results.stages[name].report.answers for name in STAGES}
+    questions = [one.question for one in answered["finetune"]]
+    root = str(out / "data" / "images")
+    pictures = load_pictures(questions[:COMPARED], root)
+
+    columns = [
+        column(
+            name,
+            results.stages[name].report.can_see,
+            questions[:COMPARED],
+            [one.answer for one in answered[name][:COMPARED]],
+        )
+        for name in STAGES
+    ]
+    compared = page("Before and after: the tiny world's held-out scenes", questions[:COMPARED], columns, pictures)
+    (out / "compare.html").write_text(compared, encoding="utf-8")
+
+    cards = [
+        {
+            "picture": thumbnail(pictures[question.images[0]]),
+            "type": question.type,
+            "question": without_markers(question.text),
+            "reference": question.reference,
+            "answers": [
+                {"stage": name, "text": answered[name][i].answer, "right": answered[name][i].scored.exact}
+                for name in STAGES
+            ],
+            "other": answered["finetune"][i].answer_other_picture,
+            "none": answered["finetune"][i].answer_no_picture,
+        }
+        for i, question in enumerate(questions[:SHOWN])
+    ]
+    source = files("dianjing.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = template.from_string(source).render(
+        results=results,
+        stages=STAGES,
+        types=[name for name in QUESTION_TYPES if name in results.stages["finetune"].report.by_type],
+        cards=cards,
+        curves={name: _png(out / name / CURVE) for name in STAGES[1:]},
+    )
+    report = out / "report.html"
+    report.write_text(text, encoding="utf-8")
+    return report
+
+
+def _png(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
