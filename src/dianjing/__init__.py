@@ -1,2 +1,3 @@
 """Dianjing: give a text-only LLM eyes."""
+
 __version__ = "0.1.0"

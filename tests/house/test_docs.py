@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 
 from dianjing.cli import main
 from dianjing.config.load import load_recipe
-from tests.house.source import ROOT
+from tests.house.source import MODULES, ROOT
+from tests.house.test_imports import ORDER
 
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -58,11 +61,34 @@ def test_links_and_files_named_in_documents_exist(document: Path) -> None:
     assert not [path for path in sources if not (ROOT / path).exists()]
 
 
-def test_each_dependency_is_explained_and_pinned() -> None:
+def test_the_tour_goes_through_the_files_in_reading_order() -> None:
+    headings = re.findall(r"^### (.*)$", (ROOT / "docs" / "tour.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [file.replace("/", ".") for line in headings for file in re.findall(r"`(\w+/\w+)\.py`", line)]
+    walked = [entry for entry in ORDER if entry.split(".")[0] in ("data", "model", "train")]
+    assert named == walked
+
+
+def names_in(lines: list[str]) -> list[str]:
+    return [re.split(r"[><=\[]", line)[0].lower() for line in lines]
+
+
+def test_each_dependency_is_imported_explained_and_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = [re.split(r"[><=\[]", line)[0].lower() for line in project["dependencies"]]
-    extra = [re.split(r"[><=\[]", line)[0].lower() for line in project["optional-dependencies"]["dev"]]
-    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8").lower(), re.MULTILINE)
+    needed, extra = names_in(project["dependencies"]), names_in(project["optional-dependencies"]["dev"])
+    pins = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line]
     explained = re.findall(r"^\| (\w+) \|", (ROOT / "docs" / "dependencies.md").read_text("utf-8"), re.MULTILINE)
-    assert sorted(needed + extra) == sorted(pinned)
+    assert sorted(needed + extra) == sorted(names_in(pins))
     assert sorted(needed) == sorted(set(explained) - {"package"})
+    # torch.utils.tensorboard imports tensorboard.
+    assert set(needed) == {name.replace("PIL", "pillow") for name in third_party()} | {"tensorboard"}
+
+
+def third_party() -> set[str]:
+    """Return the packages that the source imports anywhere, but for the standard library and itself."""
+    found = set()
+    for node in (node for module in MODULES for node in ast.walk(module.tree)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+    return found - sys.stdlib_module_names - {"dianjing"}

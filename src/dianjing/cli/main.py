@@ -27,14 +27,10 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if given[0] == "--version":
-        print(f"dianjing {__version__}")
-        return 0
     try:
-        return _run(given[0], given[1:])
+        code = _run(given[0] if given else "--help", given[1:])
+        sys.stdout.flush()
+        return code
     except DianjingError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -42,12 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # What is read by `| head` may end early; nothing is left to be flushed at exit.
+        # The reader (`| head`) has enough; what is still to be written at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    if verb in ("-h", "--help", "--version"):
+        print(f"dianjing {__version__}" if verb == "--version" else _help())
+        return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         offer = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(VERBS)}"

@@ -66,6 +66,8 @@ class DataConfig:
     """Folder that the records' `image` paths are relative to; "" = the folder of the data file."""
     aspect: Literal["pad", "crop"] = "pad"
     """"pad" to a square first (LLaVA's finetune), or "crop" the centre (LLaVA's pretrain)."""
+    turns: Literal["together", "both"] = "together"
+    """"together": each conversation as it is; "both": also each turn alone, so that any question can come first."""
     max_tokens: int = 1472
     """Longest record in tokens, a picture counted as one (XTuner's max_length)."""
     on_long_record: OnLong = "error"

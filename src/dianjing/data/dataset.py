@@ -22,7 +22,7 @@ from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Encoder, Example, LongRecordError
 from dianjing.data.image import ImageProcessor, check_image, load_image
 from dianjing.data.pack import pack
-from dianjing.data.record import Record, bad_records, load_records
+from dianjing.data.record import Record, bad_records, load_records, turns_alone
 from dianjing.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
@@ -105,7 +105,7 @@ def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImagePro
     counts: Counter[str] = Counter()
     digest = hashlib.sha256()
     file_size = lru_cache(maxsize=None)(check_image)
-    for record in loaded.records:
+    for record in _with_turns_alone(loaded.records) if config.turns == "both" else loaded.records:
         try:
             example = _fitting(encoder.encode(record), config, record)
             with _naming(record):
@@ -137,6 +137,13 @@ def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImagePro
         skipped=skipped,
         fingerprint=digest.hexdigest(),
     )
+
+
+def _with_turns_alone(records: Sequence[Record]) -> Iterator[Record]:
+    for record in records:
+        yield record
+        if len(record.turns) > 1:
+            yield from turns_alone(record)
 
 
 def image_folder(config: DataConfig, record: Record) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from dianjing.config.schema import OnBad
@@ -302,3 +302,30 @@ def _kind(value: object) -> str:
     kinds = ((dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"))
     found = next((name for kind, name in kinds if isinstance(value, kind)), "a number")
     return "null" if value is None else found
+
+
+def turns_alone(record: Record) -> list[Record]:
+    """Return each turn of a record as a record of one turn.
+
+    A turn without a marker is about the pictures shown so far, so they are put in front of it.
+    """
+    alone: list[Record] = []
+    shown = 0
+    for number, turn in enumerate(record.turns):
+        own = turn.question.count(IMAGE_MARKER)
+        images = record.images[shown : shown + own] if own else record.images[:shown]
+        shown += own
+        question = turn.question if own else with_markers(turn.question, len(images))
+        types = record.types[number : number + 1]
+        alone.append(replace(record, images=images, turns=(replace(turn, question=question),), types=types))
+    return alone
+
+
+def with_markers(question: str, count: int) -> str:
+    """Return the question with `count` pictures in front, as LLaVA writes it."""
+    return (f"{IMAGE_MARKER}\n" * count + question).strip() if count else question
+
+
+def without_markers(question: str) -> str:
+    """Return the question alone, without its pictures."""
+    return question.replace(IMAGE_MARKER, "").strip()

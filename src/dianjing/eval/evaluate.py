@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dianjing.data.record import without_markers
 from dianjing.eval.score import Scored, Summary, score, summarise, summarise_by_type
 from dianjing.eval.sight import digests, other_pictures
 from dianjing.use.ask import ask
 from dianjing.use.generate import Seer
-from dianjing.use.questions import Question, without_markers
+from dianjing.use.questions import Question
 
 
 @dataclass(frozen=True, kw_only=True)

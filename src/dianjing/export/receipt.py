@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.record import with_markers, without_markers
 from dianjing.errors import ExportError
 from dianjing.use.generate import (
     Conversation,
@@ -27,7 +28,6 @@ from dianjing.use.generate import (
     left_padded,
     prepare,
 )
-from dianjing.use.questions import with_markers, without_markers
 
 TOLERANCE = 1e-4
 """Largest difference of two fp32 logits, on the scale of the largest logit when that is above 1."""

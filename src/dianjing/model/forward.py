@@ -91,16 +91,12 @@ def _last_layer_at(model: LlavaForConditionalGeneration, rows: Int[Tensor, " row
         return output.new_zeros(1, num_tokens, output.shape[-1]).index_copy(1, rows, output)
 
     layer: Any = model.model.language_model.layers[-1]
-    checkpointing = layer.gradient_checkpointing
     hooks = []
     try:
-        # Its backward pass comes first: dropping what it needs and computing it again would save no memory.
-        layer.gradient_checkpointing = False
         for module in (layer.self_attn.o_proj, layer.mlp):
             hooks += [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
         yield
     finally:
-        layer.gradient_checkpointing = checkpointing
         for hook in hooks:
             hook.remove()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from rich.table import Table
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
@@ -78,7 +80,7 @@ def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageRe
         if weight.requires_grad:
             weight.data = weight.data.float()
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(model)
     return _report(model, recipe)
 
 
@@ -116,6 +118,17 @@ def _tune_vision_tower(model: LlavaForConditionalGeneration, config: VisionTower
         _add_lora(tower, [name for layer in reached for name in _linear_names(tower, layer)], config)
 
 
+def _checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
+    """Let each layer keep only its input and compute the rest again in the backward pass.
+
+    Not the last decoder layer: its backward pass comes first, so that it would save no memory.
+    """
+    layers: Any = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers[:-1]]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
 def _linear_names(model: nn.Module, beginning: str) -> Iterator[str]:
     for name, module in model.named_modules():
         if name.startswith(beginning) and isinstance(module, nn.Linear):
@@ -135,7 +148,8 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
 
 
 def _share_qkv(decoder: nn.Module) -> None:
-    for module in decoder.modules():
+    modules: Any = decoder.modules()
+    for module in modules:
         if hasattr(module, "q_proj"):
             module.k_proj.lora_A = module.v_proj.lora_A = module.q_proj.lora_A
 

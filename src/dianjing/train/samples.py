@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dianjing.config.schema import Recipe
-from dianjing.data.record import load_records
+from dianjing.data.record import load_records, without_markers
 from dianjing.eval.score import score, summarise
 from dianjing.model.build import Built
 from dianjing.use.ask import ask, check_pictures, load_pictures
 from dianjing.use.compare import Column, page
 from dianjing.use.generate import Seer
-from dianjing.use.questions import Question, questions_of, without_markers
+from dianjing.use.questions import Question, questions_of
 
 JOURNAL = "samples.jsonl"
 PAGE = "samples.html"

@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL.Image import Image
 
 from dianjing.data.image import load_image
+from dianjing.data.record import with_markers
 from dianjing.errors import DataError
 from dianjing.use.generate import GREEDY, MAX_NEW_TOKENS, Conversation, Sampling, Seer, stream
-from dianjing.use.questions import with_markers
 
 HELP = "/image PATH shows a picture with the next question, /reset starts over, /exit ends."
 BLIND = "it cannot see: a text-only model, so pictures are not shown to it"

@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL.Image import Image, Resampling
 
+from dianjing.data.record import without_markers
 from dianjing.eval.score import Summary, exact_match, score, summarise, token_f1, tokens
-from dianjing.use.questions import Question, without_markers
+from dianjing.use.questions import Question
 
 THUMBNAIL_PIXELS = 360
 """Longer side of a picture on the page."""

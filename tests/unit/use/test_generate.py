@@ -73,6 +73,18 @@ def test_streamed_pieces_join_to_the_answer(seer: Seer) -> None:
         assert "".join(stream(seer, conversation, TOKENS)) == generate(seer, [conversation], TOKENS)[0]
 
 
+@pytest.mark.parametrize("answer", ["  它是 红色的。\n\nYes. ", "né 🦙", " ", ""])
+def test_no_half_character_and_no_outer_blank_is_shown(
+    seer: Seer, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    ids = seer.tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)
+    monkeypatch.setattr(module, "_tokens", lambda *settings: ((0, token) for token in ids))
+    pieces = list(stream(seer, conversations()[0], TOKENS))
+    assert "".join(pieces) == answer.strip()
+    assert not any("\ufffd" in piece or not piece for piece in pieces)
+    assert len(pieces) > 2 or len(answer) < 4
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_a_stop_sequence_ends_one_row_and_is_not_shown(
     seer: Seer, monkeypatch: pytest.MonkeyPatch, length: int

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from dianjing.data.record import Record, Turn
-from dianjing.use.questions import questions_of, with_markers, without_markers
+from dianjing.data.record import Record, Turn, with_markers, without_markers
+from dianjing.use.questions import questions_of
 
 
 def record(*turns: tuple[str, str], images: tuple[str, ...] = (), types: tuple[str, ...] = ()) -> Record:

@@ -1,0 +1,114 @@
+"""The program as a whole: which verbs there are, and how it ends."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dianjing import __version__
+from dianjing.cli import main as module
+from dianjing.cli.main import VERBS, main
+from dianjing.config.load import load_recipe, shipped_recipes
+from dianjing.errors import DianjingError
+
+
+def test_help_is_quick_and_lists_every_verb() -> None:
+    code = "import sys; from dianjing.cli.main import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for verb, summary in VERBS.items():
+        assert f"{verb:7}  {summary}" in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dianjing {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_is_a_module_that_says_what_the_help_says(verb: str) -> None:
+    found = importlib.import_module(f"dianjing.cli.{verb}")
+    assert (verb, VERBS[verb]) == (found.NAME, found.SUMMARY)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = main([verb, "--help"])
+    except SystemExit as exit:  # argparse's way
+        code = exit.code
+    assert code == 0
+    assert f"usage: dianjing {verb}" in capsys.readouterr().out
+
+
+def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: unknown verb 'trian'; did you mean 'train'?\n"
+    assert main(["fly"]) == 2
+    assert "there are demo, recipes, show" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [(DianjingError("x is y; do z"), 2, "error: x is y; do z\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_how_a_failed_verb_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+) -> None:
+    def fail(verb: str, arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(module, "_run", fail)
+    assert main(["train"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "dianjing", "fly"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown verb 'fly'")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "recipes"])
+def test_a_reader_that_has_enough(arguments: str) -> None:
+    command = f"{sys.executable} -m dianjing {arguments} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_recipes_are_listed_and_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in shipped_recipes())
+    assert main(["recipes", "copy", "tinyworld_pretrain"]) == 0
+    assert main(["recipes", "copy", "tinyworld_pretrain", "mine.toml"]) == 0
+    assert capsys.readouterr().out.split() == ["tinyworld_pretrain.toml", "mine.toml"]
+    assert load_recipe("mine.toml") == load_recipe("tinyworld_pretrain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinyworld_pretain"], "no such shipped recipe; there are course_photo, tinyworld_finetune"),
+        (["tinyworld_pretain"], "did you mean 'tinyworld_pretrain'?"),
+        (["tinyworld_pretrain", "there.toml"], "there.toml: it already exists"),
+        (["tinyworld_pretrain", "no/where.toml"], "there is no folder no"),
+    ],
+)
+def test_a_recipe_that_cannot_be_copied(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.toml").touch()
+    assert main(["recipes", "copy", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""`dianjing train` on what it cannot use: exit code 2, one clear message, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dianjing.cli.main import main
+from dianjing.config.load import save_recipe
+from dianjing.config.schema import Recipe
+from dianjing.train import checkpoint as checkpoint_module
+from dianjing.train.checkpoint import checkpoints, newest, read_state
+from dianjing.train.loop import train
+from tests.tiny import tiny_records, write_clip, write_images
+
+
+@pytest.fixture
+def file(make_recipe: Any, tmp_path: Path) -> Path:
+    save_recipe(make_recipe(train={"epochs": 1}), tmp_path / "run.toml")
+    return tmp_path / "run.toml"
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run `dianjing train`, which must refuse; return the message without "error: "."""
+    assert main(["train", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    before, _, message = err.rpartition("error: ")
+    assert "error" not in before
+    return message
+
+
+def test_the_command_itself(file: Path) -> None:
+    """As a process: the code and message of the others are the same, in less time."""
+    command = [sys.executable, "-m", "dianjing", "train", str(file), "--data.max-token", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --data.max-token: unknown field 'max_token'; did you mean 'max_tokens'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.toml"], "nowhere.toml: there is no such recipe; give a TOML file or a shipped recipe: course"),
+        (["FILE", "--train.learnin-rate", "1"], "unknown field 'learnin_rate'; did you mean 'learning_rate'?"),
+        (["FILE", "--train.epochs", "many"], 'train.epochs = "many": a whole number is needed, not text'),
+        (["FILE", "--train.epochs"], "--train.epochs: a value must follow"),
+        (["FILE", "--train.epochs", "--resume"], "--train.epochs: a value must follow"),
+        (["FILE", "other.toml"], "one recipe is needed, 2 are given: "),
+        (["--resume"], "one recipe is needed, none is given; usage: dianjing train RECIPE"),
+        (["FILE", "--data.path", "no.json"], "no.json"),
+        (["FILE", "--data.images=no/where"], "no/where: there is no such image folder"),
+        (["FILE", "--language-model.folder", "no-llm"], "no-llm: no such language model folder"),
+        (["FILE", "--language-model.template", "interlm2_chat"], "internlm2_chat"),
+        (["FILE", "--data.max-tokens", "20"], "tokens, but max_tokens is 20; shorten it, raise data.max_tokens"),
+        (["FILE", "--projector.init-from", "no-run"], "no-run: no checkpoint of a run is there"),
+        (["FILE", "--resume"], "there is no checkpoint in it; train without --resume first"),
+    ],
+)
+def test_flags_and_places(file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in complaint(capsys, *(str(file) if word == "FILE" else word for word in arguments))
+    assert not (file.parent / "run").exists()
+
+
+def break_record(index: int, **changes: Any) -> list[dict[str, Any]]:
+    records = tiny_records()
+    records[index] |= changes
+    return records
+
+
+def talk(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": role, "value": value} for role, value in turns]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (break_record(0, image="gone.png"), 'data.json: record 0 ("wide"): picture "gone.png"'),
+        (break_record(0, image=["wide.png", "tall.jpg"]), 'record 0 ("wide"): 1 <image> marker'),
+        (break_record(2, image="wide.png"), 'record 2 ("text"): '),
+        (break_record(2, conversations=[]), 'record 2 ("text"): '),
+        (break_record(2, conversations=talk(("system", "x"), ("gpt", "y"))), 'record 2 ("text"): '),
+        (break_record(0, image="broken.jpg"), 'record 0 ("wide"): picture "broken.jpg"'),
+        (break_record(0, image="../secret.png"), 'record 0 ("wide"): picture "../secret.png"'),
+    ],
+    ids=["missing picture", "too few markers", "no marker", "empty", "unknown role", "broken picture", "outside"],
+)
+def test_data(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], records: list[dict[str, Any]], message: str
+) -> None:
+    write_images(tmp_path / "images")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "secret.png")
+    Image.radial_gradient("L").save(tmp_path / "images" / "broken.jpg")
+    content = (tmp_path / "images" / "broken.jpg").read_bytes()
+    (tmp_path / "images" / "broken.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    flags = ["--data.path", tmp_path / "data.json", "--data.images", tmp_path / "images"]
+    assert message in complaint(capsys, file, *flags)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_projector_of_another_tower(
+    file: Path, tmp_path: Path, make_recipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_clip(tmp_path / "clip", hidden_size=32, num_attention_heads=4)
+    wide = make_recipe(vision_tower={"folder": str(other)}, output=str(tmp_path / "wide"), train={"max_steps": 1})
+    train(wide, quiet=True)
+    message = complaint(capsys, file, "--projector.init-from", tmp_path / "wide")
+    assert "it goes 32 -> 32, here 24 -> 32 is needed" in message
+
+
+@pytest.fixture
+def started(make_recipe: Any, tmp_path: Path) -> Recipe:
+    """Return a recipe of four steps of which two are done, with a checkpoint each."""
+    recipe = make_recipe(train={"epochs": 2, "save_every": 1, "keep": 9})
+    run = train(recipe, quiet=True)
+    for checkpoint in checkpoints(run)[2:]:
+        checkpoint.rename(tmp_path / checkpoint.name)
+    save_recipe(recipe, tmp_path / "run.toml")
+    return recipe
+
+
+def test_a_disk_that_is_full_while_saving(
+    started: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "save_file", fail)
+        message = complaint(capsys, tmp_path / "run.toml", "--resume")
+    assert "step-000003: the checkpoint cannot be written: [Errno 28] No space left on device; make room" in message
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*.*")} == before
+    assert main(["train", str(tmp_path / "run.toml"), "--resume", "--quiet"]) == 0
+    assert read_state(newest(tmp_path / "run")).step == 4
+
+
+def test_a_torn_checkpoint_is_passed_over_aloud(
+    started: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoints(tmp_path / "run")[-1] / "optimizer.safetensors").write_bytes(b"torn")
+    assert main(["train", str(tmp_path / "run.toml"), "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert "step-000002: optimizer.safetensors has 4 bytes, not " in said
+    assert "using step-000001" in said
+    assert "resumed from " in said
+
+
+def test_a_checkpoint_of_other_weights(started: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only someone who edits a checkpoint gets here; even then nothing is loaded half."""
+    last = checkpoints(tmp_path / "run")[-1]
+    weights = load_file(last / "trainable.safetensors")
+    name = min(weights)
+    save_file({**weights, name: torch.zeros(3)}, last / "trainable.safetensors")
+    manifest = json.loads((last / "manifest.json").read_text(encoding="utf-8"))
+    for entry in manifest["files"]:
+        path = last / entry
+        manifest["files"][entry] = {"bytes": path.stat().st_size, "sha256": checkpoint_module._digest(path)}
+    (last / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert f"{name} (3 in the checkpoint, " in complaint(capsys, tmp_path / "run.toml", "--resume")
+
+
+def test_a_run_says_what_it_does(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(file), "--train.log-every", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    told = [
+        "language model: LlamaForCausalLM",
+        "vision tower: CLIPVisionModel",
+        "projector: ",
+        "stage pretrain: ",
+        "data: 8 records, 7 pictures, 2 text-only",
+        "step 1/2  loss ",
+        "step 2/2  loss ",
+        f"done: {tmp_path / 'run'} holds",
+    ]
+    places = [err.index(text) for text in told]
+    assert places == sorted(places)
