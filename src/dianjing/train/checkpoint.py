@@ -47,10 +47,11 @@ def save(
     final = run / "checkpoints" / f"step-{state.step:06d}"
     writing = final.with_name(WRITING + final.name)
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
         for unfinished in final.parent.glob(f"{WRITING}*"):
             shutil.rmtree(unfinished)
         require_space(run, sum(weight.nbytes for weight in (*trainable.values(), *optimizer.values())))
-        writing.mkdir(parents=True)
+        writing.mkdir()
         _write(writing, trainable, optimizer, state)
         if final.exists():  # damaged: the run was resumed from an earlier one
             shutil.rmtree(final)

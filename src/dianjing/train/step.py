@@ -60,7 +60,7 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
     recipe, watch, optimizer = parts.recipe, parts.watch, parts.optimizer
     torch.manual_seed(_seed_of(recipe.seed, step, parts.accelerator.process_index))
     set_learning_rates(optimizer, learning_rate_factor(step - 1, total_steps, recipe.train.warmup_ratio))
-    tokens, pictures = (lambda _, *v: v)(
+    tokens, pictures = over_ranks(
         parts.accelerator,
         sum(batch.num_supervised for batch in batches),
         sum(len(batch.pixel_values) for batch in batches),

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,22 +175,65 @@ def test_room_is_asked_for_with_a_margin(tmp_path: Path, monkeypatch: pytest.Mon
         require_space(tmp_path, 1001)
 
 
-KILLS = 8
+def in_a_child(work: Callable[[], object]) -> int:
+    """Do something in a forked process, which starts in no time; return its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(number: int, work: Callable[[], object]) -> None:
+    """Do something, killed with -9 as it is about to open, make, move, list or remove its `number`-th file."""
+    calls = iter(range(1, 10_000))
+
+    def hear(event: str, _: object) -> None:
+        touches_files = event == "open" or event.startswith(("os.", "shutil.", "pathlib."))
+        if touches_files and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hear)
+    work()
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("keep", [1, 2])
-def test_kill_9_while_saving_loses_nothing_that_was_acknowledged(tmp_path: Path, keep: int) -> None:
-    """One process a kill would take long to start, so a forked child saves and is killed, again and again."""
-    rng = random.Random(keep)
-    for _ in range(KILLS):
+def test_kill_9_at_every_point_of_saving(tmp_path: Path, keep: int) -> None:
+    """The newest checkpoint is then the old one or the new one, whole, with nothing to pass over."""
+    steps_found = []
+    for number in range(1, 1000):
+        run = tmp_path / str(number)
+        for step in (1, 2):
+            save_step(run, step, keep=keep)
+        status = in_a_child(lambda: killed_at(number, lambda: save_step(run, 3, keep=keep)))  # noqa: B023
+        told: list[str] = []
+        steps_found.append(int(newest(run, told.append).name[5:]))
+        assert not told
+        save_step(run, 4, keep=keep)
+        assert names(run) == [f"step-{step:06d}" for step in ([4] if keep == 1 else [steps_found[-1], 4])]
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert steps_found == sorted(steps_found)
+    assert steps_found.count(2) > 10
+    assert steps_found.count(3) > 3
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(8):
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
             try:
                 start = max([int(path.name[5:]) for path in checkpoints(tmp_path)], default=0)
                 for step in range(start + 1, start + 100_000):
-                    save_step(tmp_path, step, keep=keep, numbers=200_000)
+                    save_step(tmp_path, step, numbers=200_000)
                     os.write(write, f"{step}\n".encode())
             finally:
                 os._exit(1)

@@ -1,0 +1,75 @@
+"""A demo too small to learn anything still does all of it, and says so honestly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dianjing.demo.report import write_report
+from dianjing.demo.run import Results, run_demo, score_table
+from dianjing.errors import ConfigError
+from dianjing.tinyworld.records import Sizes, write_demo_data
+
+SMALL = Sizes(pretrain=16, finetune=8, questions_per_scene=2, held_out=9, held_out_pairs=4, captions=2)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    out = tmp_path_factory.mktemp("demo")
+    results = run_demo(out, SMALL, Console(quiet=True))
+    write_report(out, results)
+    return out, results
+
+
+def test_results_have_the_promised_form(demo: tuple[Path, Results]) -> None:
+    found = json.loads((demo[0] / "results.json").read_text(encoding="utf-8"))
+    assert set(found["stages"]) == {"base", "pretrain", "finetune"}
+    for stage in found["stages"].values():
+        for name in ("accuracy", "accuracy_other_picture", "accuracy_no_picture"):
+            assert 0 <= stage[name] <= 1
+        assert len(stage["by_type"]) >= 8
+    assert found["ceiling"] >= 0.8  # 9 questions: one may go wrong
+    assert {"data", "pretrain", "finetune", "scoring", "export"} <= set(found["seconds"])
+
+
+def test_the_blind_model_is_blind(demo: tuple[Path, Results]) -> None:
+    base = demo[1].stages["base"]
+    assert not base.report.can_see
+    assert base.report.overall.accuracy == 0
+    assert {one.answer for one in base.report.answers} <= {"I cannot see a picture.", "我看不到图片。"}
+
+
+def test_everything_is_left_to_look_at(demo: tuple[Path, Results]) -> None:
+    out = demo[0]
+    for name in ("report.html", "compare.html"):
+        page = (out / name).read_text(encoding="utf-8")
+        assert "data:image/" in page
+        assert "http://" not in page.replace("http://www.w3.org", "")
+        assert "src=\"/" not in page
+    assert (out / "export" / "parity.json").exists()
+    assert (out / "finetune" / "loss.png").exists()
+    assert score_table(demo[1]).row_count == 6
+
+
+def test_no_held_out_scene_or_pair_is_trained_on(tmp_path: Path) -> None:
+    data = write_demo_data(tmp_path, Sizes(pretrain=60, finetune=60, held_out=40, held_out_pairs=20, captions=5))
+    pictures = {path: path.read_bytes() for path in data.images.rglob("*.png")}
+    assert len(set(pictures.values())) == len(pictures)
+    trained = data.pretrain.read_text(encoding="utf-8") + data.finetune.read_text(encoding="utf-8")
+    asked = json.loads(data.held_out_pairs.read_text(encoding="utf-8"))
+    assert asked
+    assert not any(record["image"] in trained for record in asked)
+    for pair in ("red star", "blue cross", "红色星形", "蓝色十字形"):
+        assert f"a small {pair}" not in trained
+        assert f"a large {pair}" not in trained
+        assert f"小的{pair}" not in trained
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        run_demo(tmp_path, SMALL, Console(quiet=True))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
