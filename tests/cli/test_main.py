@@ -53,7 +53,11 @@ def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
-    [(DianjingError("x is y; do z"), 2, "error: x is y; do z\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+    [
+        (DianjingError("x is y; do z"), 2, "error: x is y; do z\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(28, "No space left", "f"), 2, "error: f: No space left; make room on that disk\n"),
+    ],
 )
 def test_how_a_failed_verb_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
@@ -64,6 +68,15 @@ def test_how_a_failed_verb_ends(
     monkeypatch.setattr(module, "_run", fail)
     assert main(["train"]) == code
     assert capsys.readouterr().err == message
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(verb: str, arguments: list[str]) -> int:
+        raise FileNotFoundError(2, "No such file")
+
+    monkeypatch.setattr(module, "_run", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["train"])
 
 
 def test_python_dash_m() -> None:
@@ -96,6 +109,7 @@ def test_recipes_are_listed_and_copied(
     ("arguments", "message"),
     [
         (["tinyworld_pretain"], "no such shipped recipe; there are course_photo, tinyworld_finetune"),
+        ([], "copy which recipe?; there are course_photo"),
         (["tinyworld_pretain"], "did you mean 'tinyworld_pretrain'?"),
         (["tinyworld_pretrain", "there.toml"], "there.toml: it already exists"),
         (["tinyworld_pretrain", "no/where.toml"], "there is no folder no"),

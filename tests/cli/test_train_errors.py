@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,19 @@ def test_a_projector_of_another_tower(
     train(wide, quiet=True)
     message = complaint(capsys, file, "--projector.init-from", tmp_path / "wide")
     assert "it goes 32 -> 32, here 24 -> 32 is needed" in message
+
+
+def test_a_folder_that_cannot_be_made(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = complaint(capsys, file, "--output", file / "run")
+    assert message == f"{file / 'run'}: a run cannot be written there: Not a directory; choose another output\n"
+
+
+def test_a_disk_that_is_too_small(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    message = complaint(capsys, file)
+    assert "73,497 bytes are needed for checkpoints, but only 1,000 are free on this disk" in message
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ STAGES = {
     },
     "full": {"language_model": {"tuning": "full"}, "vision_tower": {"tuning": "full"}},
 }
-STEPS = 120
-TRAIN = {"global_batch_size": 3, "epochs": 40, "save_every": 25, "warmup_ratio": 0.1, "log_every": 5}
+STEPS = 72
+TRAIN = {"global_batch_size": 3, "epochs": 24, "save_every": 10, "warmup_ratio": 0.1, "log_every": 5}
 """Three steps an epoch, so that the first checkpoint, and most, are in the middle of one."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -41,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has enough; what is still to be written at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room on that disk", file=sys.stderr)
+        return 2
 
 
 def _run(verb: str, arguments: list[str]) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional, arg
 
+from dianjing.cli.flags import parse
 from dianjing.config.fields import nearest
 from dianjing.config.load import shipped_recipes
 from dianjing.errors import ConfigError
@@ -17,14 +20,21 @@ NAME = "recipes"
 SUMMARY = "list the shipped recipes, or copy one to edit"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line gives."""
+
+    action: Positional[Literal["list", "copy"]] = "list"
+    """What to do."""
+    name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
+    """The recipe to copy."""
+    dest: Annotated[Positional[Path], arg(metavar="[DEST]")] = Path()
+    """File or folder to copy it to; this folder if not given."""
+
+
 def run(arguments: list[str]) -> int:
     """List the recipes, or copy one."""
-    parser = argparse.ArgumentParser(prog=f"dianjing {NAME}", description=SUMMARY)
-    actions = parser.add_subparsers(dest="action", metavar="copy")
-    copy = actions.add_parser("copy", help="copy a recipe, to be edited")
-    copy.add_argument("name")
-    copy.add_argument("dest", nargs="?", type=Path, default=Path(), help="file or folder (default: this folder)")
-    given = parser.parse_args(arguments)
+    given = parse(Arguments, arguments, NAME, SUMMARY)
     if given.action == "copy":
         print(_copy(given.name, given.dest))
     else:
@@ -42,8 +52,9 @@ def _list() -> None:
 def _copy(name: str, destination: Path) -> Path:
     shipped = shipped_recipes()
     if name not in shipped:
+        wrong = f"{name}: no such shipped recipe" if name else "copy which recipe?"
         offer = "".join(f"; did you mean '{other}'?" for other in nearest(name, shipped))
-        raise ConfigError(f"{name}: no such shipped recipe; there are {', '.join(shipped)}{offer}")
+        raise ConfigError(f"{wrong}; there are {', '.join(shipped)}{offer}")
     target = destination / f"{name}.toml" if destination.is_dir() else destination
     if target.exists():
         raise ConfigError(f"{target}: it already exists; remove it, or name another file")

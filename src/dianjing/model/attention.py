@@ -50,7 +50,8 @@ def packed_attention(
             f"{type(module).__name__}: soft-capped attention, attention sinks, and records longer than the sliding "
             f"window ({window}) are not supported; lower data.max_tokens, or choose another LLM"
         )
-    if query.is_cuda and query.dtype != torch.float32 and dropout == 0:
+    if query.is_cuda and dropout == 0 and (dtype := _arithmetic(query)) != torch.float32:
+        query, key, value = (states.to(dtype) for states in (query, key, value))
         return _on_gpu(query, key, value, cu_seqlens, max_seqlen, scaling), None
     lengths = cu_seqlens.diff().tolist()
     # Measured: on a CPU a loop over documents beats padding them to one rectangle, and it needs no copies.
@@ -63,16 +64,24 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+def _arithmetic(states: Tensor) -> torch.dtype:
+    """Return what attention computes in: under autocast, rotary embeddings may have left fp32."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
 def _on_gpu(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # importing it needs what only GPU builds of torch have
 
+    group = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(group, dim=1) if group > 1 else states for states in (key, value))
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, size)
-    settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
-    if query.shape[1] != key.shape[1]:
-        settings["enable_gqa"] = True
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **settings)[None]  # pyright: ignore
+    spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    output = varlen_attn(q, k, v, *spans, scale=scaling, window_size=(-1, 0))
+    assert isinstance(output, Tensor)
+    return output[None]
 
 
 AttentionInterface.register(PACKED, packed_attention)

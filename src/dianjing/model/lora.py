@@ -51,7 +51,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Float[Tensor, "*rows outputs"]) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, down, up = ctx.saved_tensors
-        flat, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        flat, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         # The sum is made again: keeping it would hold a second copy of all weights.
         to_x = gradient @ torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
         to_down = ((flat @ up) * ctx.scale).T @ inputs

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
@@ -183,7 +184,7 @@ def _encode_dialogue(encoder: Encoder, turns: list[Question], markers: int) -> t
 
 def embed(model: LlamaForCausalLM, ids: Tensor, phrases: Tensor) -> Tensor:
     """Return the embeddings of dialogues, (batch, tokens, hidden); a gathered phrase is the sum of its words'."""
-    table = model.get_input_embeddings()
+    table = cast(nn.Embedding, model.get_input_embeddings())
     words = table(ids.clamp(max=table.num_embeddings - 1))
     sums = (table(phrases.clamp(min=0)) * (phrases >= 0).unsqueeze(-1)).sum(2)  # (batch, places, hidden)
     gathered = (ids >= table.num_embeddings).unsqueeze(-1)
@@ -238,10 +239,12 @@ def train_language_model(
     ]
     stream = _batches([job.result() for job in jobs], batch, cycle.seed)
     torch.manual_seed(cycle.seed)
+    model: Any  # transformers' .to() is typed as if it could not be called
     if (folder / "model.safetensors").exists():
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
-        model = LlamaForCausalLM(_config(len(load_tokenizer(folder)))).to(DEVICE)
+        model = LlamaForCausalLM(_config(len(load_tokenizer(folder))))
+    model.to(DEVICE)
     step_model = torch.compile(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -277,7 +280,8 @@ def score_language_model(
     An answer is right when each of its tokens is the most likely one given the right ones before it,
     which is when greedy decoding would write exactly this answer.
     """
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(DEVICE).eval()
     told = make_dialogues(str(folder), seed, number, gathered, True)
     right, total = Counter(), Counter()
     for start in range(0, number, 200):

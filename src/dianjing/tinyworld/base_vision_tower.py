@@ -11,6 +11,7 @@ import random
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,7 @@ class PhraseHead(nn.Module):
         self.phrases = nn.Linear(hidden, len(PHRASES))
 
     def forward(self, patches: Tensor) -> Tensor:
+        """Return a logit for each patch and phrase: (batch, patches, hidden) -> (batch, patches, phrases)."""
         return self.phrases(self.norm(patches))
 
 
@@ -143,10 +145,11 @@ def train_vision_tower(
     parts = [job.result() for job in jobs]
     pixels, table = (torch.cat([part[k] for part in parts]).to(DEVICE) for k in (0, 1))
     torch.manual_seed(seed)
-    tower = CLIPVisionModel._from_config(_config(), attn_implementation="sdpa").to(DEVICE)
-    heads = nn.ModuleList([PhraseHead(tower.config.hidden_size) for _ in range(2)]).to(DEVICE)
+    tower: Any = CLIPVisionModel(_config())  # transformers' .to() is typed as if it could not be called
+    tower.to(DEVICE)
+    heads = [PhraseHead(tower.config.hidden_size).to(DEVICE) for _ in range(2)]
     step_tower = torch.compile(tower)
-    parameters = [*tower.parameters(), *heads.parameters()]
+    parameters = [weight for module in (tower, *heads) for weight in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
@@ -156,7 +159,7 @@ def train_vision_tower(
         with torch.autocast(DEVICE, torch.bfloat16):
             states = step_tower(_normalise(values), output_hidden_states=True).hidden_states
             logits = [head(states[layer][:, 1:]) for head, layer in zip(heads, (FEATURE_LAYER, -1), strict=True)]
-        loss = sum(_loss(x, truth, coloured) for x in logits)
+        loss = torch.stack([_loss(x, truth, coloured) for x in logits]).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -187,7 +190,8 @@ def train_vision_tower(
 @torch.no_grad()
 def score_vision_tower(folder: Path, head: PhraseHead, number: int = 4000) -> dict[str, float]:
     """Score the saved tower's FEATURE_LAYER with the phrase head that was trained on it."""
-    tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
+    tower: Any = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    tower.to(DEVICE).eval()
     scores: dict[str, float] = {}
     for split in ("train", "held_out"):
         pixels, table = make_pictures(99, number, split, False)

@@ -140,6 +140,7 @@ class Question:
 
 
 def words_for(language: Language, thing: Thing) -> dict[str, str]:
+    """Return an object's size, colour, shape and place in a language."""
     return {
         "size": language.sizes[("small", "large").index(thing.size)],
         "colour": language.colours[COLOURS.index(thing.colour)],

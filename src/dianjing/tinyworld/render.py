@@ -99,7 +99,7 @@ def render(scene: Scene, seed: int) -> Image.Image:
     """Draw `scene` as an RGB picture; `seed` decides background, jitter, tilt and noise."""
     rng = random.Random(seed)
     base = rng.choice(BACKGROUNDS)
-    big = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLE,) * 2, base)
+    big = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLE, IMAGE_SIZE * SUPERSAMPLE), base)
     draw = ImageDraw.Draw(big)
     for thing in scene:
         _draw_thing(draw, thing, rng)

@@ -40,10 +40,12 @@ class Thing:
 
     @property
     def row(self) -> int:
+        """Row of the grid, 0 at the top."""
         return self.place // GRID
 
     @property
     def column(self) -> int:
+        """Column of the grid, 0 at the left."""
         return self.place % GRID
 
 

@@ -71,10 +71,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     samples = Samples(recipe, built, run, state.step)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        to_come = recipe.train.keep + 1 - len(checkpoints(run))
-        require_space(run, to_come * stage.trainable * BYTES_PER_PARAMETER)
-        save_recipe(recipe, run / "recipe.toml")
+        _prepare_folder(run, recipe, stage.trainable)
 
     parts = Parts(
         recipe=recipe,
@@ -155,6 +152,22 @@ def _require_new(run: Path) -> None:
             f"{run}: it already holds a run, up to {found[-1].name}; give --resume to go on with it, or choose "
             "another output"
         )
+
+
+def _prepare_folder(run: Path, recipe: Recipe, trainable: int) -> None:
+    """Make the run's folder and write the recipe there, if there is room for the checkpoints to come.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+        CheckpointError: there is too little room.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        to_come = recipe.train.keep + 1 - len(checkpoints(run))
+        require_space(run, to_come * trainable * BYTES_PER_PARAMETER)
+        save_recipe(recipe, run / "recipe.toml")
+    except OSError as error:
+        raise ConfigError(f"{run}: a run cannot be written there: {error.strerror}; choose another output") from None
 
 
 def _restore(

@@ -111,6 +111,8 @@ def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> list[float]
 
 def over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
     """Return sums over all ranks."""
+    if accelerator.num_processes == 1:
+        return list(values)
     total = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
     assert isinstance(total, Tensor)
     return total.tolist()

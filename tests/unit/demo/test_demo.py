@@ -48,7 +48,7 @@ def test_everything_is_left_to_look_at(demo: tuple[Path, Results]) -> None:
         page = (out / name).read_text(encoding="utf-8")
         assert "data:image/" in page
         assert "http://" not in page.replace("http://www.w3.org", "")
-        assert "src=\"/" not in page
+        assert 'src="/' not in page
     assert (out / "export" / "parity.json").exists()
     assert (out / "finetune" / "loss.png").exists()
     assert score_table(demo[1]).row_count == 6

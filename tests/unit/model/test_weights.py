@@ -1,0 +1,108 @@
+"""What a run has learned, out of a model and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dianjing.errors import ModelError
+from dianjing.model.build import build
+from dianjing.model.stage import apply_stage
+from dianjing.model.weights import load_projector, load_trainable_state, trainable_state
+from tests.conftest import MakeRecipe
+from tests.tiny import write_clip, write_llm
+
+
+@pytest.fixture
+def model(make_recipe: MakeRecipe) -> Any:
+    recipe = make_recipe("finetune", language_model={"tuning": "lora"})
+    model = build(recipe).model
+    apply_stage(model, recipe)
+    return model
+
+
+def learned(model: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.randn_like(weight) for name, weight in trainable_state(model).items()}
+
+
+def test_what_is_loaded_is_what_was_saved(model: Any) -> None:
+    state = learned(model)
+    load_trainable_state(model, state)
+    assert all(torch.equal(weight, state[name]) for name, weight in trainable_state(model).items())
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "of another shape"])
+def test_a_state_that_does_not_fit_is_refused_whole(model: Any, fault: str) -> None:
+    before = {name: weight.clone() for name, weight in trainable_state(model).items()}
+    state = learned(model)
+    name = "model.multi_modal_projector.linear_2.bias"
+    match fault:
+        case "missing":
+            del state[name]
+        case "left over":
+            name = "model.other.weight"
+            state[name] = torch.zeros(1)
+        case _:
+            state[name] = torch.zeros(7)
+    with pytest.raises(ModelError, match=f"(?s){name}.*{fault}"):
+        load_trainable_state(model, state)
+    assert all(torch.equal(weight, before[name]) for name, weight in trainable_state(model).items())
+
+
+def write_checkpoint(run: Path, step: int, state: dict[str, torch.Tensor]) -> Path:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    save_file(state, folder / "trainable.safetensors")
+    return folder
+
+
+def test_the_projector_of_the_last_checkpoint_is_taken(model: Any, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    states = {step: learned(model) for step in (100, 1000, 20)}
+    for step, state in states.items():
+        write_checkpoint(tmp_path / "before", step, state)
+    built = build(make_recipe("finetune", projector={"init_from": str(tmp_path / "before")}))
+    for name, weight in built.model.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(weight, states[1000][f"model.multi_modal_projector.{name}"])
+    assert "step-001000" in str(built.report)
+
+
+def test_a_fresh_projector_reads_no_other_run(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("finetune", projector={"init_from": "nowhere"})
+    with pytest.raises(ModelError, match=r"nowhere: no checkpoint"):
+        build(recipe)
+    fresh = build(recipe, fresh_projector=True)
+    assert "new, seed 0" in str(fresh.report)
+
+
+def test_one_checkpoint_can_be_named(model: Any, tmp_path: Path) -> None:
+    state = learned(model)
+    folder = write_checkpoint(tmp_path, 1, state)
+    write_checkpoint(tmp_path, 2, learned(model))
+    load_projector(model, folder)
+    weight = model.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(weight, state["model.multi_modal_projector.linear_1.weight"])
+
+
+def test_a_projector_of_other_widths_is_refused(model: Any, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    llm = write_llm(tmp_path / "llm", hidden_size=16)
+    clip = write_clip(tmp_path / "clip", hidden_size=20)
+    parts = {"language_model": {"folder": str(llm)}, "vision_tower": {"folder": str(clip)}}
+    other = build(make_recipe("pretrain", **parts)).model
+    folder = write_checkpoint(
+        tmp_path, 1, dict(other.model.multi_modal_projector.state_dict(prefix="model.multi_modal_projector."))
+    )
+    with pytest.raises(ModelError, match="20 -> 16, here 24 -> 32"):
+        load_projector(model, folder)
+
+
+def test_a_checkpoint_without_a_projector_or_damaged_is_refused(model: Any, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1, {"model.other.weight": torch.zeros(1)})
+    with pytest.raises(ModelError, match="no projector"):
+        load_projector(model, folder)
+    (folder / "trainable.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="damaged"):
+        load_projector(model, folder)
