@@ -5,7 +5,7 @@
 Both train the same model (same weights, same LoRA, same AdamW) on the same records in the same batches and order;
 pictures are read by the same code and their time counts on both sides. The padded side is transformers'
 LlavaForConditionalGeneration as it comes: rows padded on the right to the longest of the batch, attention_mask,
-labels, its own loss. Rounds alternate between the two, so that a busy machine slows both.
+labels, its own loss, peft's own layers. Rounds alternate between the two, so that a busy machine slows both.
 The losses of the first two steps must agree, or no figure is printed.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
@@ -33,6 +34,7 @@ from dianjing.data.collate import Batch
 from dianjing.data.dataset import Dataset, open_dataset, step_batches
 from dianjing.data.order import epoch_order, step_indices
 from dianjing.model.build import Built, build
+from dianjing.model.lora import LoraLinear
 from dianjing.model.stage import apply_stage
 from dianjing.tinyworld.grammar import LANGUAGES, ask_several
 from dianjing.tinyworld.render import render
@@ -104,6 +106,9 @@ def padded(recipe: Recipe, built: Built, dataset: Dataset) -> Step:
     model, optimizer = built.model.train(), make_optimizer(built.model, recipe)
     set_learning_rates(optimizer, learning_rate_factor(AT_STEP - 1, TOTAL_STEPS, recipe.train.warmup_ratio))
     model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.__class__ = PeftLinear  # as peft computes it
     # Upstream embeds the placeholder too, so it needs an id of the vocabulary: <unk>, which no text here has.
     model.config.image_token_id = built.tokenizer.unk_token_id
     trained = [weight for weight in model.parameters() if weight.requires_grad]
