@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.model.forward import num_tower_layers
+from dianjing.model.fp8 import Fp8Linear
 from dianjing.model.frozen import is_nf4, lora_layers, num_bytes, num_parameters
 from dianjing.model.lora import LoraLinear
 
@@ -97,7 +98,7 @@ def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageRe
     model.model.multi_modal_projector.requires_grad_(True)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.float()
+            weight.data = weight.data.to(model.device, torch.float32)  # adapters of FP8 layers are made on the CPU
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(model)
     return _report(model, recipe)
@@ -153,7 +154,7 @@ def _checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
 
 def _linear_names(model: nn.Module, beginning: str) -> Iterator[str]:
     for name, module in model.named_modules():
-        if name.startswith(beginning) and isinstance(module, nn.Linear):
+        if name.startswith(beginning) and isinstance(module, nn.Linear | Fp8Linear):
             yield name
 
 
@@ -166,7 +167,8 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
         target_modules="|".join(map(re.escape, targets)),
     )
     kinds = lora_layers() if any(map(is_nf4, model.parameters())) else {}
-    lora._register_custom_module({**kinds, nn.Linear: LoraLinear})  # the first that fits; a four-bit layer is a Linear
+    kinds |= {Fp8Linear: LoraLinear, nn.Linear: LoraLinear}
+    lora._register_custom_module(kinds)  # the first that fits; a four-bit layer is a Linear
     inject_adapter_in_model(lora, model)
 
 
