@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -169,7 +170,11 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
     kinds = lora_layers() if any(map(is_nf4, model.parameters())) else {}
     kinds |= {Fp8Linear: LoraLinear, nn.Linear: LoraLinear}
     lora._register_custom_module(kinds)  # the first that fits; a four-bit layer is a Linear
-    inject_adapter_in_model(lora, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Unsupported layer type"
+        )  # peft asks an FP8 layer for its sizes, and gets them
+        inject_adapter_in_model(lora, model)
 
 
 def _share_qkv(decoder: nn.Module) -> None:

@@ -115,9 +115,7 @@ def test_four_bits_are_counted_as_weights_and_as_bytes(make_recipe: MakeRecipe) 
 @pytest.mark.parametrize(
     "settings", [{}, {"lora_head": True, "lora_share_qkv": True}], ids=["lora", "shared qkv and head"]
 )
-def test_it_trains_as_pefts_lora_on_the_dequantised_weights(
-    make_recipe: MakeRecipe, settings: dict[str, Any]
-) -> None:
+def test_it_trains_as_pefts_lora_on_the_dequantised_weights(make_recipe: MakeRecipe, settings: dict[str, Any]) -> None:
     recipe = make_recipe("finetune", language_model={**QLORA, **settings})
     model, dataset = prepare(recipe)
     reference = build(unquantized(recipe)).model
