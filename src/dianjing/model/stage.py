@@ -29,6 +29,8 @@ PARTS = {
 
 HEAD = "lm_head"
 
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
 BEHIND_THE_ENCODER = ("post_layernorm", "head")
 """What a tower computes from its last layer (SigLIP's head pools it); the projector reads earlier ones."""
 
@@ -198,4 +200,4 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
 
 
 def _held_as(weight: nn.Parameter) -> str:
-    return "nf4" if is_nf4(weight) else str(weight.dtype).removeprefix("torch.")
+    return "nf4" if is_nf4(weight) else PRECISIONS[weight.dtype]
