@@ -85,14 +85,6 @@ def num_bytes(weight: Any) -> int:
     return weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
 
 
-def lora_layers() -> dict[type, type]:
-    """Return peft's LoRA layer for a layer in NF4, by the class of that layer."""
-    from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora.bnb import Linear4bit as Lora4bit
-
-    return {Linear4bit: Lora4bit}
-
-
 def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
