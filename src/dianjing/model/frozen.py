@@ -7,7 +7,6 @@ in fp16; here it is the run's precision, bf16 or fp32, whose range needs no loss
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from dianjing.errors import ConfigError, ModelError
 
 BLOCK_SIZE = 64
 """Weights that share a scale; bitsandbytes 0.50.2 undoes NF4 wrongly on CPUs when a block crosses rows."""
-
-# Without the optional package `kernels`, bitsandbytes tells of a faster way on some CPUs each time it is imported.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def require_bitsandbytes() -> None:

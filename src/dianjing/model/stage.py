@@ -67,8 +67,9 @@ class StageReport:
         return sum(part.trainable for part in self.parts)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left")
-        for column in ("part", "tuning", "parameters", "trainable", "learning rate", "frozen as", "memory"):
+        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left", box=None)
+        table.padding, table.pad_edge = (0, 2, 0, 0), False  # all of it in 80 columns, for a 7B LLM too
+        for column in ("part", "tuning", "parameters", "trainable", "rate", "frozen as", "memory"):
             table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
         for row in self.parts:
             rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
