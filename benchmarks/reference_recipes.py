@@ -170,9 +170,7 @@ def write_tower(folder: Path, shapes: Shapes, device: str) -> None:
 
 def write_data(folder: Path, records: int) -> dict[str, Path]:
     """Draw the scenes and return a file of `records` for each stage: the same few, repeated."""
-    sizes = Sizes(
-        pretrain=SCENES, finetune=SCENES, questions_per_scene=3, held_out=1, held_out_pairs=1, captions=1
-    )
+    sizes = Sizes(pretrain=SCENES, finetune=SCENES, questions_per_scene=3, held_out=1, held_out_pairs=1, captions=1)
     drawn = write_demo_data(folder, sizes)
     for path in (drawn.pretrain, drawn.finetune):
         few = json.loads(path.read_text(encoding="utf-8"))

@@ -83,7 +83,7 @@ def num_bytes(weight: Any) -> int:
 
 def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
     from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     dtype = linear.weight.dtype
     packed: Any = Linear4bit(
@@ -93,7 +93,8 @@ def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
     weight = linear.weight.to(device, torch.bfloat16)
     four_bits, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
     state.dtype = dtype
-    packed.weight = Params4bit(four_bits, quant_state=state, quant_type="nf4", bnb_quantized=True)
+    make: Any = Params4bit
+    packed.weight = make(four_bits, quant_state=state, quant_type="nf4", bnb_quantized=True)
     packed.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
     # On CPUs with AVX512-BF16 the first answer would otherwise pack the weight anew, rounded, for good.
     packed.support_avx512bf16_for_cpu = False
