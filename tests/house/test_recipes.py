@@ -23,8 +23,8 @@ from dianjing.model.weights import PROJECTOR
 from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 from dianjing.use.load import load_for_use
-from tests.families import write_family, write_siglip
 from tests.house.source import PACKAGE
+from tests.recipe_models import write_family, write_siglip
 from tests.tiny import TinyDataset, write_clip
 
 RECIPES = sorted((PACKAGE / "recipes").glob("*.toml"))

@@ -15,8 +15,8 @@ from dianjing.model.build import assemble, build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage, part_of
 from tests.conftest import MakeRecipe
-from tests.families import FAMILIES, write_family, write_siglip
 from tests.packs import outcome, prepare
+from tests.recipe_models import FAMILIES, write_family, write_siglip
 
 WAYS = ("frozen", "lora", "full")
 SPLIT = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
