@@ -14,6 +14,7 @@ from transformers import SiglipVisionModel
 from dianjing.model.build import assemble, build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage, part_of
+from dianjing.model.weights import trainable_state
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
 from tests.recipe_models import FAMILIES, write_family, write_siglip
@@ -46,6 +47,7 @@ def test_what_trains_has_a_gradient_and_nothing_else_has(
         make_recipe("finetune", language_model={"tuning": llm, "frozen": frozen}, vision_tower={"tuning": tower})
     )
     _, gradients = outcome(model, [dataset.batch(range(dataset.num_records))])
+    assert gradients.keys() == trainable_state(model).keys()
     assert all(gradient.any() for gradient in gradients.values())
     by_part = {
         part: [name for name in gradients if part_of(name) == part] for part in ("language_model", "vision_tower")
