@@ -89,6 +89,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
         watch=Watch(built.model.model.multi_modal_projector),
     )
     _take_all_steps(parts, state, log, samples, run)
+    log.peak_memory(accelerator.device)
     log.show(f"done: {run} holds the checkpoint, loss.png and train.jsonl; try: dianjing chat {run} --image PICTURE")
     return run
 
