@@ -196,10 +196,7 @@ def _inline(image: Image) -> str:
 
 def _num_image_tokens(tower: Path) -> int:
     # Imported here because it takes seconds, and only a tower needs it.
-    from transformers import CLIPVisionConfig
+    from dianjing.model.vision import num_image_tokens, select_strategy, vision_config
 
-    from dianjing.model.build import SELECT, num_image_tokens
-    from dianjing.model.language import read_config
-
-    config = read_config(tower)
-    return num_image_tokens(CLIPVisionConfig(**config.get("vision_config", config)), SELECT)
+    config = vision_config(tower)
+    return num_image_tokens(config, select_strategy(config))

@@ -15,9 +15,10 @@ from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
 from dianjing.data.template import choose_template, get_template
 from dianjing.errors import ModelError
-from dianjing.model.build import build, num_image_tokens
-from dianjing.model.language import load_exactly, load_language_model, read_config, require_safetensors
+from dianjing.model.build import build
+from dianjing.model.language import load_exactly, load_language_model, read_config
 from dianjing.model.stage import apply_stage
+from dianjing.model.vision import num_image_tokens
 from dianjing.model.weights import load_trainable_state
 from dianjing.tinyworld.folders import NAME as TINYWORLD
 from dianjing.tinyworld.folders import resolve
@@ -75,10 +76,13 @@ def _load_run(run: Path, device: str) -> Seer:
 def _load_llava(folder: Path, device: str) -> Seer:
     config = read_config(folder)
     tower = config.get("vision_config", {}).get("model_type")
-    if tower != "clip_vision_model":
-        raise ModelError(f'{folder}: its vision tower is "{tower}"; only LLaVAs with a CLIP tower can be asked here')
+    if tower not in ("clip_vision_model", "siglip_vision_model"):
+        raise ModelError(
+            f'{folder}: its vision tower is "{tower}"; only LLaVAs with a CLIP or SigLIP tower can be asked here'
+        )
+    if not isinstance(config.get("vision_feature_layer", -2), int):
+        raise ModelError(f"{folder}: it joins the features of several layers; LLaVAs of one layer can be asked here")
     tokenizer = load_tokenizer(folder)
-    require_safetensors(folder)
     model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
     return Seer(
         name=str(folder),
