@@ -131,7 +131,7 @@ def template_for(tokenizer: PreTrainedTokenizerBase, name: str = "") -> tuple[Te
     Raises:
         ModelError: there is none of this name; or no template, or more than one, fits.
     """
-    why = f'template: {name} (as named)'
+    why = f"template: {name} (as named)"
     if not name:
         name, reason = _choose(tokenizer)
         why = f"template: {name} ({reason})"

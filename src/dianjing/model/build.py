@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
-from dianjing.data.template import check_template, choose_template, get_template
+from dianjing.data.template import check_template, template_for
 from dianjing.errors import ModelError
 from dianjing.model.attention import PACKED, UNREAD_MASK
 from dianjing.model.language import LoadReport, count, load_language_model
@@ -55,7 +55,7 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     llm_folder = resolve(recipe.language_model.folder, "language_model")
     tower_folder = resolve(recipe.vision_tower.folder, "vision_tower")
     tokenizer = load_tokenizer(llm_folder)
-    template = get_template(recipe.language_model.template or choose_template(tokenizer))
+    template, chosen = template_for(tokenizer, recipe.language_model.template)
     check_template(template, tokenizer)
     image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect)
 
@@ -88,7 +88,7 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
         tokenizer=tokenizer,
         encoder=encoder,
         image_processor=image_processor,
-        report=llm_report + tower_report + projector,
+        report=LoadReport((*llm_report.lines, chosen)) + tower_report + projector,
     )
 
 

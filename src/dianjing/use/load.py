@@ -13,9 +13,10 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 from dianjing.config.load import load_recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
-from dianjing.data.template import choose_template, get_template
+from dianjing.data.template import template_for
 from dianjing.errors import ModelError
 from dianjing.model.build import build
+from dianjing.model.hub import is_hub_name
 from dianjing.model.language import load_exactly, load_language_model, read_config
 from dianjing.model.stage import apply_stage
 from dianjing.model.vision import num_image_tokens
@@ -32,15 +33,19 @@ TEMPLATE_KEY = "dianjing_template"
 def load_for_use(path: str, device: str | None = None) -> Seer:
     """Return the model at `path`, ready to answer; `device` None = the GPU if there is one.
 
-    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported LLaVA folder, or the
-    folder of a text-only LLM ("tinyworld" too), which has no eyes.
+    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported LLaVA folder or one in the
+    layout of the hub's, or the folder of a text-only LLM ("tinyworld" too), which has no eyes; the last two may be
+    names of the hub (owner/name).
 
     Raises:
         ModelError: the folder is none of these.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if path != TINYWORLD and not Path(path).expanduser().is_dir():
-        raise ModelError(f'{path}: no such folder; give a run, an exported model, a text LLM, or "{TINYWORLD}"')
+    if path != TINYWORLD and not Path(path).expanduser().is_dir() and not is_hub_name(path):
+        raise ModelError(
+            f"{path}: no such folder; give a run, an exported model, a text LLM, a model of the hub (owner/name), "
+            f'or "{TINYWORLD}"'
+        )
     folder = resolve(path, "language_model")
     if (folder / "recipe.toml").is_file():
         seer = _load_run(folder, device)
@@ -109,7 +114,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, template: str | None, llava: An
     """Return the encoder of a model; `llava` is the configuration of one that sees, else None."""
     return Encoder(
         tokenizer=tokenizer,
-        template=get_template(template or choose_template(tokenizer)),
+        template=template_for(tokenizer, template or "")[0],
         num_image_tokens=num_image_tokens(llava.vision_config, llava.vision_feature_select_strategy) if llava else 1,
         max_tokens=tokenizer.model_max_length,
         on_long_record="error",
