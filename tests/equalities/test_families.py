@@ -19,32 +19,27 @@ from dianjing.model.vision import load_vision_tower
 from tests.conftest import MakeRecipe
 from tests.families import FAMILIES, write_family
 from tests.packs import assert_same, outcome, prepare, upstream
-from tests.tiny import write_llm, write_siglip
+from tests.tiny import write_llm
 
 SIZES = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module")
-def towers(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"clip": tiny_clip, "siglip": write_siglip(tmp_path_factory.mktemp("siglip"))}
-
-
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize("family", [*FAMILIES, "internlm2", "internlm2.5"])
 def test_a_pack_is_its_records_and_what_upstream_computes(
-    make_recipe: MakeRecipe, towers: dict[str, Path], tmp_path: Path, family: str, tower: str
+    make_recipe: MakeRecipe, tiny_clip: Path, tiny_siglip: Path, tmp_path: Path, family: str, tower: str
 ) -> None:
     parts: dict[str, Any] = {
         "language_model": {"folder": str(write_family(tmp_path / "llm", family)), "tuning": "lora"},
-        "vision_tower": {"folder": str(towers[tower]), "tuning": "full"},
+        "vision_tower": {"folder": str({"clip": tiny_clip, "siglip": tiny_siglip}[tower]), "tuning": "full"},
     }
     model, dataset = prepare(make_recipe("finetune", **parts))
     everything = range(dataset.num_records)
     batch: Batch = dataset.batch(everything)
     packed = outcome(model, [batch])
-    assert_same(packed, outcome(model, [dataset.batch([index]) for index in everything]), rounding=5)
-    assert_same(packed, upstream(model, batch), rounding=5)
+    assert_same(packed, outcome(model, [dataset.batch([index]) for index in everything]), rounding=20)
+    assert_same(packed, upstream(model, batch), rounding=20)
     assert all(gradient.any() for name, gradient in packed[1].items() if "lora_B" in name or "projector" in name)
 
 

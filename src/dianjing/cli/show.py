@@ -25,7 +25,7 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data.dataset import Dataset, image_folder, open_dataset
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor, load_image
-from dianjing.data.template import OWN, TEMPLATES, foreign_marks, special_strings_missing, template_for
+from dianjing.data.template import OWN, TEMPLATES, doubts, template_for
 from dianjing.errors import ConfigError
 from dianjing.tinyworld.folders import resolve
 
@@ -105,17 +105,7 @@ def open_records(chosen: Arguments) -> tuple[Dataset, str]:
 def report_lines(dataset: Dataset) -> Iterator[str]:
     """Yield what is worth knowing about the whole set."""
     yield counts(dataset)
-    template = dataset.encoder.template
-    if missing := special_strings_missing(template, dataset.encoder.tokenizer):
-        yield (
-            f'warning: the tokenizer reads {len(missing)} special strings of the template "{template.name}" as '
-            f"plain text ({', '.join(missing)}): is it the LLM's own template?"
-        )
-    if others := foreign_marks(template, dataset.encoder.tokenizer):
-        yield (
-            f'warning: the template "{template.name}" marks turns by plain text, but the tokenizer has the chat marks '
-            f"of {', '.join(others)}: is it the LLM's own template?"
-        )
+    yield from doubts(dataset.encoder.template, dataset.encoder.tokenizer)
     if cut := dataset.report["truncated"]:
         yield f"warning: records cut to {dataset.encoder.max_tokens} tokens (--max-tokens): {cut}"
 

@@ -207,27 +207,32 @@ def special_strings_missing(template: Template, tokenizer: PreTrainedTokenizerBa
     return [string for string in template.special_strings if not _is_one_token(string, tokenizer)]
 
 
-def foreign_marks(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the templates whose marks the tokenizer knows, if this one marks turns by plain text alone."""
-    return [] if template.special_strings or template.joined else list(_fitting(tokenizer))
+def doubts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what speaks against a template being the LLM's own, a sentence each."""
+    found = []
+    if missing := special_strings_missing(template, tokenizer):
+        found.append(
+            f'warning: the tokenizer reads {len(missing)} special strings of the template "{template.name}" as '
+            f"plain text ({', '.join(missing)}): is it the LLM's own template?"
+        )
+    if not template.special_strings and not template.joined and (others := _fitting(tokenizer)):
+        found.append(
+            f'warning: the template "{template.name}" marks turns by plain text, but the tokenizer has the chat marks '
+            f"of {', '.join(others)}: is it the LLM's own template?"
+        )
+    return found
 
 
 def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a template that was made for another LLM.
 
     Raises:
-        ModelError: the tokenizer does not know some special strings of the template, or those of another template
-            while this one has none.
+        ModelError: the tokenizer does not know some special strings of the template.
     """
     if missing := special_strings_missing(template, tokenizer):
         raise ModelError(
             f'the template "{template.name}" does not belong to this LLM: {", ".join(missing)} would be '
             "plain text to its tokenizer; name the LLM's own template (language_model.template)"
-        )
-    if others := foreign_marks(template, tokenizer):
-        raise ModelError(
-            f'the template "{template.name}" does not belong to this LLM: it marks turns by plain text, but the '
-            f"tokenizer has the chat marks of {', '.join(others)}; name one of these (language_model.template)"
         )
 
 

@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
-from dianjing.data.template import check_template, template_for
+from dianjing.data.template import check_template, doubts, template_for
 from dianjing.errors import ModelError
 from dianjing.model.attention import PACKED, UNREAD_MASK
 from dianjing.model.language import LoadReport, count, load_language_model
@@ -88,7 +88,7 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
         tokenizer=tokenizer,
         encoder=encoder,
         image_processor=image_processor,
-        report=LoadReport((*llm_report.lines, chosen)) + tower_report + projector,
+        report=LoadReport((*llm_report.lines, chosen, *doubts(template, tokenizer))) + tower_report + projector,
     )
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dianjing.errors import ModelError
@@ -83,7 +84,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrai
     if kind == "internlm2":
         model = _load_internlm2(folder, config, dtype)
     elif kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        model = load_exactly(AutoModelForCausalLM, folder, dtype=dtype)
+        model = load_exactly(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]), folder, dtype=dtype)
     else:
         raise ModelError(
             f'{folder}: model_type "{kind}" is no text LLM that can be read; give the folder of a causal LM whose '
@@ -172,7 +173,7 @@ def load_exactly(
         if weights is None and weight_files(folder)[0].suffix == ".bin":
             # Read here, where a pickle can do no harm, not by transformers.
             weights = dict(read_weights(folder))
-            settings["config"] = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            settings["config"] = model_class.config_class.from_pretrained(folder, local_files_only=True)
         source = {"pretrained_model_name_or_path": None if weights else folder, "state_dict": weights, **settings}
         model, info = model_class.from_pretrained(
             **source, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -253,8 +254,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             f"{path}: refused: to be read it asks for {_asked_for(path, str(error))}, and a file that asks for more "
             "than tensors may run any program. Nothing was run; get these weights as safetensors, from a source you trust"
         ) from None
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: damaged: {error}; copy it again") from None
+    except Exception as error:  # what torch raises for a broken file depends on where it is broken
+        raise ModelError(f"{path}: damaged, or no file of tensors: {error}; copy it again") from None
     if not isinstance(content, dict) or not all(isinstance(weight, Tensor) for weight in content.values()):
         raise ModelError(f"{path}: a table of tensors by name is needed, and something else is in it")
     return content
@@ -264,14 +265,22 @@ def _asked_for(path: Path, complaint: str) -> str:
     """Return the name for which torch refused a pickle; where torch does not say it, the first one in the file."""
     if named := re.search(r"GLOBAL ([\w.]+)", complaint):
         return named[1]
-    strings: list[str] = []
+    names: list[str] = []
+    texts: list[str | None] = []
+    memo: list[str | None] = []
     try:
         for operation, argument, _ in pickletools.genops(path.read_bytes()):  # looks, and calls nothing
+            if operation.name == "MEMOIZE":
+                memo.append(texts[-1])
+                continue
             if operation.name == "GLOBAL":
-                return str(argument).replace(" ", ".")
-            if operation.name == "STACK_GLOBAL":
-                return ".".join(strings[-2:])
-            strings += [argument] if isinstance(argument, str) else []
-    except ValueError:
+                names.append(str(argument).replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL":
+                module, name = [text for text in texts if text is not None][-2:]
+                names.append(f"{module}.{name}")
+            known = memo[argument] if operation.name in ("BINGET", "LONG_BINGET") else argument
+            texts.append(known if isinstance(known, str) else None)
+    except (IndexError, ValueError):
         pass
-    return "something that is no tensor"
+    strange = [name for name in names if not name.startswith(("torch.", "collections."))]
+    return strange[0] if strange else "something that is no tensor"
