@@ -17,7 +17,7 @@ from dianjing.model.build import assemble, build, prove_isolation
 from dianjing.model.language import load_language_model
 from dianjing.model.vision import load_vision_tower
 from tests.conftest import MakeRecipe
-from tests.families import FAMILIES, write_family
+from tests.llm_families import FAMILIES, write_family
 from tests.packs import assert_same, outcome, prepare, upstream
 from tests.tiny import write_llm
 
