@@ -58,8 +58,11 @@ def _run(verb: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         offer = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(VERBS)}"
         raise ConfigError(f"unknown verb '{verb}'{offer}")
-    # Models are folders on this machine; nothing is looked for elsewhere, whatever they name.
+    # Models are folders on this machine. No library looks elsewhere by itself, whatever a folder names; a model of the
+    # hub that the user names is downloaded in the open (model/hub.py), unless HF_HUB_OFFLINE was set before.
+    os.environ.setdefault("DIANJING_ONLINE", "0" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars
