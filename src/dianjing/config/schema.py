@@ -8,6 +8,7 @@ from typing import Literal
 Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
 OnBad = Literal["error", "skip"]
+Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
 
 
@@ -74,7 +75,8 @@ class DataConfig:
     on_bad_record: OnBad = "error"
     pack_tokens: int = 4096
     """Most positions (pictures expanded) in one forward pass; records share a pack without seeing each other."""
-    order: Literal["shuffle", "sequential"] = "shuffle"
+    order: Order = "shuffle"
+    """"length_grouped": batches of like length, with and without pictures apart (XTuner's finetune)."""
     workers: int = 0
     """Processes that decode pictures beside the training process."""
 
