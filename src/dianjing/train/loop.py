@@ -118,6 +118,7 @@ def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], flo
         parts.dataset.num_records,
         seed=parts.recipe.seed,
         mode=parts.recipe.data.order,
+        lengths=parts.dataset.modality_lengths,
         global_batch_size=parts.recipe.train.global_batch_size,
         rank=parts.accelerator.process_index,
         world_size=parts.accelerator.num_processes,
