@@ -25,6 +25,7 @@ LIVE_PROJECTOR = "model.multi_modal_projector."
 LIVE_TOWER = "model.vision_tower."
 LINEARS = {"0": "linear_1", "2": "linear_2"}
 TOWER_LAYER = re.compile(r"^encoder\.layers\.(\d+)\.")
+QKV = re.compile(r"\.self_attn\.([qkv])_proj\.")
 NO_WEIGHT = re.compile(r"(\.rotary_emb\.inv_freq|\.position_ids)$")
 """Tables that old versions of transformers saved; each version computes them."""
 
@@ -169,26 +170,36 @@ def from_live(state: Mapping[str, Tensor], text_config: Any, *, internlm2: bool)
     """Return what `trainable_state` of a model returned under XTuner's names.
 
     With `internlm2` the LLM's are InternLM2's own: q, k and v, and their LoRA, are one again.
+
+    Raises:
+        ModelError: q, k and v have a lora_A each, which InternLM2's one wqkv cannot have.
     """
+    adapted = {_part(name) for name in state if ".lora_" in name}
     found: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
-    adapted = {part: any(".lora_" in name and _part(name) == part for name in state) for part in ("llm", "visual_encoder")}
     for name, weight in state.items():
-        part = _part(name)
-        if part == "projector":
-            layer, _, kind = name.removeprefix(LIVE_PROJECTOR).partition(".")
-            number = {live: number for number, live in LINEARS.items()}[layer]
-            found[f"{PROJECTOR}{number}.{kind}"] = weight
-            continue
-        inside = f"vision_model.{name.removeprefix(LIVE_TOWER)}" if part == "visual_encoder" else _llm_name(name)
-        written = f"{part}.{PEFT if adapted[part] else ''}{_to_internlm2(inside) if internlm2 and part == 'llm' else inside}"
-        if internlm2 and (match := re.search(r"\.self_attn\.([qkv])_proj\.", written)):
-            key = written.replace(match[0], FUSED_QKV)
-            found[key] = weight  # its place in the order; the tensor follows
-            fused.setdefault(key, {})[match[1]] = weight
-        else:
-            found[written] = weight
+        written = _xtuner_name(name, peft=_part(name) in adapted, internlm2=internlm2)
+        match = QKV.search(written) if internlm2 and written.startswith("llm.") else None
+        if match:
+            written = written.replace(match[0], FUSED_QKV)
+            fused.setdefault(written, {})[match[1]] = weight
+        found[written] = weight  # the fused ones: their place in the order, the tensor follows
     return found | {name: _fuse(parts, text_config, name) for name, parts in fused.items()}
+
+
+def _xtuner_name(live: str, *, peft: bool, internlm2: bool) -> str:
+    part = _part(live)
+    if part == "projector":
+        layer, _, kind = live.removeprefix(LIVE_PROJECTOR).partition(".")
+        number = next(number for number, linear in LINEARS.items() if linear == layer)
+        return f"{PROJECTOR}{number}.{kind}"
+    if part == "visual_encoder":
+        inside = f"vision_model.{live.removeprefix(LIVE_TOWER)}"
+    else:
+        inside = live.replace("model.language_model.", "model.", 1)
+        for theirs, llama in INTERNLM2_TO_LLAMA.items() if internlm2 else ():
+            inside = inside.replace(llama, theirs)
+    return f"{part}.{PEFT if peft else ''}{inside}"
 
 
 def _fuse(parts: Mapping[str, Tensor], config: Any, name: str) -> Tensor:
@@ -207,13 +218,3 @@ def _part(live: str) -> str:
     if live.startswith(LIVE_PROJECTOR):
         return "projector"
     return "visual_encoder" if live.startswith(LIVE_TOWER) else "llm"
-
-
-def _llm_name(live: str) -> str:
-    return live.replace("model.language_model.", "model.", 1)
-
-
-def _to_internlm2(name: str) -> str:
-    for internlm2, llama in INTERNLM2_TO_LLAMA.items():
-        name = name.replace(llama, internlm2)
-    return name
