@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.image import ImageProcessor
+from dianjing.data.record import with_markers, without_markers
 from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
+from dianjing.export.export import Options
 from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_state
 from dianjing.export.merge import merged_state
+from dianjing.export.receipt import (
+    ANSWER_TOKENS,
+    Case,
+    Proof,
+    logit_difference,
+    pixel_difference,
+    run_logits,
+)
 from dianjing.export.tokenizer import save_tokenizer
-from dianjing.use.generate import Seer, stop_sequences
+from dianjing.use.generate import Conversation, Seer, generate_ids, prepare, stop_sequences
 from dianjing.use.load import TEMPLATE_KEY
 
 SHARD_SIZE = "5GB"
+COMPARED = "stock transformers reading the folder (AutoModelForImageTextToText, AutoProcessor) against the run"
+LOADING = """\
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+image = Image.new("RGB", (80, 60), "red")  # your picture
+question = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+text = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+inputs = processor(text=text, images=[image], return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
 
 
-def save_hf(seer: Seer, folder: Path) -> None:
+def save(seer: Seer, folder: Path, options: Options) -> None:
     """Write weights (merged, fp32), configuration, tokenizer and processor into an existing folder.
 
     Raises:
@@ -64,6 +94,32 @@ def save_hf(seer: Seer, folder: Path) -> None:
     )
 
 
+@torch.no_grad()
+def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+    """Return how the model in `folder`, read as a stranger would read it, answers beside the run."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model = model.to(seer.model.device).eval()
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    answers = generate_ids(seer, conversations, ANSWER_TOKENS)
+    cases = []
+    for conversation, answer in zip(conversations, answers, strict=True):
+        text = processor.apply_chat_template(_messages(conversation), add_generation_prompt=True)
+        inputs = processor(text=text, images=list(conversation.images) or None, return_tensors="pt").to(model.device)
+        ours, theirs = run_logits(seer, conversation, answer), _logits(model, inputs, answer)
+        cases.append(
+            Case(
+                question=conversation.question,
+                image_sizes=[image.size for image in conversation.images],
+                same_ids=inputs["input_ids"][0].tolist() == prepare(seer, conversation).input_ids,
+                pixel_difference=pixel_difference(seer, conversation, inputs.get("pixel_values")),
+                logit_difference=logit_difference(ours, theirs),
+                largest_logit=ours.abs().max().item(),
+                same_answer=_answer(model, inputs) == answer,
+            )
+        )
+    return Proof(cases=cases, compared=COMPARED)
+
+
 def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
     """Return preprocessor_config.json of the image processor that pads to a square where training did."""
     size = processor.size
@@ -83,6 +139,33 @@ def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
         "image_std": list(processor.std),
         "do_convert_rgb": True,
     }
+
+
+def _messages(conversation: Conversation) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for question, answer in conversation.history:
+        messages += [_message(question), {"role": "assistant", "content": answer}]
+    return [*messages, _message(conversation.question)]
+
+
+def _message(question: str) -> dict[str, Any]:
+    """Return the user's message; pictures as content parts where that says the same as the text."""
+    count, text = question.count(IMAGE_MARKER), without_markers(question)
+    if not count or question != with_markers(text, count):
+        return {"role": "user", "content": question}
+    parts: list[dict[str, Any]] = [*[{"type": "image"}] * count, *([{"type": "text", "text": text}] if text else [])]
+    return {"role": "user", "content": parts}
+
+
+def _logits(model: Any, inputs: Any, answer: list[int]) -> Float[Tensor, "tokens vocab"]:
+    tail = torch.tensor([answer[:-1]], device=model.device).long()
+    ids = torch.cat([inputs["input_ids"], tail], 1)
+    return model(input_ids=ids, pixel_values=inputs.get("pixel_values"), use_cache=False).logits[0].float()
+
+
+def _answer(model: Any, inputs: Any) -> list[int]:
+    written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    return written[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def _generation_config(seer: Seer) -> dict[str, Any]:
