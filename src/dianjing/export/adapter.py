@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,7 @@ from dianjing.tinyworld.folders import resolve
 from dianjing.use.generate import Conversation, Seer
 from dianjing.use.load import load_for_use
 
-COMPARED = (
-    "the folder on its bases, read by Dianjing (first half of the cases) and by plain peft (second half), against the run"
-)
+COMPARED = "the folder on its bases, read by Dianjing (first half) and by plain peft (second), against the run"
 LOADING = """\
 It stands on two base models, which `recipe.toml` names and `bases.json` describes:
 
@@ -64,7 +63,7 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
     """
     recipe = _recipe(seer)
     if options.dtype != "fp32":
-        raise ExportError(f"an adapter is written as it was trained, in fp32, not as {options.dtype}; leave --dtype out")
+        raise ExportError(f"an adapter is written in fp32, as it was trained, not in {options.dtype}; drop --dtype")
     for part in PARTS:
         if getattr(recipe, part).tuning == "full":
             raise ExportError(
@@ -115,10 +114,17 @@ def _by_peft(seer: Seer, folder: Path, llm_values: Mapping[str, Tensor]) -> Seer
         llm.load_state_dict(llm_values)
     for part, base in (("language_model", llm), ("vision_tower", tower)):
         if (folder / part).is_dir():
-            PeftModel.from_pretrained(base, str(folder / part))  # changes the base itself
+            _put_on(base, folder / part)
     model: Any = assemble(llm, tower, seer.encoder.image_token_id, recipe.vision_tower.feature_layer, seed=0)
     model.model.multi_modal_projector.load_state_dict(load_file(folder / PROJECTOR_FILE))
     return replace(seer, model=model.to(seer.model.device).eval())
+
+
+def _put_on(base: Any, adapter: Path) -> None:
+    with warnings.catch_warnings():
+        # peft asks by a name that transformers will drop.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        PeftModel.from_pretrained(base, str(adapter))
 
 
 def _base_values(recipe: Recipe) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from dianjing.data.image import ImageProcessor
 from dianjing.data.record import with_markers, without_markers
 from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
-from dianjing.export.export import Options
+from dianjing.export.export import Options, require_space
 from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_state, with_image_row
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import (
@@ -128,7 +128,7 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
             same_ids=asked["input_ids"][0].tolist() == prepare(seer, conversation).input_ids,
             pixel_difference=pixel_difference(seer, conversation, asked.get("pixel_values")),
             logit_difference=logit_difference(ours, _logits(model, asked, answer)),
-            largest_logit=ours.abs().max().item(),
+            largest_logit=ours[0].abs().max().item(),
             same_answer=_answer(model, asked) == answer,
         )
         if rounded:
@@ -252,6 +252,7 @@ def _generation_config(seer: Seer) -> dict[str, Any]:
 
 
 def _save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    require_space(folder, sum(weight.nbytes for weight in weights.values()))
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})

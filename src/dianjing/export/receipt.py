@@ -35,6 +35,7 @@ TOLERANCE = 1e-4
 """Largest difference of two fp32 logits, on the scale of the largest logit when that is above 1."""
 PIXEL_TOLERANCE = 1e-5
 ANSWER_TOKENS = 16
+Logits = Float[Tensor, "tokens vocab"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tole
     cases = []
     answers, others = (generate_ids(one, conversations, ANSWER_TOKENS) for one in (seer, other))
     for conversation, answer, other_answer in zip(conversations, answers, others, strict=True):
-        ours, theirs = run_logits(seer, conversation, answer), run_logits(other, conversation, answer)
+        ours, theirs = run_logits(seer, conversation, answer), run_logits(other, conversation, answer)[-1]
         images = list(conversation.images)
         cases.append(
             Case(
@@ -114,7 +115,7 @@ def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tole
                 same_ids=prepare(other, conversation).input_ids == prepare(seer, conversation).input_ids,
                 pixel_difference=pixel_difference(seer, conversation, _pixels(other, conversation)),
                 logit_difference=logit_difference(ours, theirs),
-                largest_logit=ours.abs().max().item(),
+                largest_logit=ours[0].abs().max().item(),
                 same_answer=other_answer == answer,
                 tolerance=tolerance,
             )
@@ -165,11 +166,11 @@ def _complaint(case: Case) -> str:
     return f"{case.question!r}: " + ", ".join(part for part in what if part)
 
 
-def logit_difference(ours: Float[Tensor, "tokens vocab"], theirs: Float[Tensor, "tokens wider"]) -> float:
-    """Return the largest difference over the run's vocabulary; infinite when the positions are not the same."""
-    if ours.shape[0] != theirs.shape[0] or theirs.shape[1] < ours.shape[1]:
+def logit_difference(ours: Sequence[Logits], theirs: Logits) -> float:
+    """Return the largest difference from any of ours, over our vocabulary; infinite for another number of tokens."""
+    if any(one.shape[0] != theirs.shape[0] or one.shape[1] > theirs.shape[1] for one in ours):
         return float("inf")
-    return (ours - theirs[:, : ours.shape[1]].to(ours.device)).abs().max().item()
+    return max((one - theirs[:, : one.shape[1]].to(one.device)).abs().max().item() for one in ours)
 
 
 def pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | None) -> float:
@@ -180,14 +181,22 @@ def pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | No
     return (ours - pixels.cpu()).abs().max().item() if ours.shape == pixels.shape else float("inf")
 
 
-def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
-    """Return the run's logits over prompt and answer, its adapters computed apart from the weights they stand on.
+def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> list[Logits]:
+    """Return the run's logits over prompt and answer, computed in each way there is.
 
-    Training and answering in fp32 multiply with the sum, which is also what an export holds: that alone would
-    compare a sum with itself.
+    In fp32 the run multiplies with the sum of weight and adapter, which is also what an export holds: that alone
+    would compare a sum with itself. So a model with adapters is also computed with them apart from the weights.
     """
+    logits = [_logits(seer, conversation, answer)]
+    if any(isinstance(module, PeftLinear) for module in seer.model.modules()):
+        with _adapters_apart(seer.model):
+            logits.append(_logits(seer, conversation, answer))
+    return logits
+
+
+def _logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
     decoder, head = language_parts(seer.model)
-    with answering(seer.model), _adapters_apart(seer.model):
+    with answering(seer.model):
         embeddings, _ = left_padded(seer, [prepare(seer, conversation)])
         tail = seer.model.get_input_embeddings()(torch.tensor([answer[:-1]], device=embeddings.device).long())
         hidden = decoder(inputs_embeds=torch.cat([embeddings, tail], 1), use_cache=False).last_hidden_state

@@ -70,7 +70,8 @@ def save_adapter(model: nn.Module, recipe: Recipe, folder: Path) -> None:
         if adapter:
             (folder / part).mkdir()
             save_file(adapter, folder / part / "adapter_model.safetensors", metadata={"format": "pt"})
-            _lora_config(part, config, adapter).save_pretrained(str(folder / part))
+            settings = json.dumps(_lora_config(part, config, adapter), indent=2) + "\n"
+            (folder / part / "adapter_config.json").write_text(settings, encoding="utf-8")
     (folder / BASES_FILE).write_text(json.dumps(bases, indent=2) + "\n", encoding="utf-8")
     save_recipe(_portable(recipe), folder / "recipe.toml")
 
@@ -151,20 +152,22 @@ def _live_name(name: str, part: Part) -> str:
 
 def _lora_config(
     part: Part, config: LanguageModelConfig | VisionTowerConfig, adapter: Mapping[str, Tensor]
-) -> LoraConfig:
+) -> dict[str, Any]:
+    """Return adapter_config.json of a part."""
     targets = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter}
     if part == "language_model":
         # All its linear layers: the ends of the names say as much, and other programs know them.
         targets = {target.rpartition(".")[-1] for target in targets}
-    return LoraConfig(
+    lora = LoraConfig(
         base_model_name_or_path=_absolute(config.folder),
         task_type="CAUSAL_LM" if part == "language_model" else None,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (any number will do)
         lora_dropout=config.lora_dropout,
-        target_modules=sorted(targets),
         inference_mode=True,
     )
+    # peft would keep a set, which has another order in every process.
+    return lora.to_dict() | {"target_modules": sorted(targets)}
 
 
 def _absolute(folder: str) -> str:
