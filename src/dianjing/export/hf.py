@@ -29,7 +29,7 @@ from dianjing.export.receipt import (
     Proof,
     logit_difference,
     pixel_difference,
-    run_logits,
+    run_forms,
 )
 from dianjing.export.tokenizer import save_tokenizer
 from dianjing.model.language import name_some
@@ -121,19 +121,19 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
     cases = []
     for number, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
         asked = inputs[number]
-        ours = run_logits(seer, conversation, answer)
+        ours, theirs = run_forms(seer, conversation, answer), _logits(model, asked, answer)
         case = Case(
             question=conversation.question,
             image_sizes=[image.size for image in conversation.images],
             same_ids=asked["input_ids"][0].tolist() == prepare(seer, conversation).input_ids,
             pixel_difference=pixel_difference(seer, conversation, asked.get("pixel_values")),
-            logit_difference=logit_difference(ours, _logits(model, asked, answer)),
+            logit_difference=max(logit_difference(one, theirs) for one in ours),
             largest_logit=ours[0].abs().max().item(),
             same_answer=_answer(model, asked) == answer,
         )
         if rounded:
             logits, said = rounded[number]
-            difference = logit_difference(ours, logits)
+            difference = logit_difference(ours[0], logits)
             case = replace(case, rounding_difference=difference, rounded_same_answer=said == answer)
         cases.append(case)
     return Proof(cases=cases, compared=COMPARED, notes=_notes(cases, options.dtype))

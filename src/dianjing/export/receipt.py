@@ -106,7 +106,7 @@ def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tole
     cases = []
     answers, others = (generate_ids(one, conversations, ANSWER_TOKENS) for one in (seer, other))
     for conversation, answer, other_answer in zip(conversations, answers, others, strict=True):
-        ours, theirs = run_logits(seer, conversation, answer), run_logits(other, conversation, answer)[-1]
+        ours, theirs = run_forms(seer, conversation, answer), run_logits(other, conversation, answer)
         images = list(conversation.images)
         cases.append(
             Case(
@@ -114,7 +114,7 @@ def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tole
                 image_sizes=[image.size for image in images],
                 same_ids=prepare(other, conversation).input_ids == prepare(seer, conversation).input_ids,
                 pixel_difference=pixel_difference(seer, conversation, _pixels(other, conversation)),
-                logit_difference=logit_difference(ours, theirs),
+                logit_difference=max(logit_difference(one, theirs) for one in ours),
                 largest_logit=ours[0].abs().max().item(),
                 same_answer=other_answer == answer,
                 tolerance=tolerance,
@@ -166,11 +166,11 @@ def _complaint(case: Case) -> str:
     return f"{case.question!r}: " + ", ".join(part for part in what if part)
 
 
-def logit_difference(ours: Sequence[Logits], theirs: Logits) -> float:
-    """Return the largest difference from any of ours, over our vocabulary; infinite for another number of tokens."""
-    if any(one.shape[0] != theirs.shape[0] or one.shape[1] > theirs.shape[1] for one in ours):
+def logit_difference(ours: Logits, theirs: Logits) -> float:
+    """Return the largest difference over our vocabulary; infinite for another number of tokens."""
+    if ours.shape[0] != theirs.shape[0] or ours.shape[1] > theirs.shape[1]:
         return float("inf")
-    return max((one - theirs[:, : one.shape[1]].to(one.device)).abs().max().item() for one in ours)
+    return (ours - theirs[:, : ours.shape[1]].to(ours.device)).abs().max().item()
 
 
 def pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | None) -> float:
@@ -181,17 +181,20 @@ def pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | No
     return (ours - pixels.cpu()).abs().max().item() if ours.shape == pixels.shape else float("inf")
 
 
-def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> list[Logits]:
-    """Return the run's logits over prompt and answer, computed in each way there is.
+def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
+    """Return the run's logits over prompt and answer, its adapters computed apart from the weights they stand on."""
+    with _adapters_apart(seer.model):
+        return _logits(seer, conversation, answer)
 
-    In fp32 the run multiplies with the sum of weight and adapter, which is also what an export holds: that alone
-    would compare a sum with itself. So a model with adapters is also computed with them apart from the weights.
+
+def run_forms(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> list[Logits]:
+    """Return the run's logits with its adapters apart, and as it computes them itself.
+
+    In fp32 it multiplies with the sum of weight and adapter, which is also what a merged export holds: that alone
+    would compare a sum with itself.
     """
-    logits = [_logits(seer, conversation, answer)]
-    if any(isinstance(module, PeftLinear) for module in seer.model.modules()):
-        with _adapters_apart(seer.model):
-            logits.append(_logits(seer, conversation, answer))
-    return logits
+    itself = [_logits(seer, conversation, answer)] if _adapted(seer.model) else []
+    return [run_logits(seer, conversation, answer), *itself]
 
 
 def _logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
@@ -206,7 +209,7 @@ def _logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Lo
 @contextmanager
 def _adapters_apart(model: nn.Module) -> Iterator[None]:
     """Let every adapted layer compute as peft does: the weight's product, and beside it the adapter's."""
-    adapted = [module for module in model.modules() if isinstance(module, PeftLinear)]
+    adapted = _adapted(model)
     for module in adapted:
         module.forward = MethodType(PeftLinear.forward, module)
     try:
@@ -214,6 +217,10 @@ def _adapters_apart(model: nn.Module) -> Iterator[None]:
     finally:
         for module in adapted:
             del module.forward
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PeftLinear)]
 
 
 def _pixels(seer: Seer, conversation: Conversation) -> Float[Tensor, "images 3 height width"] | None:
