@@ -7,6 +7,7 @@ from typing import Literal
 
 Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
+Frozen = Literal["", "nf4"]
 OnBad = Literal["error", "skip"]
 Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
@@ -21,6 +22,9 @@ class LanguageModelConfig:
     template: str = ""
     """Chat template by name (`dianjing show` lists them); "" chooses it from the model."""
     tuning: Tuning = "frozen"
+    frozen: Frozen = ""
+    """How the weights of the decoder layers are held while they do not train: "nf4" (QLoRA's four bits; needs
+    bitsandbytes), or "" for the run's precision."""
     lora_rank: int = 64
     lora_alpha: float = 128.0
     """The adapter's output is scaled by lora_alpha / lora_rank."""

@@ -21,6 +21,7 @@ from dianjing.data.image import ImageProcessor
 from dianjing.data.template import check_template, choose_template, get_template
 from dianjing.errors import ModelError
 from dianjing.model.attention import PACKED
+from dianjing.model.frozen import quantize_layers, require_bitsandbytes
 from dianjing.model.language import LoadReport, count, load_language_model
 from dianjing.model.vision import load_vision_tower
 from dianjing.model.weights import load_projector
@@ -48,7 +49,10 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
 
     Raises:
         ModelError: a folder, a template or the projector's checkpoint does not fit.
+        ConfigError: bitsandbytes is needed and not there.
     """
+    if recipe.language_model.frozen:
+        require_bitsandbytes()
     device = torch.device(device)
     dtype = _dtype(recipe, device)
     llm_folder = resolve(recipe.language_model.folder, "language_model")
@@ -59,6 +63,8 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect)
 
     llm, llm_report = load_language_model(llm_folder, dtype)
+    if recipe.language_model.frozen:
+        quantize_layers(llm, device)
     tower, tower_report = load_vision_tower(tower_folder, dtype)
     image_id = image_token_id(tokenizer)
     _require_rows(llm, tokenizer, image_id)

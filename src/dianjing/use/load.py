@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from dianjing.config.load import load_recipe
+from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
 from dianjing.data.template import choose_template, get_template
 from dianjing.errors import ModelError
+from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
 from dianjing.model.build import build, num_image_tokens
 from dianjing.model.language import load_exactly, load_language_model, read_config, require_safetensors
 from dianjing.model.stage import apply_stage
@@ -31,8 +33,8 @@ TEMPLATE_KEY = "dianjing_template"
 def load_for_use(path: str, device: str | None = None) -> Seer:
     """Return the model at `path`, ready to answer; `device` None = the GPU if there is one.
 
-    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported LLaVA folder, or the
-    folder of a text-only LLM ("tinyworld" too), which has no eyes.
+    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported adapter or LLaVA folder,
+    or the folder of a text-only LLM ("tinyworld" too), which has no eyes.
 
     Raises:
         ModelError: the folder is none of these.
@@ -59,17 +61,35 @@ def _load_run(run: Path, device: str) -> Seer:
     recipe = load_recipe(run / "recipe.toml")
     if device == "cpu":
         recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
-    checkpoint = newest(run)
+    _require_bases(recipe, run)
+    checkpoint = None if is_adapter(run) else newest(run)
     built = build(recipe, device, fresh_projector=True)
     apply_stage(built.model, recipe)
-    load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
+    if checkpoint is None:
+        load_adapter(built.model, run)
+    else:
+        load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
     return Seer(
         name=str(run),
         model=built.model.eval(),
         tokenizer=built.tokenizer,
         encoder=built.encoder,
         image_processor=built.image_processor,
+        recipe=recipe,
     )
+
+
+def _require_bases(recipe: Recipe, run: Path) -> None:
+    """Refuse a run whose base models are not where its recipe says, or an adapter on other bases than its own."""
+    for part in PARTS:
+        folder = getattr(recipe, part).folder
+        if folder != TINYWORLD and not Path(folder).expanduser().is_dir():
+            raise ModelError(
+                f"{run}: its {part.replace('_', ' ')} {folder} is not there any more; put it back, or write where it "
+                f"is now to {part}.folder in {run / 'recipe.toml'}"
+            )
+    if is_adapter(run):
+        require_bases(recipe, run)
 
 
 def _load_llava(folder: Path, device: str) -> Seer:
