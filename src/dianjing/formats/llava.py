@@ -18,6 +18,13 @@ PEFT = "base_model.model."
 PROJECTOR = "model.mm_projector."
 TOWER = "model.vision_tower.vision_tower."
 MLP = "mlp2x_gelu"
+LIVE_NAMES = {
+    "model.language_model.": "model.",
+    "model.multi_modal_projector.linear_1.": f"{PROJECTOR}0.",
+    "model.multi_modal_projector.linear_2.": f"{PROJECTOR}2.",
+    "model.vision_tower.": f"{TOWER}vision_model.",
+}
+"""How names in the live model begin -> how LLaVA's do; lm_head is the same."""
 
 
 def is_llava(name: str) -> bool:
@@ -40,6 +47,14 @@ def xtuner_name(name: str) -> str:
 def xtuner_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return LLaVA's tensors under XTuner's names."""
     return {xtuner_name(name): weight for name, weight in weights.items()}
+
+
+def llava_name(live: str) -> str:
+    """Return a live weight's name as LLaVA has it; its adapters are merged before."""
+    for ours, theirs in LIVE_NAMES.items():
+        if live.startswith(ours):
+            return theirs + live.removeprefix(ours)
+    return live
 
 
 def recipe_fields(config: Mapping[str, Any]) -> dict[str, Any]:

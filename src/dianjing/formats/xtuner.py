@@ -167,7 +167,7 @@ def projector_depth(names: Iterable[str]) -> int:
 
 
 def from_live(state: Mapping[str, Tensor], text_config: Any, *, internlm2: bool) -> dict[str, Tensor]:
-    """Return what `trainable_state` of a model returned under XTuner's names.
+    """Return what a model has learned, by its live names, under XTuner's names.
 
     With `internlm2` the LLM's are InternLM2's own: q, k and v, and their LoRA, are one again.
 
@@ -205,8 +205,8 @@ def _xtuner_name(live: str, *, peft: bool, internlm2: bool) -> str:
 def _fuse(parts: Mapping[str, Tensor], config: Any, name: str) -> Tensor:
     """Return wqkv, its bias or its lora_B, from the rows of q, k and v: the inverse of `internlm2_to_llama`."""
     if "lora_A" in name:
-        if len(parts) > 1:
-            raise ModelError("q, k and v have a lora_A each, InternLM2's wqkv has one")
+        if any(part.data_ptr() != parts["q"].data_ptr() for part in parts.values()):
+            raise ModelError("q, k and v have a lora_A each, InternLM2's wqkv has one (language_model.lora_share_qkv)")
         return parts["q"]
     heads = config.num_key_value_heads
     queries = config.num_attention_heads // heads
