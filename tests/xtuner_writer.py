@@ -28,11 +28,13 @@ class HistoryBuffer:
         self._max_length = 1_000_000
         self._log_history = np.array(values)
         self._count_history = np.ones(len(values), dtype=np.int64)
-        self._statistics_methods = {"min": HistoryBuffer.min, "max": HistoryBuffer.max, "mean": HistoryBuffer.mean}
+        kinds = (HistoryBuffer.min, HistoryBuffer.max, HistoryBuffer.mean, HistoryBuffer.current)
+        self._statistics_methods = {kind.__name__: kind for kind in kinds}
 
     def min(self) -> None: ...
     def max(self) -> None: ...
     def mean(self) -> None: ...
+    def current(self) -> None: ...
 
 
 class ConfigDict(dict):

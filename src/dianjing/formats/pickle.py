@@ -155,36 +155,48 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride:
     return storage.as_strided(size, stride, offset)
 
 
+def _dict(items: Any = ()) -> dict[Any, Any]:
+    pairs = items.items() if isinstance(items, dict) else items
+    return {_key(key): value for key, value in pairs}
+
+
+def _key(value: Any) -> Any:
+    """Return what may be a key: hashing nested tuples can take for ever."""
+    if not isinstance(value, str | int | float | bytes | None):
+        raise Refused(f"it has a {type(value).__name__} as a key")
+    return value
+
+
 def _rebuild_from_type(function: Named, _kind: Named, arguments: tuple[Any, ...], _state: Any) -> Any:
     return _call(function, arguments)
 
 
 def _getattr(owner: Named, name: str) -> Inert:
-    if owner != Named("mmengine.logging.history_buffer.HistoryBuffer") or name not in STATISTICS:
+    if owner != Named("mmengine.logging.history_buffer.HistoryBuffer") or _key(name) not in STATISTICS:
         raise Refused(f"it asks for getattr({getattr(owner, 'name', type(owner).__name__)}, {name!r})")
     return Inert(f"{owner.name}.{name}", ())
 
 
 def _encode(text: str, encoding: str = "utf-8", *_: Any) -> bytes:
-    if encoding not in ("latin1", "utf-8"):
+    if _key(encoding) not in ("latin1", "utf-8"):
         raise Refused(f"it asks for the text encoding {encoding!r}")
     return text.encode(encoding)
 
 
 def _scalar(dtype: Inert, value: bytes) -> float | int | bool:
     """Return a number that numpy has pickled."""
-    kind = dtype.arguments[0]
+    kind = _key(dtype.arguments[0])
     if kind not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
         raise Refused(f"it asks for a numpy scalar of type {kind!r}")
     return np.frombuffer(value, dtype=f"<{kind}")[0].item()
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda pairs=(): dict(pairs),
+    "collections.OrderedDict": _dict,
     "collections.defaultdict": lambda _kind=None: {},
-    "mmengine.config.config.ConfigDict": lambda items=(): dict(items),
-    "builtins.set": lambda items=(): set(items),
-    "builtins.frozenset": lambda items=(): frozenset(items),
+    "mmengine.config.config.ConfigDict": _dict,
+    "builtins.set": lambda items=(): set(map(_key, items)),
+    "builtins.frozenset": lambda items=(): frozenset(map(_key, items)),
     "builtins.bytes": lambda: b"",
     "builtins.getattr": _getattr,
     "copyreg._reconstructor": lambda kind, *_: _call(kind, ()),
@@ -213,8 +225,8 @@ def _call(named: Any, arguments: tuple[Any, ...]) -> Any:
     raise Refused(f"it calls {named.name if isinstance(named, Named) else f'a {type(named).__name__}'}")
 
 
-def _named(module: str, name: str) -> Named:
-    full = f"{module}.{name}"
+def _named(module: Any, name: Any) -> Named:
+    full = f"{_key(module)}.{_key(name)}"
     for old, new in MOVED.items():
         if full.startswith(old):
             full = new + full.removeprefix(old)
@@ -294,10 +306,10 @@ class _Machine:
         self._stack.append(tuple(self._since_mark()))
 
     def _frozenset(self) -> None:
-        self._stack.append(frozenset(self._since_mark()))
+        self._stack.append(frozenset(map(_key, self._since_mark())))
 
     def _dict(self) -> None:
-        self._stack.append(dict(_pairs(self._since_mark())))
+        self._stack.append(_dict(_pairs(self._since_mark())))
 
     def _tuple1(self) -> None:
         self._tuple_of(1)
@@ -318,15 +330,15 @@ class _Machine:
 
     def _additems(self) -> None:
         items = self._since_mark()
-        self._top(set).update(items)
+        self._top(set).update(map(_key, items))
 
     def _setitem(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
-        self._top(dict)[key] = value
+        self._top(dict)[_key(key)] = value
 
     def _setitems(self) -> None:
         items = self._since_mark()
-        self._top(dict).update(_pairs(items))
+        self._top(dict).update(_dict(_pairs(items)))
 
     def _stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
@@ -352,11 +364,11 @@ class _Machine:
         kind, storage_class, key, _device, length = self._stack.pop()
         if kind != "storage" or not isinstance(storage_class, Named):
             raise Refused("it asks for something outside the file")
-        if key not in self._storages:
+        if _key(key) not in self._storages:
             dtype = DTYPES.get(storage_class.name.removeprefix("torch.").removesuffix("Storage"), torch.uint8)
             start, size, mapped = self._place(f"data/{key}")
-            if length * dtype.itemsize != size:
-                raise ValueError(f"storage {key} has {size} bytes, not {length} numbers of {dtype}")
+            if type(length) is not int or length * dtype.itemsize != size:
+                raise ValueError(f"storage {key} has {size} bytes, which are not its numbers of {dtype}")
             raw = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0)
             self._storages[key] = raw.view(dtype) if size else raw.to(dtype)
         self._stack.append(self._storages[key])

@@ -62,8 +62,10 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     config = _config_of(foreign, source, wishes)
     recipe = _recipe(foreign, config, source, out, wishes)
     # Names and shapes are compared, not numbers: half the memory will do.
-    built = build(replace(recipe, train=replace(recipe.train, precision="bf16")), fresh_projector=True)
-    apply_stage(built.model, recipe)
+    light = replace(recipe, train=replace(recipe.train, precision="bf16"))
+    light = replace(light, language_model=replace(light.language_model, frozen=""))
+    built = build(light, fresh_projector=True)
+    apply_stage(built.model, light)
     text_config = built.model.config.text_config
     found = to_live(foreign.weights, text_config, num_tower_layers(built.model))
     _require_match(found, trainable_state(built.model), source)
@@ -130,6 +132,8 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
         values["data.images"] = ""  # of another machine
     if foreign.seed is not None:
         values["seed"] = int(foreign.seed)
+    if values["language_model.tuning"] == "full":
+        values["language_model.frozen"] = ""
     for part, section in SECTIONS.items():
         _require_folder(values.get(f"{section}.folder", ""), part, source)
     return make_recipe({name: check(known_field(name, str(source)), value, str(source)) for name, value in values.items()})

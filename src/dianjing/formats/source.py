@@ -33,10 +33,16 @@ def open_foreign(path: Path, *, optimizer: bool = True) -> Foreign:
     Raises:
         ModelError: there is none of a known form, or it is damaged or unsafe.
     """
-    if path.is_file():
-        return _open_file(path, optimizer)
-    if not path.is_dir():
+    if not path.exists():
         raise ModelError(f"{path}: no such file or folder; give {KNOWN}")
+    try:
+        return _open_file(path, optimizer) if path.is_file() else _open_folder(path, optimizer)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path}: not made as XTuner or LLaVA make theirs ({reason}); give {KNOWN}") from None
+
+
+def _open_folder(path: Path, optimizer: bool) -> Foreign:
     if is_deepspeed(path):
         return _open_deepspeed(path)
     for file, open_form in FORMS.items():

@@ -103,6 +103,7 @@ def _model_fields(model: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     llm, tower = _table(model, "llm"), _table(model, "visual_encoder")
     return {
         "language_model.folder": llm.get("pretrained_model_name_or_path", values.get("llm_name_or_path")),
+        "language_model.frozen": "nf4" if _table(llm, "quantization_config").get("load_in_4bit") else None,
         "vision_tower.folder": tower.get("pretrained_model_name_or_path", values.get("visual_encoder_name_or_path")),
         "vision_tower.feature_layer": model.get("visual_select_layer", DEFAULT_SELECT_LAYER),
         "train.gradient_checkpointing": bool(model.get("use_activation_checkpointing", True)),
@@ -110,24 +111,21 @@ def _model_fields(model: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
 
 
 def _data_fields(dataset: Any, where: str) -> dict[str, Any]:
+    """Return the fields of [data]; data sets with a picture folder each must be joined by the user, and are left out."""
     parts = dataset.get("datasets", [dataset]) if isinstance(dataset, dict) else []
     parts = [part for part in parts if isinstance(part, dict) and "data_path" in part]
     if not parts:
         return {}
-    same = {
-        name: {part.get(name) for part in parts} for name in ("image_folder", "max_length", "pad_image_to_square")
-    }
-    for name, found in same.items():
-        if len(found) > 1:
-            raise ConfigError(
-                f"{where}: its data sets differ in {name}; join them into one file (picture paths from one folder)"
-            )
+    for name in ("max_length", "pad_image_to_square"):
+        if len({part.get(name) for part in parts}) > 1:
+            raise ConfigError(f"{where}: its data sets differ in {name}, which one run of ours cannot; give another config")
     first = parts[0]
     max_tokens = first.get("max_length")
     paths = [str(part["data_path"]) for part in parts]
+    one_folder = len({part.get("image_folder") for part in parts}) == 1
     return {
-        "data.path": paths if len(paths) > 1 else paths[0],
-        "data.images": first.get("image_folder"),
+        "data.path": None if not one_folder else paths if len(paths) > 1 else paths[0],
+        "data.images": first.get("image_folder") if one_folder else None,
         "data.aspect": "pad" if first.get("pad_image_to_square") else "crop",
         "data.max_tokens": max_tokens,
         "data.pack_tokens": max(PACK_TOKENS, max_tokens + PICTURE_TOKENS) if max_tokens else None,
@@ -196,6 +194,8 @@ def _notes(values: Mapping[str, Any], optimizer: Mapping[str, Any], sampler: str
         notes.append(f"its AdamW has eps {optimizer['eps']}; here it is 1e-08")
     if sampler and not sampler.endswith(("LengthGroupedSampler", "DefaultSampler")):
         notes.append(f"its records are ordered by {sampler}; here they are shuffled")
+    if _table(_table(_table(values, "model"), "llm"), "quantization_config").get("load_in_8bit"):
+        notes.append("its LLM was held in 8 bits; here it is in the run's precision")
     return notes
 
 

@@ -54,7 +54,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     with log.busy("loading the models"):
         built = build(recipe, accelerator.device, fresh_projector=resume)
     log.show(str(built.report))
-    if recipe.stage == "finetune" and not recipe.projector.init_from:
+    if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
         log.warn("the projector starts from nothing; projector.init_from takes it from a pretrain run")
     stage = apply_stage(built.model, recipe)
     log.show(stage)
