@@ -116,7 +116,7 @@ def client_state(config: str, iteration: int, last_iteration: int) -> dict[str, 
 
 
 def write_iter(path: Path, weights: Weights, moments: Moments, extra: Mapping[str, Any]) -> Path:
-    """Write iter_N.pth: the tower first in the file, the LLM's parameters first in the optimizer."""
+    """Write iter_N.pth: the tower first in the file, the LLM's parameters first in the optimizer, if there is one."""
     state: dict[int, Any] = {}
     for number, name in enumerate(in_order(weights)):
         if name in moments:
@@ -124,7 +124,8 @@ def write_iter(path: Path, weights: Weights, moments: Moments, extra: Mapping[st
     group = {"lr": 1e-3, "betas": (0.9, 0.999), "params": list(range(len(weights) * (FROZEN_BETWEEN + 1)))}
     ordered: Any = OrderedDict(sorted(weights.items(), key=lambda item: not item[0].startswith("visual_encoder.")))
     ordered._metadata = OrderedDict({"": {"version": 1}})
-    content = {"state_dict": ordered, "optimizer": {"state": state, "param_groups": [group]}, **extra}
+    optimizer = {"optimizer": {"state": state, "param_groups": [group]}} if moments else {}
+    content = {"state_dict": ordered, **optimizer, **extra}
     with installed():
         torch.save(content, path)
     return path
