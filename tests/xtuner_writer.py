@@ -105,7 +105,9 @@ def client_state(config: str, iteration: int, last_iteration: int) -> dict[str, 
         "meta": {"epoch": 0, "iter": iteration, "cfg": config, "seed": 0, "experiment_name": "x", "time": "y"},
         "message_hub": {
             "log_scalars": OrderedDict({"train/loss": HistoryBuffer([2.5] * iteration)}),
-            "runtime_info": OrderedDict(iter=iteration, max_iters=last_iteration, lr=np.float64(0.5), ok=np.bool_(True)),
+            "runtime_info": OrderedDict(
+                iter=iteration, max_iters=last_iteration, lr=np.float64(0.5), ok=np.bool_(True)
+            ),
             "resumed_keys": OrderedDict(),
         },
         "param_schedulers": [
@@ -140,7 +142,9 @@ def write_zero12(
     shapes = OrderedDict((name, weights[name].shape) for name in names)
 
     def line(kind: str) -> Tensor:
-        tensors = weights if kind == "weight" else {name: one.get(kind) for name, one in _filled(weights, moments).items()}
+        tensors = (
+            weights if kind == "weight" else {name: one.get(kind) for name, one in _filled(weights, moments).items()}
+        )
         flat = torch.cat([tensors[name].flatten() for name in names])  # type: ignore[union-attr]
         return torch.cat([flat, torch.zeros(-len(flat) % (2 * ranks))])
 

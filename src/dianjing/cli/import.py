@@ -53,9 +53,7 @@ def run(arguments: list[str]) -> int:
     from dianjing.formats.run import Wishes, import_run
 
     notices = Console(stderr=True)
-    wishes = Wishes(
-        **{name: value for name, value in vars(given).items() if name not in ("source", "out")}
-    )
+    wishes = Wishes(**{name: value for name, value in vars(given).items() if name not in ("source", "out")})
     with notices.status("reading the checkpoint and the models"):
         report = import_run(given.source.expanduser(), given.out.expanduser(), wishes)
     for line in report:

@@ -52,9 +52,7 @@ def _length_grouped(lengths: Sequence[int], batch: int, generator: torch.Generat
     return [index for group in groups for index in group]
 
 
-def _groups(
-    indices: Sequence[int], lengths: Sequence[int], size: int, generator: torch.Generator
-) -> list[list[int]]:
+def _groups(indices: Sequence[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[list[int]]:
     """Return `indices` in random groups of `size`, each by its length from large to small."""
     order = _permutation(len(indices), generator)
     groups = [order[start : start + size] for start in range(0, len(order), size)]

@@ -31,7 +31,10 @@ from dianjing.tinyworld.folders import NAME as TINYWORLD
 from dianjing.tinyworld.folders import resolve
 from dianjing.use.generate import Conversation, Seer
 
-LANGUAGE_MODELS = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
+LANGUAGE_MODELS = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+}
 """model_type of an LLM that LLaVA can hold -> the model_type and class of the LLaVA with it."""
 COMPARED = "the folder, read by Dianjing as it reads LLaVA's own, against the run"
 LOADING = """\
@@ -61,7 +64,9 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
         )
     if _projector_alone(recipe):
         learned = {llava_name(name): weight.cpu() for name, weight in trainable_state(seer.model).items()}
-        torch.save({name: weight.to(DTYPES[options.dtype]) for name, weight in learned.items()}, folder / "mm_projector.bin")
+        torch.save(
+            {name: weight.to(DTYPES[options.dtype]) for name, weight in learned.items()}, folder / "mm_projector.bin"
+        )
         write_json(folder / "config.json", _config(seer, recipe, options, tied=_tied(seer)))
         return
     merged = _merged(seer, recipe)
@@ -93,7 +98,9 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
         replace(case, rounding_difference=cost.logit_difference, rounded_same_answer=cost.same_answer)
         for case, cost in zip(compare(seer, other, conversations), rounded, strict=True)
     ]
-    note = f"weights in {options.dtype}: rounding moves the logits by up to {max(c.logit_difference for c in rounded):.1e}"
+    note = (
+        f"weights in {options.dtype}: rounding moves the logits by up to {max(c.logit_difference for c in rounded):.1e}"
+    )
     return Proof(cases=cases, compared=COMPARED, notes=(note,))
 
 
@@ -145,7 +152,9 @@ def _config(seer: Seer, recipe: Recipe, options: Options, *, tied: bool) -> dict
         "use_mm_proj": True,
         "mm_projector_type": MLP,
         "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_vision_tower": recipe.vision_tower.folder if recipe.vision_tower.folder == TINYWORLD else str(tower.resolve()),
+        "mm_vision_tower": recipe.vision_tower.folder
+        if recipe.vision_tower.folder == TINYWORLD
+        else str(tower.resolve()),
         "mm_vision_select_layer": recipe.vision_tower.feature_layer,
         "mm_vision_select_feature": "patch",
         # The tower's weights are read from here, not from mm_vision_tower, only when this says so.

@@ -73,7 +73,9 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
     """
     recipe = require_clip_run(seer, "XTuner")
     if options.dtype != "fp32":
-        raise ExportError(f"what was learned is written in fp32, as it was trained, not in {options.dtype}; drop --dtype")
+        raise ExportError(
+            f"what was learned is written in fp32, as it was trained, not in {options.dtype}; drop --dtype"
+        )
     model: Any = seer.model
     internlm2 = _is_internlm2(recipe)
     adapted = recipe.language_model.tuning == "lora"
@@ -126,7 +128,9 @@ def learned_state(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
         if ".lora_" in name or name in trained or (tuning == "full" and name.startswith(LIVE_TOWER))
     }
     whole: Any = model
-    for number in range(num_tower_layers(whole), len(whole.model.vision_tower.encoder.layers)) if tuning == "lora" else ():
+    for number in (
+        range(num_tower_layers(whole), len(whole.model.vision_tower.encoder.layers)) if tuning == "lora" else ()
+    ):
         for name, module in whole.model.vision_tower.encoder.layers[number].named_modules():
             if isinstance(module, nn.Linear):
                 stem = f"{LIVE_TOWER}encoder.layers.{number}.{name}"

@@ -1,10 +1,10 @@
 """Names of haotian-liu's LLaVA <-> XTuner's names, which all foreign tensors are given first.
 
-    model.mm_projector.0.weight                                        the projector, mlp2x_gelu: layers 0 and 2
-    base_model.model.model.mm_projector.0.weight                       the same, in non_lora_trainables.bin
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight     the LLM's adapter, in adapter_model.bin
-    model.vision_tower.vision_tower.vision_model.encoder...            the tower, where it was tuned
-    model.layers.0.self_attn.q_proj.weight                             the LLM
+model.mm_projector.0.weight                                        the projector, mlp2x_gelu: layers 0 and 2
+base_model.model.model.mm_projector.0.weight                       the same, in non_lora_trainables.bin
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight     the LLM's adapter, in adapter_model.bin
+model.vision_tower.vision_tower.vision_model.encoder...            the tower, where it was tuned
+model.layers.0.self_attn.q_proj.weight                             the LLM
 """
 
 from __future__ import annotations

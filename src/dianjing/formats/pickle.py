@@ -102,7 +102,9 @@ def _open_zip(path: Path, mapped: mmap.mmap) -> tuple[bytes, Callable[[str], tup
             raise ModelError(f"{path}: its numbers are in big-endian order; save it again on a little-endian machine")
     start, size, _ = place("data.pkl")
     if size > LARGEST_PROGRAM_BYTES:
-        raise ModelError(f"{path}: its data.pkl has {size:,} bytes, more than {LARGEST_PROGRAM_BYTES:,}; it is no checkpoint")
+        raise ModelError(
+            f"{path}: its data.pkl has {size:,} bytes, more than {LARGEST_PROGRAM_BYTES:,}; it is no checkpoint"
+        )
     return mapped[start : start + size], place
 
 

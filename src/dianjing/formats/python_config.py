@@ -77,7 +77,9 @@ class _Reader:
             case ast.Expr(value=ast.Constant()):
                 pass  # a docstring
             case ast.With():
-                self._refuse(statement, "it builds on another config (read_base); give the whole one, as XTuner saves it")
+                self._refuse(
+                    statement, "it builds on another config (read_base); give the whole one, as XTuner saves it"
+                )
             case _:
                 self._refuse(statement, f"a {type(statement).__name__} statement; only NAME = VALUE is read")
 

@@ -125,7 +125,9 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     }
     if config:
         values.setdefault("language_model.template", config.template)
-        values["train.global_batch_size"] = config.batch_size * config.accumulation * (wishes.gpus or foreign.ranks or 1)
+        values["train.global_batch_size"] = (
+            config.batch_size * config.accumulation * (wishes.gpus or foreign.ranks or 1)
+        )
         if not values["language_model.template"]:
             raise ConfigError(f"{source}: its chat template is none that we know; give --template NAME")
     if wishes.data and not wishes.images:
@@ -136,12 +138,12 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
         values["language_model.frozen"] = ""
     for part, section in SECTIONS.items():
         _require_folder(values.get(f"{section}.folder", ""), part, source)
-    return make_recipe({name: check(known_field(name, str(source)), value, str(source)) for name, value in values.items()})
+    return make_recipe(
+        {name: check(known_field(name, str(source)), value, str(source)) for name, value in values.items()}
+    )
 
 
-def _tuning(
-    part: str, foreign: Foreign, config: XTunerConfig | None, source: Path, wishes: Wishes
-) -> dict[str, Any]:
+def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Path, wishes: Wishes) -> dict[str, Any]:
     """Return how a part was tuned: by the tensors, with what they do not tell from the files beside them."""
     section = SECTIONS[part]
     names = [name for name in foreign.weights if name.startswith(f"{part}.")]

@@ -141,7 +141,10 @@ def _open_llava_lora(folder: Path) -> Foreign:
         kind="LLaVA LoRA",
         weights=weights,
         adapters={"llm": alpha},
-        settings={**recipe_fields(_read_json(folder / "config.json")), **({"language_model.folder": base} if base else {})},
+        settings={
+            **recipe_fields(_read_json(folder / "config.json")),
+            **({"language_model.folder": base} if base else {}),
+        },
     )
 
 

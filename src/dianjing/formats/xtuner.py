@@ -1,9 +1,9 @@
 """XTuner's names of what a LLaVA learns <-> the names in the live model.
 
-    llm.base_model.model.model.layers.0.attention.wqkv.lora_B.default.weight       a LoRA on InternLM2's fused q, k, v
-    llm.model.layers.0.self_attn.q_proj.weight                                     an LLM that is tuned in full
-    visual_encoder.base_model.model.vision_model.encoder.layers.0.mlp.fc1.lora_A.default.weight
-    projector.model.0.weight, .0.bias, .2.weight, .2.bias                          depth 2
+llm.base_model.model.model.layers.0.attention.wqkv.lora_B.default.weight       a LoRA on InternLM2's fused q, k, v
+llm.model.layers.0.self_attn.q_proj.weight                                     an LLM that is tuned in full
+visual_encoder.base_model.model.vision_model.encoder.layers.0.mlp.fc1.lora_A.default.weight
+projector.model.0.weight, .0.bias, .2.weight, .2.bias                          depth 2
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def _needless(name: str, weights: Mapping[str, Tensor], tower_layers: int) -> st
 
 def tied_heads(weights: Mapping[str, Tensor]) -> set[str]:
     """Return the names of an LLM's head that is the same tensor as its embedding."""
-    pairs = (("llm.lm_head.weight", "llm.model.embed_tokens.weight"), ("llm.output.weight", "llm.model.tok_embeddings.weight"))
+    pairs = (
+        ("llm.lm_head.weight", "llm.model.embed_tokens.weight"),
+        ("llm.output.weight", "llm.model.tok_embeddings.weight"),
+    )
     return {
         head
         for head, embedding in pairs

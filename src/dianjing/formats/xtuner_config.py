@@ -118,7 +118,9 @@ def _data_fields(dataset: Any, where: str) -> dict[str, Any]:
         return {}
     for name in ("max_length", "pad_image_to_square"):
         if len({part.get(name) for part in parts}) > 1:
-            raise ConfigError(f"{where}: its data sets differ in {name}, which one run of ours cannot; give another config")
+            raise ConfigError(
+                f"{where}: its data sets differ in {name}, which one run of ours cannot; give another config"
+            )
     first = parts[0]
     max_tokens = first.get("max_length")
     paths = [str(part["data_path"]) for part in parts]

@@ -40,7 +40,11 @@ def test_a_projector_alone_is_what_llavas_pretraining_writes(make_recipe: MakeRe
     assert torch.equal(written["model.mm_projector.2.weight"], projector["linear_2.weight"])
     config = config_of(out)
     assert config["mm_vision_tower"] == recipe.vision_tower.folder
-    assert (config["mm_projector_type"], config["mm_vision_select_layer"], config["mm_hidden_size"]) == ("mlp2x_gelu", -2, 24)
+    assert (config["mm_projector_type"], config["mm_vision_select_layer"], config["mm_hidden_size"]) == (
+        "mlp2x_gelu",
+        -2,
+        24,
+    )
     assert not config["mm_use_im_start_end"]
 
     import_run(out, tmp_path / "run", Wishes(llm=recipe.language_model.folder))
@@ -71,7 +75,9 @@ def test_other_runs_are_a_whole_model_that_comes_back(
     assert torch.equal(written["model.mm_projector.0.weight"], merged["model.multi_modal_projector.linear_1.weight"])
 
     # The LLM within is a plain Llama, whatever it was before.
-    plain = {name: weight for name, weight in written.items() if "mm_projector" not in name and "vision_tower" not in name}
+    plain = {
+        name: weight for name, weight in written.items() if "mm_projector" not in name and "vision_tower" not in name
+    }
     llm = LlamaForCausalLM(seer.model.config.text_config)
     llm.load_state_dict(plain)
     assert config_of(out)["architectures"] == ["LlavaLlamaForCausalLM"]

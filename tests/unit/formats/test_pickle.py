@@ -147,7 +147,9 @@ def hostile(target: str) -> dict[str, Any]:
 def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path: Path, kind: str, protocol: int) -> None:
     target, path = tmp_path / "ran", tmp_path / "evil.pth"
     with installed():
-        torch.save({"state_dict": {"w": torch.zeros(2)}, "x": hostile(str(target))[kind]}, path, pickle_protocol=protocol)
+        torch.save(
+            {"state_dict": {"w": torch.zeros(2)}, "x": hostile(str(target))[kind]}, path, pickle_protocol=protocol
+        )
     with pytest.raises(ModelError, match=r"evil\.pth: refused, nothing in it was run: it asks for"):
         read_checkpoint(path)
     assert not target.exists()

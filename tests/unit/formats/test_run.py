@@ -47,11 +47,15 @@ def test_the_run_is_whole_and_says_what_became_of_each_tensor(tmp_path: Path) ->
 
 def test_each_number_of_the_optimizer_stands_beside_its_weight(tmp_path: Path) -> None:
     import_run(FINETUNE, tmp_path / "run", HERE)
-    weights, memory = (load_file(newest(tmp_path / "run") / f"{name}.safetensors") for name in ("trainable", "optimizer"))
+    weights, memory = (
+        load_file(newest(tmp_path / "run") / f"{name}.safetensors") for name in ("trainable", "optimizer")
+    )
     assert {f"{name}/{kind}" for name in weights for kind in ("step", "exp_avg", "exp_avg_sq")} == memory.keys()
     assert all(memory[f"{name}/exp_avg"].shape == weight.shape for name, weight in weights.items())
     content = read_checkpoint(FINETUNE)
-    sums = [sum(state[kind].double().sum() for state in content["optimizer"]["state"].values()) for kind in ("exp_avg",)]
+    sums = [
+        sum(state[kind].double().sum() for state in content["optimizer"]["state"].values()) for kind in ("exp_avg",)
+    ]
     ours = sum(value.double().sum() for name, value in memory.items() if name.endswith("exp_avg"))
     assert ours == pytest.approx(sums[0].item(), abs=1e-12)
 
@@ -59,7 +63,9 @@ def test_each_number_of_the_optimizer_stands_beside_its_weight(tmp_path: Path) -
 def test_without_its_data_it_is_not_trained_on(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
     run = tmp_path / "run"
     import_run(PRETRAIN, run, HERE)
-    recipe = load_recipe(run / "recipe.toml", {"data.path": str(tiny_dataset.path), "data.images": str(tiny_dataset.images)})
+    recipe = load_recipe(
+        run / "recipe.toml", {"data.path": str(tiny_dataset.path), "data.images": str(tiny_dataset.images)}
+    )
     with pytest.raises(CheckpointError, match="imported without its data; import it again with --data FILE"):
         train(recipe, resume=True, quiet=True)
 
@@ -109,7 +115,9 @@ def test_nothing_is_half_loaded(tmp_path: Path, changes: dict[str, Any], complai
 
 def test_a_checkpoint_of_another_llm_or_tower_is_refused(tmp_path: Path) -> None:
     other_llm, other_tower = write_llm(tmp_path / "llm", hidden_size=16), write_clip(tmp_path / "clip", hidden_size=20)
-    with pytest.raises(ModelError, match=r"another LLM or vision tower than --llm and --vision-tower name:\n.*32x24 in"):
+    with pytest.raises(
+        ModelError, match=r"another LLM or vision tower than --llm and --vision-tower name:\n.*32x24 in"
+    ):
         import_run(PRETRAIN, tmp_path / "run", replace(HERE, llm=str(other_llm), template="internlm2_chat"))
     with pytest.raises(ModelError, match="32x24 in the checkpoint, 32x20 here"):
         import_run(PRETRAIN, tmp_path / "run", replace(HERE, vision_tower=str(other_tower)))
@@ -158,7 +166,9 @@ def test_gradients_of_several_batches_make_one_step_of_ours(tmp_path: Path) -> N
 
 
 def test_an_error_in_the_config_inside_is_said_with_the_checkpoint(tmp_path: Path) -> None:
-    source = write_iter(tmp_path / "iter_1.pth", read_checkpoint(PRETRAIN)["state_dict"], {}, client_state("x = y()", 1, 2))
+    source = write_iter(
+        tmp_path / "iter_1.pth", read_checkpoint(PRETRAIN)["state_dict"], {}, client_state("x = y()", 1, 2)
+    )
     with pytest.raises(ConfigError, match=r"iter_1\.pth \(its config\): line 1: y\(...\) would have to be run"):
         import_run(source, tmp_path / "run", HERE)
 

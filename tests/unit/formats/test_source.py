@@ -152,7 +152,9 @@ def test_llavas_projector_and_its_lora_folder(tmp_path: Path) -> None:
         assert equal(found.weights, PROJECTOR)
         assert found.settings["vision_tower.folder"] == "/x/clip"
         assert found.settings["data.aspect"] == "pad"
-    torch.save({f"base_model.model.{name}": one for name, one in projector.items()}, tmp_path / "non_lora_trainables.bin")
+    torch.save(
+        {f"base_model.model.{name}": one for name, one in projector.items()}, tmp_path / "non_lora_trainables.bin"
+    )
     write_adapter(tmp_path, LORA, "llm.", pickled=True, base_model_name_or_path="/x/llm")
     found = open_foreign(tmp_path)
     assert equal(found.weights, {**LORA, **PROJECTOR})

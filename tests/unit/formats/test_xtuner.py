@@ -46,14 +46,20 @@ def test_there_and_back_is_the_file_but_for_the_layer_that_reaches_nothing(stage
 
 
 def test_names_of_no_part_are_unknown() -> None:
-    weights = {"llm.transformer.h.0.weight": torch.ones(1), "optimizer.x": torch.ones(1), "projector.model.4.weight": torch.ones(1)}
+    weights = {
+        "llm.transformer.h.0.weight": torch.ones(1),
+        "optimizer.x": torch.ones(1),
+        "projector.model.4.weight": torch.ones(1),
+    }
     assert to_live(weights, LLAMA, 2).unknown == list(weights)
 
 
 def test_real_moments_are_those_of_the_weights_with_a_gradient() -> None:
     content = real("finetune")
     found = moments_by_name(content["optimizer"], content["state_dict"], "x")
-    assert found.keys() == {name for name in content["state_dict"] if ".layers.2." not in name or name.startswith("llm.")}
+    assert found.keys() == {
+        name for name in content["state_dict"] if ".layers.2." not in name or name.startswith("llm.")
+    }
     for name, moments in found.items():
         assert moments["exp_avg"].shape == content["state_dict"][name].shape
         assert moments["step"] == 10
