@@ -121,6 +121,13 @@ def break_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def break_row(folder: Path) -> None:
+    """Of a token that no conversation has."""
+    weights = load_file(folder / "model.safetensors")
+    weights[EMBEDDING][317, 3] += 1e-6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def lose_prefix(folder: Path) -> None:
     """What transformers 5 itself would write, as 4.x reads it: a tower of random weights."""
     weights = load_file(folder / "model.safetensors")
@@ -138,6 +145,7 @@ def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
 
 CORRUPTIONS = {
     "a weight": break_weight,
+    "a row nobody reads": break_row,
     "a layer is lost": lose_prefix,
     "pictures are cropped": edit_json("preprocessor_config.json", do_pad=False),
     "another mean": edit_json("preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
