@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_family(folder: Path, kind: str, **more: Any) -> Path:
-    """Save a random LLM of a family, `more` set in its configuration, with a tokenizer that knows the chat marks of InternLM2, Qwen and Llama 3."""
+    """Save a random LLM of a family; its tokenizer knows the chat marks of InternLM2, Qwen and Llama 3."""
     tokenizer = write_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": list(LLAMA3_MARKS)}, replace_extra_special_tokens=False)
     tokenizer.save_pretrained(folder)
