@@ -36,22 +36,16 @@ from dianjing.errors import ExportError  # noqa: E402
 from dianjing.export.export import FORMATS, export  # noqa: E402
 from dianjing.train.loop import train  # noqa: E402
 from dianjing.use.load import load_for_use  # noqa: E402
-from tests.families import write_family, write_internlm2  # noqa: E402
-from tests.tiny import TinyDataset, write_clip, write_dataset, write_siglip  # noqa: E402
+from tests.families import write_family, write_siglip  # noqa: E402
+from tests.tiny import TinyDataset, write_clip, write_dataset  # noqa: E402
 
-WIDTH = 64
-"""Of the LLMs: four-bit blocks need a multiple of it."""
-LLMS: dict[str, tuple[Callable[..., Path], str, dict[str, Any]]] = {
-    "Llama": (lambda folder: write_family(folder, "llama", width=WIDTH), "vicuna", {}),
+LLMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama": ("llama", "internlm2_chat", {}),
     # As XTuner trains InternLM2: a LoRA on its fused wqkv, and on the head.
-    "InternLM2": (
-        lambda folder: write_internlm2(folder, width=WIDTH),
-        "internlm2_chat",
-        {"lora_share_qkv": True, "lora_head": True},
-    ),
-    "Qwen2": (lambda folder: write_family(folder, "qwen2", width=WIDTH), "internlm2_chat", {}),
+    "InternLM2": ("internlm2", "internlm2_chat", {"lora_share_qkv": True, "lora_head": True}),
+    "Qwen2": ("qwen2", "internlm2_chat", {}),
 }
-"""Name -> what writes it, its chat template, and settings of its LoRA."""
+"""Name -> its kind, its chat template, and settings of its LoRA."""
 TOWERS: dict[str, Callable[..., Path]] = {"CLIP": write_clip, "SigLIP": write_siglip}
 TUNINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"tuning": "lora"},
@@ -98,13 +92,14 @@ def table(folder: Path) -> str:
 
 def make_run(folder: Path, data: TinyDataset, llm: str, tower: str, tuning: str) -> Path:
     """Train a new model a few steps and return the run."""
-    write, template, lora = LLMS[llm]
+    kind, template, lora = LLMS[llm]
+    llm_folder = write_family(folder / "llm", kind)
     settings = TUNINGS[tuning]
     recipe = Recipe(
         stage="finetune",
         output=str(folder / "run"),
         language_model=LanguageModelConfig(
-            folder=str(write(folder / "llm")), template=template, lora_rank=4, lora_alpha=8.0, **{**lora, **settings}
+            folder=str(llm_folder), template=template, lora_rank=4, lora_alpha=8.0, **{**lora, **settings}
         ),
         vision_tower=VisionTowerConfig(
             folder=str(TOWERS[tower](folder / "tower")), tuning=settings["tuning"], lora_rank=2, lora_alpha=4.0

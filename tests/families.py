@@ -1,4 +1,4 @@
-"""Random LLMs of the supported architectures, as small as the tiny Llama and with its tokenizer."""
+"""Tiny random LLMs and towers in the layouts of the families that recipes name; rows are whole blocks of NF4."""
 
 from __future__ import annotations
 
@@ -8,76 +8,93 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 
-from tests.tiny import write_tokenizer
+from dianjing.model.language import INTERNLM2_TO_LLAMA
+from tests.tiny import IMAGE_SIZE, PATCH_SIZE, write_tokenizer
 
+LLAMA3_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+SHAPES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "internlm2": {},
     "llama": {},
     "qwen2": {},
-    "qwen2 tied": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 16},
-    "mistral": {},
-    "phi3": {"pad_token_id": 0},
-    "gemma": {"head_dim": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 512},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "phi3": {},
+    "gemma": {},
 }
-"""model_type (and a word more) -> the settings of its configuration that are not the same for all."""
+"""What each has beside SHAPES."""
 
 
-def write_family(folder: Path, family: str, *, width: int = 32) -> Path:
-    """Save an LLM of a family, two layers, and its tokenizer."""
+def write_family(folder: Path, kind: str, **more: Any) -> Path:
+    """Save a random LLM of a family; its tokenizer knows the chat marks of InternLM2, Qwen and Llama 3."""
     tokenizer = write_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(LLAMA3_MARKS)}, replace_extra_special_tokens=False)
+    tokenizer.save_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = {**SHAPES, **FAMILIES.get(kind, {}), **more, **ids, "vocab_size": len(tokenizer)}
     torch.manual_seed(0)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **FAMILIES[family],
-    }
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split()[0], **settings)).save_pretrained(folder)
+    if kind == "internlm2":
+        _write_internlm2(folder, settings)
+    else:
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(folder)
     return folder
 
 
-def write_internlm2(folder: Path, *, width: int = 32) -> Path:
-    """Save an InternLM2 of two layers in its own layout: one wqkv for q, k and v, and its own names."""
-    tokenizer = write_tokenizer(folder)
-    size, inner, heads, groups = len(tokenizer), 2 * width, 4, 2
-    torch.manual_seed(0)
-    layer = {
-        "attention.wqkv": ((heads + 2 * groups) * width // heads, width),
-        "attention.wo": (width, width),
-        "feed_forward.w1": (inner, width),
-        "feed_forward.w3": (inner, width),
-        "feed_forward.w2": (width, inner),
-    }
-    shapes = {"model.tok_embeddings": (size, width), "output": (size, width)} | {
-        f"model.layers.{number}.{name}": shape for number in range(2) for name, shape in layer.items()
-    }
-    norms = [f"model.layers.{number}.{name}_norm" for number in range(2) for name in ("attention", "ffn")]
-    weights = {f"{name}.weight": torch.randn(shape) * 0.2 for name, shape in shapes.items()}
-    weights |= {f"{name}.weight": 1 + torch.randn(width) * 0.1 for name in ("model.norm", *norms)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "internlm2",
-        "vocab_size": size,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": 2,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "max_position_embeddings": 512,
-        "bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+def _write_internlm2(folder: Path, settings: dict[str, Any]) -> None:
+    """Save a Llama under InternLM2's names, q, k and v in one tensor."""
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
+    weights: dict[str, Tensor] = {}
+    for name, weight in llama.state_dict().items():
+        if name.endswith("q_proj.weight"):
+            parts = {part: llama.get_parameter(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")}
+            heads = settings["num_key_value_heads"]
+            groups = [part.detach().unflatten(0, (heads, -1, settings["head_dim"])) for part in parts.values()]
+            layer = name.partition(".self_attn")[0]
+            weights[f"{layer}.attention.wqkv.weight"] = torch.cat(groups, 1).flatten(0, 2).contiguous()
+        elif not name.endswith(("k_proj.weight", "v_proj.weight")):
+            for new, old in INTERNLM2_TO_LLAMA.items():
+                name = name.replace(old, new)
+            weights[name] = weight.clone()
+    save_file(weights, folder / "model.safetensors")
+    config = {"model_type": "internlm2", "rope_theta": 1e6, "rms_norm_eps": 1e-5, "bias": False, **settings}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def write_siglip(folder: Path) -> Path:
+    """Save a SigLIP vision tower of three layers with its pooling head, and its preprocessing."""
+    torch.manual_seed(1)
+    config = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    preprocessing = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing), encoding="utf-8")
     return folder

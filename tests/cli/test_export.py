@@ -69,7 +69,7 @@ def test_a_base_that_moved(make_recipe: MakeRecipe, tmp_path: Path, capsys: pyte
     shutil.rmtree(folder)
     assert main(["export", str(run), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert f"its language model {folder} is not there any more" in said
+    assert f"its language model is not there any more ({folder}: no such language model folder" in said
     assert f"language_model.folder in {run / 'recipe.toml'}" in said
 
 

@@ -142,7 +142,9 @@ def moved(make_recipe: MakeRecipe, tmp_path: Path) -> Recipe:
 
 def test_a_base_that_moved_is_named(moved: Recipe, tmp_path: Path) -> None:
     (tmp_path / "llm").rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=r"llm is not there any more.*language_model.folder in .*recipe.toml"):
+    with pytest.raises(
+        ModelError, match=r"language model is not there any more.*language_model.folder in .*recipe.toml"
+    ):
         load_for_use(str(tmp_path / "out"), "cpu")
     found = replace(moved.language_model, folder=str(tmp_path / "elsewhere"))
     save_recipe(replace(moved, language_model=found), tmp_path / "out" / "recipe.toml")

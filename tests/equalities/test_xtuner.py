@@ -66,7 +66,7 @@ def batch_of(seer: Seer, *records: str, sizes: dict[str, tuple[int, int]] = SIZE
     examples, pixels = [], []
     for record in records:
         images = (record,) * (record in sizes)
-        pixels += [seer.image_processor(pattern(*sizes[image])) for image in images]
+        pixels += [seer.image_processor.pixels(pattern(*sizes[image])) for image in images]
         input_ids, labels = expanded(seer, **EXPECTED["records"][record])
         examples.append(
             Example(
@@ -80,8 +80,8 @@ def batch_of(seer: Seer, *records: str, sizes: dict[str, tuple[int, int]] = SIZE
                 index=0,
             )
         )
-    image_id, size = seer.encoder.image_token_id, seer.image_processor.size
-    return collate(examples, pixels, image_token_id=image_id, image_size=size)
+    image_id = seer.encoder.image_token_id
+    return collate(examples, pixels, image_token_id=image_id, image_processor=seer.image_processor)
 
 
 def expanded(seer: Seer, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:

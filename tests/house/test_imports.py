@@ -11,7 +11,8 @@ from tests.house.source import MODULES, Module
 READING_ORDER = """
 errors constants config.schema config.fields config.load tinyworld.folders
 data.record data.template data.encode data.image data.pack data.order data.collate data.dataset
-model.language formats model.vision model.weights model.attention model.frozen model.build model.forward model.lora model.stage model.adapter
+model.frozen model.language formats model.vision model.weights model.attention model.build model.forward
+model.fp8 model.lora model.stage model.compile model.adapter
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.step train.samples train.loop
 formats.run

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from tyro.conf import Positional, arg
 
 from dianjing.cli.flags import parse
@@ -43,10 +43,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _list() -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    console = Console(highlight=False, markup=False)
     for name, path in shipped_recipes().items():
-        table.add_row(name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
-    Console().print(table)
+        purpose = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        console.print(name, style="bold")
+        console.print(Padding(purpose, (0, 0, 0, 4)))
 
 
 def _copy(name: str, destination: Path) -> Path:

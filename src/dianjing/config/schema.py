@@ -81,8 +81,9 @@ class DataConfig:
     """Most positions (pictures expanded) in one forward pass; records share a pack without seeing each other."""
     order: Order = "shuffle"
     """"length_grouped": batches of like length, with and without pictures apart (XTuner's finetune)."""
-    workers: int = 0
-    """Processes that decode pictures beside the training process."""
+    workers: int = -1
+    """Processes that decode pictures beside the training process; -1 = as the machine has cores when it trains on
+    a GPU, none on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; "auto" = bf16 on a GPU that has it, fp32 elsewhere."""
     gradient_checkpointing: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers when the run starts (about a minute); "auto" = on a GPU."""
     log_every: int = 10
     """Optimizer steps between two log lines."""
     save_every: int = 500

@@ -59,7 +59,7 @@ def base_name(folder: str) -> str:
     for part in Path(folder).parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)
-    return Path(folder).name
+    return Path(folder).name if Path(folder).expanduser().is_dir() else folder
 
 
 def _on_hub(name: str) -> bool:

@@ -39,6 +39,8 @@ from dianjing.use.load import TEMPLATE_KEY
 SHARD_SIZE = "5GB"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPARED = "stock transformers reading the folder (AutoModelForImageTextToText, AutoProcessor) against the run"
+SCALED = ("gemma", "gemma2")
+"""LLMs before which older readers scale picture features as if they were words."""
 LOADING = """\
 ```python
 from PIL import Image
@@ -136,7 +138,10 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
             difference = logit_difference(ours[0], logits)
             case = replace(case, rounding_difference=difference, rounded_same_answer=said == answer)
         cases.append(case)
-    return Proof(cases=cases, compared=COMPARED, notes=_notes(cases, options.dtype))
+    notes = _notes(cases, options.dtype)
+    if cast(Any, seer.model.config.text_config).model_type in SCALED:
+        notes += ("transformers 4 multiplies picture features before a Gemma by sqrt(hidden_size): read it with 5",)
+    return Proof(cases=cases, compared=COMPARED, notes=notes)
 
 
 def _notes(cases: Sequence[Case], dtype: str) -> tuple[str, ...]:

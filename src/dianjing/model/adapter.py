@@ -171,7 +171,9 @@ def _lora_config(
 
 
 def _absolute(folder: str) -> str:
-    return folder if folder == TINYWORLD else str(Path(folder).expanduser().resolve())
+    """Return the whole path of a folder; a name that is no path ("tinyworld") stays as it is."""
+    path = Path(folder).expanduser()
+    return str(path.resolve()) if folder != TINYWORLD and path.is_dir() else folder
 
 
 def _portable(recipe: Recipe) -> Recipe:

@@ -85,15 +85,8 @@ def num_bytes(weight: Any) -> int:
     return weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
 
 
-def lora_layers() -> dict[type, type]:
-    """Return peft's LoRA layer for a layer in NF4, by the class of that layer."""
-    from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora.bnb import Linear4bit as Lora4bit
-
-    return {Linear4bit: Lora4bit}
-
-
 def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
+    from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     dtype = linear.weight.dtype
@@ -102,8 +95,9 @@ def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
     )
     # From bf16, so that a run has the same four bits in fp32 (on a CPU) as in bf16 (on a GPU).
     weight = linear.weight.to(device, torch.bfloat16)
-    packed.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed).to(device)
-    packed.weight.quant_state.dtype = dtype
+    four_bits, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
+    state.dtype = dtype
+    packed.weight = Params4bit(four_bits, quant_state=state, quant_type="nf4", bnb_quantized=True)
     packed.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
     # On CPUs with AVX512-BF16 the first answer would otherwise pack the weight anew, rounded, for good.
     packed.support_avx512bf16_for_cpu = False

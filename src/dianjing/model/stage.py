@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.model.forward import num_tower_layers
-from dianjing.model.frozen import is_nf4, lora_layers, num_bytes, num_parameters
+from dianjing.model.frozen import is_nf4, num_bytes, num_parameters
 from dianjing.model.lora import LoraLinear
 
 PARTS = {
@@ -28,6 +28,8 @@ PARTS = {
 """How the names of a part's parameters begin."""
 
 HEAD = "lm_head"
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 BEHIND_THE_ENCODER = ("post_layernorm", "head")
 """What a tower computes from its last layer (SigLIP's head pools it); the projector reads earlier ones."""
@@ -165,8 +167,7 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
         # A list would be matched by the ends of the names, which also fit elsewhere.
         target_modules="|".join(map(re.escape, targets)),
     )
-    kinds = lora_layers() if any(map(is_nf4, model.parameters())) else {}
-    lora._register_custom_module({**kinds, nn.Linear: LoraLinear})  # the first that fits; a four-bit layer is a Linear
+    lora._register_custom_module({nn.Linear: LoraLinear})
     inject_adapter_in_model(lora, model)
 
 
@@ -198,4 +199,4 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
 
 
 def _held_as(weight: nn.Parameter) -> str:
-    return "nf4" if is_nf4(weight) else str(weight.dtype).removeprefix("torch.")
+    return "nf4" if is_nf4(weight) else PRECISIONS.get(weight.dtype, str(weight.dtype).removeprefix("torch."))

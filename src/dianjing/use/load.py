@@ -82,12 +82,13 @@ def _load_run(run: Path, device: str) -> Seer:
 def _require_bases(recipe: Recipe, run: Path) -> None:
     """Refuse a run whose base models are not where its recipe says, or an adapter on other bases than its own."""
     for part in PARTS:
-        folder = getattr(recipe, part).folder
-        if folder != TINYWORLD and not Path(folder).expanduser().is_dir():
+        try:
+            resolve(getattr(recipe, part).folder, part)
+        except ModelError as error:
             raise ModelError(
-                f"{run}: its {part.replace('_', ' ')} {folder} is not there any more; put it back, or write where it "
+                f"{run}: its {part.replace('_', ' ')} is not there any more ({error}); put it back, or write where it "
                 f"is now to {part}.folder in {run / 'recipe.toml'}"
-            )
+            ) from None
     if is_adapter(run):
         require_bases(recipe, run)
 

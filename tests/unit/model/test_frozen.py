@@ -105,7 +105,7 @@ def test_four_bits_are_counted_as_weights_and_as_bytes(make_recipe: MakeRecipe) 
         blocks = -(-numbers // 64)
         assert num_bytes(weight) == numbers // 2 + blocks + 4 * -(-blocks // 256)
     report = apply_stage(model, recipe)
-    assert report.parts[0].dtype == "float32, nf4"
+    assert report.parts[0].dtype == "fp32, nf4"
     assert report.parts[0].parameters == apply_stage(plain, unquantized(recipe)).parts[0].parameters
     console = Console(width=110, file=io.StringIO())
     console.print(report)
