@@ -48,11 +48,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What each has beside SHAPES."""
 
 
-def write_family(folder: Path, kind: str) -> Path:
+def write_family(folder: Path, kind: str, **more: Any) -> Path:
     """Save a random LLM of a family, with a tokenizer that knows the family's chat marks."""
     tokenizer = _write_tokenizer(folder, MARKS.get(kind, CHATML))
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    settings = {**SHAPES, **FAMILIES[kind], **ids, "vocab_size": len(tokenizer)}
+    settings = {**SHAPES, **FAMILIES.get(kind, {}), **more, **ids, "vocab_size": len(tokenizer)}
     torch.manual_seed(0)
     if kind == "internlm2":
         _write_internlm2(folder, settings)

@@ -18,6 +18,7 @@ VERBS = {
     "recipes": "list the shipped recipes, or copy one to edit",
     "show": "show what the model sees of each record, and what it learns from it",
     "train": "train what a recipe says",
+    "import": "make a run of a checkpoint of XTuner or LLaVA",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",
     "compare": "put the answers of several models beside the pictures, on one HTML page",
