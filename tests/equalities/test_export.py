@@ -13,16 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dianjing.errors import ExportError
-from dianjing.export import export as module
-from dianjing.export.export import export
-from dianjing.export.hf import save_hf
+from dianjing.export import hf
+from dianjing.export.export import Options, export
 from dianjing.export.layout import EMBEDDING, HEAD
-from dianjing.export.receipt import ANSWER_TOKENS, compare, drawn_cases
+from dianjing.export.receipt import ANSWER_TOKENS, drawn_cases
 from dianjing.use.generate import Conversation, Seer, generate_ids
 from dianjing.use.load import load_for_use
 from tests.conftest import MakeRecipe
 from tests.seers import conversations, picture, seer_of, text_seer
 from tests.tiny import write_llm
+
+save = hf.save
 
 LORA = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
 RUNS = {
@@ -45,7 +46,7 @@ def test_export_equals_run(make_recipe: MakeRecipe, tmp_path: Path, run: str) ->
     stage, sections = RUNS[run]
     seer = seer_of(make_recipe(stage, **sections))
     alone = [one for one in conversations() if not one.history]
-    cases = export(seer, tmp_path / "out", alone)
+    cases = export(seer, tmp_path / "out", alone).cases
     assert len(cases) == len(alone) + len(drawn_cases())
     for case in cases:
         assert case.equal
@@ -65,7 +66,7 @@ def test_tied_weights_stay_tied_unless_the_head_learned(
 ) -> None:
     folder = write_llm(tmp_path / "llm", tie_word_embeddings=tied, rope_theta=5e5)
     seer = seer_of(make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora", "lora_head": head}))
-    assert all(case.equal for case in export(seer, tmp_path / "out"))
+    assert all(case.equal for case in export(seer, tmp_path / "out").cases)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert (HEAD in weights) == (head or not tied)
     assert weights[EMBEDDING].shape[0] % 64 == 0
@@ -150,26 +151,26 @@ CORRUPTIONS = {
 def test_a_corrupted_export_is_not_kept(
     seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corruption: str
 ) -> None:
-    def save_and_corrupt(seer: Seer, folder: Path) -> None:
-        save_hf(seer, folder)
+    def save_and_corrupt(seer: Seer, folder: Path, options: Options) -> None:
+        save(seer, folder, options)
         CORRUPTIONS[corruption](folder)
 
     if corruption == "it never stops":
         stop = generate_ids(seer, drawn_cases()[:1], 4)[0][2]
         monkeypatch.setattr("dianjing.use.generate.stop_sequences", lambda seer: [(stop,)])
         monkeypatch.setattr("dianjing.export.hf.stop_sequences", lambda seer: [(stop,)])
-    monkeypatch.setattr(module, "save_hf", save_and_corrupt)
+    monkeypatch.setattr(hf, "save", save_and_corrupt)
     with pytest.raises(ExportError, match=r"not kept"):
         export(seer, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_an_export_that_cannot_be_read_is_not_kept(seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_and_forget(seer: Seer, folder: Path) -> None:
-        save_hf(seer, folder)
+    def save_and_forget(seer: Seer, folder: Path, options: Options) -> None:
+        save(seer, folder, options)
         (folder / "config.json").unlink()
 
-    monkeypatch.setattr(module, "save_hf", save_and_forget)
+    monkeypatch.setattr(hf, "save", save_and_forget)
     with pytest.raises(ExportError, match="cannot be read back"):
         export(seer, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -189,13 +190,13 @@ def test_a_text_model_is_not_exported(tiny_llm: Path, tmp_path: Path) -> None:
 
 def test_large_weights_are_sharded(seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dianjing.export.hf.SHARD_SIZE", "100KB")
-    assert all(case.equal for case in export(seer, tmp_path / "out"))
+    assert all(case.equal for case in export(seer, tmp_path / "out").cases)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     shutil.rmtree(tmp_path / "out")
 
 
 def test_the_comparison_sees_a_picture_that_is_not_looked_at(seer: Seer, tmp_path: Path) -> None:
-    save_hf(seer, tmp_path)
+    hf.save(seer, tmp_path, Options())
     other = [Conversation((), one.question, [picture(*image.size) for image in one.images]) for one in drawn_cases()]
-    before, after = compare(seer, tmp_path, drawn_cases()[:1]), compare(seer, tmp_path, other[:1])
+    before, after = (hf.prove(seer, tmp_path, cases[:1], Options()).cases for cases in (drawn_cases(), other))
     assert before[0].largest_logit != after[0].largest_logit

@@ -69,6 +69,7 @@ def _load_run(run: Path, device: str) -> Seer:
         tokenizer=built.tokenizer,
         encoder=built.encoder,
         image_processor=built.image_processor,
+        recipe=recipe,
     )
 
 
