@@ -16,7 +16,8 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 PLAIN_ROPE = ("default", "dynamic")
 """dynamic: plain up to max_position_embeddings, which is what the file says the model reads."""
 
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+_PREFIX = "model.language_model."
+EMBEDDING, HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
 _OUTER = {"embed_tokens": "token_embd", "norm": "output_norm"}
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -101,25 +102,37 @@ def text_tensors(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """
     kind = architecture(config)
     tensors: dict[str, Tensor] = {}
-    for live, tensor in state.items():
-        if live.startswith("model.language_model."):
-            name = _name(live.removeprefix("model.language_model."), kind)
-            tensors[name] = _permuted(tensor, name, config) if kind == "llama" else tensor
-    if state[HEAD] is not state[EMBEDDING]:
-        tensors["output.weight"] = state[HEAD]
+    for live, tensor in text_state(state).items():
+        name = text_name(live, kind)
+        tensors[name] = _permuted(tensor, name, config) if kind == "llama" else tensor
     return tensors
 
 
-def _name(live: str, kind: str) -> str:
-    """layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
-    found = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", live)
+def text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the LLM's part of a LLaVA's state dict; the head only where it is not the embedding itself."""
+    text = {name: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
+    return text if state[HEAD] is state[EMBEDDING] else text | {HEAD: state[HEAD]}
+
+
+def text_name(live: str, kind: str) -> str:
+    """Return llama.cpp's name of a weight.
+
+        model.language_model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight
+
+    Raises:
+        ExportError: this architecture has no place for it.
+    """
+    if live == HEAD:
+        return "output.weight"
+    inner = live.removeprefix(_PREFIX)
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", inner)
     if found:
         layer, part, end = found.groups()
-        known = end == "weight" and f"{part}.weight" not in _SPECIAL or f"{part}.{end}" in _OPTIONAL[kind]
-        if part in _LAYER and known:
+        special = f"{part}.{end}" in _SPECIAL or end == "bias"
+        if part in _LAYER and (not special or f"{part}.{end}" in _OPTIONAL[kind]):
             return f"blk.{layer}.{_LAYER[part]}.{end}"
-    elif live.removesuffix(".weight") in _OUTER:
-        return f"{_OUTER[live.removesuffix('.weight')]}.weight"
+    elif inner.removesuffix(".weight") in _OUTER:
+        return f"{_OUTER[inner.removesuffix('.weight')]}.weight"
     raise ExportError(f'GGUF: llama.cpp\'s "{kind}" has no place for the weight {live}, which would be lost')
 
 

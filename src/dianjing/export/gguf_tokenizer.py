@@ -41,10 +41,11 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int
     added = {token["id"]: token for token in content["added_tokens"]}
     _check_added(added)
     tokens, types = _tokens(model, added, rows)
-    kind = _byte_level(content) if _steps(content.get("pre_tokenizer"), "ByteLevel") else _sentencepiece(content)
-    if kind["tokenizer.ggml.model"] == "llama":
-        kind["tokenizer.ggml.scores"] = _scores(tokens, model["merges"])
-        types = [_sentencepiece_type(token, kind) for token, kind in zip(tokens, types, strict=True)]
+    if _steps(content["pre_tokenizer"], "ByteLevel"):
+        keys = _byte_level(content)
+    else:
+        keys = _sentencepiece(content) | {"tokenizer.ggml.scores": _scores(tokens, model["merges"])}
+        types = [_sentencepiece_type(*pair, model["unk_token"]) for pair in zip(tokens, types, strict=True)]
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -53,7 +54,7 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int
         "eot_token_id": next((end for end in ends if end != tokenizer.eos_token_id), None),
     }
     return {
-        **kind,
+        **keys,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         **{f"tokenizer.ggml.{name}": value for name, value in special.items() if isinstance(value, int)},
@@ -71,9 +72,7 @@ def _check_added(added: Mapping[int, Mapping[str, Any]]) -> None:
             )
 
 
-def _tokens(
-    model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], rows: int
-) -> tuple[list[str], list[int]]:
+def _tokens(model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], rows: int) -> tuple[list[str], list[int]]:
     """Return text and type of each row of the embedding; rows without a token get one that is never written."""
     text = {number: token for token, number in model["vocab"].items()}
     text |= {number: token["content"] for number, token in added.items()}
@@ -141,10 +140,10 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
     return [-float(rank[token]) if token in rank else UNMERGED_SCORE for token in tokens]
 
 
-def _sentencepiece_type(token: str, kind: int) -> int:
+def _sentencepiece_type(token: str, kind: int, unknown: str | None) -> int:
     if kind == NORMAL and len(token) == 6 and token.startswith("<0x"):
         return BYTE
-    return UNKNOWN if token == "<unk>" else kind
+    return UNKNOWN if token == unknown else kind
 
 
 def _steps(step: Mapping[str, Any] | None, kind: str = "", key: str = "pretokenizers") -> list[Mapping[str, Any]]:
