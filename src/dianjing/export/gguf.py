@@ -99,9 +99,7 @@ def _write_text(path: Path, keys: Mapping[str, Any], tensors: Mapping[str, Tenso
         path,
         {**keys, "general.file_type": _file_type(kind)},
         tensors,
-        lambda name, tensor: stored_type(
-            tensor, tables if name in ("token_embd.weight", "output.weight") else matrices
-        ),
+        lambda name, tensor: stored_type(tensor, tables.get(name, matrices)),
     )
 
 

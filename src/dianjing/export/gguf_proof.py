@@ -143,12 +143,9 @@ def _pair_logits(
     seer: Seer, pair: Pair, conversation: Conversation, answer: list[int]
 ) -> Float[Tensor, "tokens vocab"]:
     assert seer.image_processor is not None, "checked when it was written"
-    size = seer.image_processor.size
     pixels = [seer.image_processor(image) for image in conversation.images]
     ids = prepare(seer, conversation).input_ids + answer[:-1]
-    return pair_logits(
-        pair, ids, seer.encoder.image_token_id, torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
-    )
+    return pair_logits(pair, ids, seer.encoder.image_token_id, pixels)
 
 
 def _case(seer: Seer, asked: Asked, run: Tensor, read: Tensor, rounded: Tensor, tolerance: float) -> Case:
