@@ -43,26 +43,23 @@ def run(arguments: list[str]) -> int:
     # Slow to import, so a typing error is said before.
     from dianjing.use.serve import HOST, Guard, example, open_port, run_server, transformers_app, vllm_command
 
-    listening = open_port(given.port)
-    port = listening.getsockname()[1]
-    folder = servable(given.model, port, console)
     key = os.environ.get(KEY, "")
-    if given.backend == "vllm":
-        listening.close()
-        console.print(
-            f"vLLM will serve {folder.name} at http://{HOST}:{port}/v1\n{example(port, folder.name, bool(key))}"
-        )
-        environment = os.environ | ({"VLLM_API_KEY": key} if key else {})
-        return subprocess.run(vllm_command(folder, port), env=environment).returncode
-    console.print(f"loading {folder}")
-    app = Guard(app=transformers_app(folder), model=folder.name, key=key)
-    console.print(
-        f"serving {folder.name} at http://{HOST}:{port}/v1 to this machine only; Ctrl-C ends\n"
-        f"{example(port, folder.name, bool(key))}"
-    )
-    run_server(app, listening)
-    console.print("stopped")
-    return 0
+    with open_port(given.port) as listening:
+        port = listening.getsockname()[1]
+        folder = servable(given.model, port, console)
+        if given.backend == "transformers":
+            console.print(f"loading {folder}")
+            app = Guard(app=transformers_app(folder), model=folder.name, key=key)
+            console.print(f"serving {folder.name} at http://{HOST}:{port}/v1 to this machine only; Ctrl-C ends")
+            console.print(example(port, folder.name, bool(key)))
+            run_server(app, listening)
+            console.print("stopped")
+            return 0
+    console.print(f"vLLM serves {folder.name} at http://{HOST}:{port}/v1")
+    console.print(example(port, folder.name, bool(key)))
+    return subprocess.run(
+        vllm_command(folder, port), env=os.environ | ({"VLLM_API_KEY": key} if key else {})
+    ).returncode
 
 
 def servable(model: str, port: int, console: Console) -> Path:

@@ -17,6 +17,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,8 @@ def run_server(app: App, listening: socket.socket) -> None:
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-    server.run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # the server ends in peace first, then raises it again
+        server.run(sockets=[listening])
 
 
 def vllm_command(folder: Path, port: int) -> list[str]:
