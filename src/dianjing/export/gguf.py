@@ -94,7 +94,9 @@ def _write_text(path: Path, keys: Mapping[str, Any], tensors: Mapping[str, Tenso
         return
     matrices = TYPES[kind]
     # Fewer than eight bits are too few for the tables that every token goes through.
-    tables = dict.fromkeys(("token_embd.weight", "output.weight"), Type.Q8_0) if kind in BLOCK_TYPES else {}
+    tables: dict[str, Type] = {
+        name: Type.Q8_0 for name in ("token_embd.weight", "output.weight") if kind in BLOCK_TYPES
+    }
     write_gguf(
         path,
         {**keys, "general.file_type": _file_type(kind)},

@@ -7,6 +7,7 @@ is that process: `python -m dianjing.export.gguf_llama answer FOLDER WORK` or `.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import json
 import os
@@ -69,7 +70,7 @@ def ask_llama(text_file: Path, vision_file: Path, requests: Sequence[Request]) -
     require_llama()
     with tempfile.TemporaryDirectory() as work:
         for number, request in enumerate(requests):
-            arrays = {f"picture{i}": picture for i, picture in enumerate(request.pictures)}
+            arrays: dict[str, Any] = {f"picture{i}": picture for i, picture in enumerate(request.pictures)}
             np.savez(Path(work, f"request{number}.npz"), answer=np.array(request.answer, np.int32), **arrays)
         Path(work, "prompts.json").write_text(json.dumps([request.prompt for request in requests]), encoding="utf-8")
         _run("answer", str(text_file), str(vision_file), work)
@@ -107,11 +108,9 @@ class _Llama:
     """The two files, loaded, with a key-value cache and all arithmetic in fp32 as far as llama.cpp has it."""
 
     def __init__(self, text_file: str, vision_file: str) -> None:
-        import llama_cpp
-        from llama_cpp import mtmd_cpp
-
-        self.llama: Any = llama_cpp
-        self.mtmd: Any = mtmd_cpp
+        self.llama: Any = importlib.import_module("llama_cpp")
+        self.mtmd: Any = importlib.import_module("llama_cpp.mtmd_cpp")
+        llama_cpp, mtmd_cpp = self.llama, self.mtmd
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = 0
@@ -131,7 +130,7 @@ class _Llama:
         vision.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.eyes = _loaded(mtmd_cpp.mtmd_init_from_file(vision_file.encode(), self.model, vision), vision_file)
 
-    def answer(self, prompt: str, pictures: Sequence[np.ndarray], answer: Sequence[int]) -> dict[str, np.ndarray]:
+    def answer(self, prompt: str, pictures: Sequence[np.ndarray], answer: Sequence[int]) -> dict[str, Any]:
         """Return prompt ids, logits before each token of the answer, and the features of the pictures."""
         chunks = self._chunks(prompt, pictures)
         ids, features = self._read(chunks)
@@ -210,8 +209,7 @@ def _answer(text_file: str, vision_file: str, work: str) -> None:
 
 
 def _quantize(source: str, target: str, kind: str) -> None:
-    import llama_cpp
-
+    llama_cpp: Any = importlib.import_module("llama_cpp")
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     settings.nthread = THREADS

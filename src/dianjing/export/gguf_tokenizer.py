@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dianjing.errors import ExportError
@@ -34,7 +35,10 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int
     Raises:
         ExportError: a kind of tokenizer that llama.cpp would not make the same ids with.
     """
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ExportError("the tokenizer has no tokenizer.json form; convert it to a fast tokenizer first")
+    content = json.loads(backend.to_str())
     model = content["model"]
     if model["type"] != "BPE":
         raise ExportError(f'GGUF: a tokenizer of type "{model["type"]}" cannot be written (BPE can)')
