@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,12 @@ def write_gguf(
     for name, tensor in tensors.items():
         shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), types[name])
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), types[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in tensors.items():
-        writer.write_tensor_data(gguf.quantize(tensor.detach().contiguous().float().cpu().numpy(), types[name]))
-    writer.close()
+    with closing(writer), np.errstate(over="ignore"):  # a number too large is seen when the file is read back
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in tensors.items():
+            writer.write_tensor_data(gguf.quantize(tensor.detach().contiguous().float().cpu().numpy(), types[name]))
 
 
 def read_keys(path: Path) -> dict[str, Any]:
