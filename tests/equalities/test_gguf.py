@@ -43,8 +43,11 @@ needs_llama = pytest.mark.skipif(
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama, tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-    "llama, wide heads": (LlamaConfig, LlamaForCausalLM, {"head_dim": 16, "num_key_value_heads": 1}),
-    "llama, dynamic": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama, other heads": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"head_dim": 16, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+    ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 500}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
@@ -118,8 +121,7 @@ def test_transformers_reads_what_was_written(make_seer: Callable[..., Seer], tmp
     assert keys[f"{keys['general.architecture']}.context_length"] == (500 if family == "mistral" else 512)
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+@pytest.mark.parametrize(("kind", "tower"), [("f16", "clip"), ("bf16", "siglip"), ("q8_0", "siglip"), ("q4_0", "clip")])
 def test_rounding_is_told_and_nothing_else_differs(
     make_seer: Callable[..., Seer], tmp_path: Path, kind: str, tower: str
 ) -> None:
@@ -143,7 +145,7 @@ def test_rounding_is_told_and_nothing_else_differs(
 
 
 @needs_llama
-@pytest.mark.parametrize("family", ["llama", "llama, tied", "llama, wide heads", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_llama_cpp_answers_as_the_run_does(make_seer: Callable[..., Seer], tmp_path: Path, family: str) -> None:
     seer = make_seer(family)
     proof = export(seer, tmp_path / "out", conversations(), "gguf", Options(quantize="f32", verify=True))
@@ -159,7 +161,7 @@ def test_llama_cpp_answers_as_the_run_does(make_seer: Callable[..., Seer], tmp_p
 
 
 @needs_llama
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
 def test_llama_cpp_reads_rounded_weights(make_seer: Callable[..., Seer], tmp_path: Path, kind: str) -> None:
     proof = export(make_seer(), tmp_path / "out", conversations(), "gguf", Options(quantize=kind, verify=True))
     assert all(case.same_ids for case in proof.cases)
@@ -207,16 +209,10 @@ TEXT_KEYS, VISION_KEYS = module.text_keys, module.vision_keys
     ],
 )
 def test_a_fault_of_ours_is_seen(
-    make_seer: Callable[..., Seer],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    place: Any,
-    name: str,
-    fault: Any,
-    said: str,
+    make_seer: Callable[..., Seer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, said: str
 ) -> None:
     seer = make_seer()
-    monkeypatch.setattr(place, name, fault)
+    monkeypatch.setattr(*fault)
     with pytest.raises(ExportError, match=said):
         export(seer, tmp_path / "out", conversations(), "gguf", Options(quantize="f32"))
     assert not list(tmp_path.glob("out*"))

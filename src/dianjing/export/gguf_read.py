@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dianjing.export.gguf_file import read_keys, read_tensors
 
@@ -33,7 +33,13 @@ class Pair:
 
 def read_pair(folder: Path) -> Pair:
     """Return what the two files of a folder hold, in fp32."""
-    text = AutoModelForCausalLM.from_pretrained(folder, gguf_file=TEXT_FILE, dtype=torch.float32, local_files_only=True)
+    keys = read_keys(folder / TEXT_FILE)
+    config = AutoConfig.from_pretrained(folder, gguf_file=TEXT_FILE, local_files_only=True)
+    # The one key that transformers does not read for every architecture.
+    config.head_dim = keys[f"{keys['general.architecture']}.attention.key_length"]
+    text = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=TEXT_FILE, config=config, dtype=torch.float32, local_files_only=True
+    )
     vision = folder / VISION_FILE
     return Pair(text=text.eval(), vision_keys=read_keys(vision), vision_tensors=read_tensors(vision))
 
