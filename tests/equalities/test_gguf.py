@@ -48,6 +48,19 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         LlamaForCausalLM,
         {"head_dim": 16, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
     ),
+    "llama, llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 500}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
@@ -145,7 +158,7 @@ def test_rounding_is_told_and_nothing_else_differs(
 
 
 @needs_llama
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama, llama3", "qwen2", "qwen3"])
 def test_llama_cpp_answers_as_the_run_does(make_seer: Callable[..., Seer], tmp_path: Path, family: str) -> None:
     seer = make_seer(family)
     proof = export(seer, tmp_path / "out", conversations(), "gguf", Options(quantize="f32", verify=True))

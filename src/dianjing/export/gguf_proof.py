@@ -21,7 +21,7 @@ from dianjing.export.gguf_chat import MEDIA, gguf_chat_template
 from dianjing.export.gguf_file import ROUNDING, read_types, rounding
 from dianjing.export.gguf_llama import IMAGE, Reply, Request, ask_llama
 from dianjing.export.gguf_read import TEXT_FILE, VISION_FILE, Pair, pair_logits, read_pair
-from dianjing.export.gguf_text import architecture, text_name, text_state
+from dianjing.export.gguf_text import ROPE_FACTORS, architecture, text_name, text_state
 from dianjing.export.gguf_vision import preprocessing_notes, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import ANSWER_TOKENS, Case, Proof, logit_difference, run_logits
@@ -105,7 +105,7 @@ def _check_tensors(pair: Pair, state: Mapping[str, Tensor], config: Any, folder:
     text_types, vision_types = read_types(folder / TEXT_FILE), read_types(folder / VISION_FILE)
     compared = [(name, read_text[_causal_name(name)], text[name], text_types[text_name(name, kind)]) for name in text]
     compared += [(name, pair.vision_tensors[name], vision[name], vision_types[name]) for name in vision]
-    left_over = {*text_types} - {text_name(name, kind) for name in text} | {*vision_types} - {*vision}
+    left_over = {*text_types} - {ROPE_FACTORS} - {text_name(name, kind) for name in text} | {*vision_types} - {*vision}
     if left_over:
         raise ExportError(f"GGUF: tensors that are not the run's were written: {', '.join(sorted(left_over))}")
     farthest: dict[Any, tuple[float, str]] = {}

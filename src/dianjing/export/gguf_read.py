@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dianjing.export.gguf_file import read_keys, read_tensors
+from dianjing.export.gguf_text import ROPE_FACTORS
 
 TEXT_FILE, VISION_FILE = "text.gguf", "mmproj.gguf"
 
@@ -37,9 +38,12 @@ def read_pair(folder: Path) -> Pair:
     config = AutoConfig.from_pretrained(folder, gguf_file=TEXT_FILE, local_files_only=True)
     # The one key that transformers does not read for every architecture.
     config.head_dim = keys[f"{keys['general.architecture']}.attention.key_length"]
-    text = AutoModelForCausalLM.from_pretrained(
+    text: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=TEXT_FILE, config=config, dtype=torch.float32, local_files_only=True
     )
+    factors = read_tensors(folder / TEXT_FILE).get(ROPE_FACTORS)
+    if factors is not None:  # which transformers leaves unread
+        text.model.rotary_emb.inv_freq /= factors
     vision = folder / VISION_FILE
     return Pair(text=text.eval(), vision_keys=read_keys(vision), vision_tensors=read_tensors(vision))
 

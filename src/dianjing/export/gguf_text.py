@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dianjing.errors import ExportError
 from dianjing.export.gguf_file import Value
@@ -15,6 +17,8 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 """model_type -> llama.cpp's name; InternLM2 is read as Llama before it comes here."""
 PLAIN_ROPE = ("default", "dynamic")
 """dynamic: plain up to max_position_embeddings, which is what the file says the model reads."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""What each frequency of Llama 3's positions is divided by; llama.cpp reads it for "llama" only."""
 
 _PREFIX = "model.language_model."
 EMBEDDING, HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
@@ -52,9 +56,9 @@ def architecture(config: Any) -> str:
         raise ExportError(
             f'GGUF: an LLM of type "{kind}" cannot be written yet; there are {", ".join(ARCHITECTURES)} and internlm2'
         )
-    if rope.get("rope_type", "default") not in PLAIN_ROPE:
+    if rope.get("rope_type", "default") not in (*PLAIN_ROPE, *(("llama3",) if kind == "llama" else ())):
         raise ExportError(
-            f'GGUF: positions scaled as "{rope["rope_type"]}" cannot be written yet (plain and dynamic can); '
+            f'GGUF: positions scaled as "{rope["rope_type"]}" cannot be written yet (plain, dynamic and llama3 can); '
             "export as hf and convert the text part with llama.cpp's own program"
         )
     if config.hidden_act != "silu":
@@ -105,6 +109,8 @@ def text_tensors(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     for live, tensor in text_state(state).items():
         name = text_name(live, kind)
         tensors[name] = _permuted(tensor, name, config) if kind == "llama" else tensor
+    if config.rope_parameters.get("rope_type") == "llama3":
+        tensors[ROPE_FACTORS] = _rope_factors(config)
     return tensors
 
 
@@ -145,3 +151,9 @@ def _permuted(tensor: Tensor, name: str, config: Any) -> Tensor:
         return tensor
     heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _rope_factors(config: Any) -> Tensor:
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, head_size(config), 2) / head_size(config)
+    return config.rope_parameters["rope_theta"] ** -exponents / scaled
