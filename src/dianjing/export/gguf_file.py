@@ -81,10 +81,10 @@ def read_types(path: Path) -> dict[str, Type]:
     return {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file in fp32."""
-    reader = gguf.GGUFReader(path)
-    return {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a file in fp32, those whose names begin with `prefix`."""
+    found = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name.startswith(prefix)]
+    return {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)) for tensor in found}
 
 
 def rounding(read: Tensor, written: Tensor) -> float:

@@ -41,8 +41,7 @@ def read_pair(folder: Path) -> Pair:
     text: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=TEXT_FILE, config=config, dtype=torch.float32, local_files_only=True
     )
-    factors = read_tensors(folder / TEXT_FILE).get(ROPE_FACTORS)
-    if factors is not None:  # which transformers leaves unread
+    for factors in read_tensors(folder / TEXT_FILE, ROPE_FACTORS).values():  # which transformers leaves unread
         text.model.rotary_emb.inv_freq /= factors
     vision = folder / VISION_FILE
     return Pair(text=text.eval(), vision_keys=read_keys(vision), vision_tensors=read_tensors(vision))
