@@ -105,7 +105,7 @@ def batch_of(built: Built, *records: str, sizes: dict[str, tuple[int, int]] = SI
     examples, pixels = [], []
     for record in records:
         images = (record,) * (record in sizes)
-        pixels += [built.image_processor(pattern(*sizes[image])) for image in images]
+        pixels += [built.image_processor.pixels(pattern(*sizes[image])) for image in images]
         input_ids, labels = expanded(built, **EXPECTED["records"][record])
         examples.append(
             Example(
@@ -119,8 +119,8 @@ def batch_of(built: Built, *records: str, sizes: dict[str, tuple[int, int]] = SI
                 index=0,
             )
         )
-    image_id, size = built.encoder.image_token_id, built.image_processor.size
-    return collate(examples, pixels, image_token_id=image_id, image_size=size)
+    image_id = built.encoder.image_token_id
+    return collate(examples, pixels, image_token_id=image_id, image_processor=built.image_processor)
 
 
 def expanded(built: Built, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:

@@ -35,7 +35,7 @@ AT_LEAST_ONE = frozenset(
 ABOVE_ZERO = frozenset({"language_model.lora_alpha", "vision_tower.lora_alpha"})
 BELOW_ONE = frozenset({"language_model.lora_dropout", "vision_tower.lora_dropout", "train.betas"})
 AT_MOST_ONE = frozenset({"train.warmup_ratio"})
-SIGNED = frozenset({"vision_tower.feature_layer"})
+SIGNED = frozenset({"data.workers", "vision_tower.feature_layer"})
 """Numbers that may be negative; no other may."""
 
 KINDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -151,6 +151,11 @@ def _check_agreement(recipe: Recipe, source: str) -> None:
                 f'{source}: stage "pretrain" trains the projector alone, but {section}.tuning is "{tuning}"; '
                 'set it to "frozen", or the stage to "finetune"'
             )
+    if recipe.language_model.frozen and recipe.language_model.tuning == "full":
+        raise ConfigError(
+            f'{source}: language_model.tuning is "full", but language_model.frozen is "{recipe.language_model.frozen}" '
+            'and weights held so cannot train; set tuning to "lora", or frozen to ""'
+        )
     if recipe.train.sample_every and not recipe.train.sample_path:
         raise ConfigError(
             f"{source}: train.sample_every is {recipe.train.sample_every}, but train.sample_path names no records; "

@@ -7,6 +7,7 @@ from typing import Literal
 
 Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
+Frozen = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
 OnLong = Literal["error", "skip", "truncate"]
 
@@ -20,6 +21,9 @@ class LanguageModelConfig:
     template: str = ""
     """Chat template by name (`dianjing show` lists them); "" chooses it from the model."""
     tuning: Tuning = "frozen"
+    frozen: Frozen = ""
+    """How the weights of the decoder layers are held while they do not train: "nf4" (QLoRA's four bits; needs
+    bitsandbytes), "fp8" (fastest on a GPU with FP8 units), or "" for the run's precision."""
     lora_rank: int = 64
     lora_alpha: float = 128.0
     """The adapter's output is scaled by lora_alpha / lora_rank."""
@@ -75,8 +79,9 @@ class DataConfig:
     pack_tokens: int = 4096
     """Most positions (pictures expanded) in one forward pass; records share a pack without seeing each other."""
     order: Literal["shuffle", "sequential"] = "shuffle"
-    workers: int = 0
-    """Processes that decode pictures beside the training process."""
+    workers: int = -1
+    """Processes that decode pictures beside the training process; -1 = as the machine has cores when it trains on
+    a GPU, none on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; "auto" = bf16 on a GPU that has it, fp32 elsewhere."""
     gradient_checkpointing: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers when the run starts (about a minute); "auto" = on a GPU."""
     log_every: int = 10
     """Optimizer steps between two log lines."""
     save_every: int = 500

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Example
+from dianjing.data.image import ImageProcessor, pixel_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class Batch:
     cu_seqlens: Int32[Tensor, " documents_and_one"]
     """Where each record begins, and the end of the last."""
     max_seqlen: int
-    pixel_values: Float[Tensor, "images 3 height width"]
+    pixels: UInt8[Tensor, "images 3 height width"]
+    """Pictures as bytes: a quarter of what the tower reads, which is made where the tower is."""
+    pixel_table: Float[Tensor, "3 256"]
     image_positions: Int[Tensor, " image_tokens"]
     """Rows of the image tokens, in the order of the pictures."""
     target_rows: Int[Tensor, " supervised"]
@@ -42,30 +45,44 @@ class Batch:
         return len(self.input_ids)
 
     @property
+    def num_images(self) -> int:
+        """Pictures in the pack."""
+        return len(self.pixels)
+
+    @property
+    def pixel_values(self) -> Float[Tensor, "images 3 height width"]:
+        """What the vision tower reads, computed anew each time."""
+        return pixel_values(self.pixels, self.pixel_table)
+
+    @property
     def num_supervised(self) -> int:
         """Tokens the loss is a sum over."""
         return len(self.targets)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on another device."""
+        """Return the batch on another device; from pinned memory the copy does not stop the program."""
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory that a GPU can read by itself (the DataLoader asks for it)."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def collate(
     examples: Sequence[Example],
-    pixel_values: Sequence[Float[Tensor, "3 height width"]],
+    pixels: Sequence[UInt8[Tensor, "3 height width"]],
     *,
     image_token_id: int,
-    image_size: int,
+    image_processor: ImageProcessor,
 ) -> Batch:
-    """Join examples and their pictures (all examples', in order) to one batch.
-
-    `image_size` gives the shape of pixel_values when there is no picture.
-    """
+    """Join examples and their pictures (all examples', in order, from `image_processor.pixels`) to one batch."""
     images = sum(example.num_images for example in examples)
-    assert images == len(pixel_values), f"{images} pictures in the records, {len(pixel_values)} given"
+    assert images == len(pixels), f"{images} pictures in the records, {len(pixels)} given"
+    nothing = torch.zeros(0, 3, image_processor.size, image_processor.size, dtype=torch.uint8)
     lengths = [len(example.input_ids) for example in examples]
     input_ids = torch.tensor([token for example in examples for token in example.input_ids])
     # The first token of a record follows nothing: it is no target.
@@ -76,7 +93,8 @@ def collate(
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         max_seqlen=max(lengths),
-        pixel_values=torch.stack(list(pixel_values)) if pixel_values else torch.zeros(0, 3, image_size, image_size),
+        pixels=torch.stack(list(pixels)) if pixels else nothing,
+        pixel_table=image_processor.table(),
         image_positions=(input_ids == image_token_id).nonzero()[:, 0],
         target_rows=supervised - 1,
         targets=labels[supervised],

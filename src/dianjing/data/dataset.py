@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
-from jaxtyping import Float
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -49,7 +50,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         side = self.image_processor.size if self.image_processor else 1
-        self._pixel_values = lru_cache(maxsize=CACHE_BYTES // (3 * 4 * side * side))(self._read_picture)
+        self._pixels = lru_cache(maxsize=CACHE_BYTES // (3 * side * side))(self._read_picture)
 
     @property
     def num_records(self) -> int:
@@ -72,21 +73,21 @@ class Dataset:
             DataError: a picture is broken, or no longer there.
         """
         assert self.image_processor, "a data set without an image processor makes no batches"
-        pixel_values: list[Float[Tensor, "3 height width"]] = []
+        pixels: list[UInt8[Tensor, "3 height width"]] = []
         for record in (self.records[i] for i in indices):
             with _naming(record):
                 folder = image_folder(self.config, record)
-                pixel_values += [self._pixel_values(folder, name) for name in record.images]
+                pixels += [self._pixels(folder, name) for name in record.images]
         return collate(
             [self.example(i) for i in indices],
-            pixel_values,
+            pixels,
             image_token_id=self.encoder.image_token_id,
-            image_size=self.image_processor.size,
+            image_processor=self.image_processor,
         )
 
-    def _read_picture(self, folder: str, name: str) -> Float[Tensor, "3 height width"]:
+    def _read_picture(self, folder: str, name: str) -> UInt8[Tensor, "3 height width"]:
         assert self.image_processor
-        return self.image_processor(load_image(folder, name))
+        return self.image_processor.pixels(load_image(folder, name))
 
 
 def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImageProcessor | None) -> Dataset:
@@ -180,30 +181,44 @@ def _naming(record: Record) -> Generator[None]:
         raise DataError(f"{record.where}: {error}") from None
 
 
-class _Steps(TorchDataset[list[Batch] | DataError]):
-    """The batches of each step of a plan, for the DataLoader's processes."""
+class _Packs(TorchDataset[Batch | DataError | None]):
+    """Batches by the records that are in them (no records: None), for the DataLoader's processes."""
 
-    def __init__(self, dataset: Dataset, plan: Sequence[Sequence[int]]) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.plan = plan
 
-    def __getitem__(self, step: int) -> list[Batch] | DataError:
+    def __getitem__(self, members: Sequence[int]) -> Batch | DataError | None:  # type: ignore[override]
         try:
-            return [self.dataset.batch(members) for members in self.dataset.packs(self.plan[step])]
+            return self.dataset.batch(members) if members else None
         except DataError as error:
             # Raised in a worker, it would come out with a traceback for its message.
             return error
 
 
-def step_batches(dataset: Dataset, plan: Iterable[Sequence[int]], workers: int) -> Iterator[list[Batch]]:
+def step_batches(
+    dataset: Dataset, plan: Iterable[Sequence[int]], workers: int, *, pinned: bool = False
+) -> Iterator[list[Batch]]:
     """Yield the batches of each step of `plan` (records by index, a step each); the same for any `workers`.
+
+    A worker makes one pack at a time and is two ahead. `pinned` puts them where a GPU reads them by itself.
 
     Raises:
         DataError: a picture is broken, or no longer there.
     """
-    steps = list(plan)
-    loader = DataLoader(_Steps(dataset, steps), batch_size=None, sampler=range(len(steps)), num_workers=workers)
-    for batches in loader:
-        if isinstance(batches, DataError):
-            raise batches
-        yield batches
+    sizes: deque[int] = deque()
+
+    def packs() -> Iterator[list[int]]:
+        for indices in plan:
+            members = dataset.packs(indices) or [[]]  # a rank may have no record in a step
+            sizes.append(len(members))
+            yield from members
+
+    batches = iter(
+        DataLoader(_Packs(dataset), batch_size=None, sampler=packs(), num_workers=workers, pin_memory=pinned)
+    )
+    for first in batches:
+        made = [first, *islice(batches, sizes.popleft() - 1)]
+        for batch in made:
+            if isinstance(batch, DataError):
+                raise batch
+        yield [batch for batch in made if isinstance(batch, Batch)]

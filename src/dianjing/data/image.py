@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -167,13 +167,20 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         """Return the pixel values of an RGB picture."""
+        return pixel_values(self.pixels(image)[None], self.table())[0]
+
+    def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+        """Return an RGB picture padded, resized and cropped, its colours still bytes."""
         if self.aspect == "pad":
             image = self._padded(image)
-        pixels = torch.tensor(np.asarray(self._resized(image))).permute(2, 0, 1)  # (3, size, size)
+        return torch.tensor(np.asarray(self._resized(image))).permute(2, 0, 1).contiguous()
+
+    def table(self) -> Float[Tensor, "3 256"]:
+        """Return the pixel value of each byte, a row a channel."""
         # float64 and back, as transformers does it: bit-equal, not only close.
-        scaled = (pixels.double() * self.rescale).float()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return ((scaled - mean) / std).contiguous()
+        scaled = (torch.arange(256).double() * self.rescale).float()
+        mean, std = (torch.tensor(values)[:, None] for values in (self.mean, self.std))
+        return (scaled - mean) / std
 
     def to_picture(self, pixel_values: Float[Tensor, "3 height width"]) -> Image.Image:
         """Return what the tower sees as a picture again."""
@@ -197,6 +204,14 @@ class ImageProcessor:
         image = image.resize((width, height), resample)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
+
+
+def pixel_values(
+    pixels: UInt8[Tensor, "images 3 height width"], table: Float[Tensor, "3 256"]
+) -> Float[Tensor, "images 3 height width"]:
+    """Return what the tower reads, on the device of `pixels`."""
+    channels = [table[channel][pixels[:, channel].int()] for channel in range(3)]
+    return torch.stack(channels, dim=1)
 
 
 def _read_config(folder: Path) -> tuple[Path, Mapping[str, Any]]:

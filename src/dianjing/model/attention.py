@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dianjing.errors import ModelError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # some CPU builds of torch lack what it needs
+    varlen_attn = None
+
+SHARED_HEADS: dict[str, Any] = (
+    {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
+)
+"""torch 2.11 has no such argument: its kernel takes fewer key-value heads unasked."""
 
 PACKED = "dianjing_packed"
 """The name under which transformers knows it."""
@@ -73,13 +84,9 @@ def _arithmetic(states: Tensor) -> torch.dtype:
 def _on_gpu(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # importing it needs what only GPU builds of torch have
-
-    group = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(group, dim=1) if group > 1 else states for states in (key, value))
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, size)
     spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    output = varlen_attn(q, k, v, *spans, scale=scaling, window_size=(-1, 0))
+    output = varlen_attn(q, k, v, *spans, scale=scaling, window_size=(-1, 0), **SHARED_HEADS)
     assert isinstance(output, Tensor)
     return output[None]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
     """Return the cross-entropy of the batch's targets, summed, in fp32."""
     with arithmetic(model):
         features = image_features(model, batch.pixel_values)
+    with _arithmetic_of(model, model.model.language_model.layers):
         embeddings = embed(model, batch.input_ids, batch.image_positions, features)
         with _last_layer_at(model, batch.target_rows, batch.num_tokens):
             hidden = model.model.language_model(
@@ -31,14 +33,34 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
                 max_seqlen=batch.max_seqlen,
             ).last_hidden_state[0]  # (tokens, hidden)
         logits = model.lm_head(hidden[batch.target_rows])  # (supervised, vocab)
-    loss = cross_entropy(logits.float(), batch.targets, reduction="sum")
-    return loss if len(batch.pixel_values) else loss + _unseen_picture(model, batch)
+    # Compiled, it needs no logits in fp32.
+    loss_of = _compiled(_summed_cross_entropy) if logits.is_cuda else _summed_cross_entropy
+    loss = loss_of(logits, batch.targets)
+    return loss if batch.num_images else loss + _unseen_picture(model, batch)
+
+
+def _summed_cross_entropy(
+    logits: Float[Tensor, "supervised vocab"], targets: Int[Tensor, " supervised"]
+) -> Float[Tensor, ""]:
+    return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)
 
 
 def arithmetic(model: PreTrainedModel) -> torch.autocast:
     """Return the context in which the model computes in the precision it was built for."""
     dtype: Any = model.config.dtype
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _arithmetic_of(model: PreTrainedModel, layers: Any) -> torch.autocast:
+    """Return the context for layers of the model: those held in its precision need no casts but their own."""
+    held_in = next(layers[0].parameters()).dtype
+    dtype: Any = model.config.dtype
+    return torch.autocast(model.device.type, dtype=dtype, enabled=held_in == torch.float32 != dtype)
 
 
 def image_features(
@@ -50,7 +72,8 @@ def image_features(
     if not len(pixel_values):
         return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
-    with torch.set_grad_enabled(learns):
+    pixel_values = pixel_values.to(config.dtype)
+    with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
         hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
         for layer in tower.encoder.layers[: num_tower_layers(model)]:
             hidden = layer(hidden, None)
@@ -104,7 +127,7 @@ def _last_layer_at(model: LlavaForConditionalGeneration, rows: Int[Tensor, " row
 def _unseen_picture(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:
     """Return a zero that depends on all that learns from pictures: each rank must have a gradient for it."""
     if not torch.is_grad_enabled():
-        return torch.zeros((), device=batch.pixel_values.device)
+        return torch.zeros((), device=batch.pixels.device)
     with arithmetic(model):
-        features = image_features(model, batch.pixel_values.new_zeros(1, *batch.pixel_values.shape[1:]))
+        features = image_features(model, batch.pixel_table.new_zeros(1, *batch.pixels.shape[1:]))
     return features.float().sum() * 0

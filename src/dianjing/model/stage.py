@@ -17,6 +17,8 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.model.forward import num_tower_layers
+from dianjing.model.fp8 import Fp8Linear
+from dianjing.model.frozen import is_nf4, lora_layers, num_bytes, num_parameters
 from dianjing.model.lora import LoraLinear
 
 PARTS = {
@@ -27,6 +29,12 @@ PARTS = {
 """How the names of a part's parameters begin."""
 
 HEAD = "lm_head"
+
+BEHIND_THE_ENCODER = ("post_layernorm", "head")
+"""What a tower computes from its last layer (SigLIP's head pools it); the projector reads earlier ones."""
+
+TRAINING_BYTES = 12
+"""What training keeps of a parameter beside its weight: the gradient and AdamW's two means, in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,8 @@ class PartReport:
     """None when nothing of the part trains."""
     dtype: str
     """Of the weights that stay as they are; trainable ones are always fp32."""
+    num_bytes: int
+    """Of all its weights in memory."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,22 @@ class StageReport:
 
     def __rich__(self) -> Table:
         table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left")
-        for column in ("part", "tuning", "parameters", "trainable", "learning rate", "frozen as"):
+        for column in ("part", "tuning", "parameters", "trainable", "learning rate", "frozen as", "memory"):
             table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
         for row in self.parts:
             rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
-            table.add_row(row.part, row.tuning, f"{row.parameters:,}", f"{row.trainable:,}", rate, row.dtype)
+            numbers = f"{row.parameters:,}", f"{row.trainable:,}"
+            table.add_row(row.part, row.tuning, *numbers, rate, row.dtype, in_units(row.num_bytes))
+        weights, training = sum(row.num_bytes for row in self.parts), self.trainable * TRAINING_BYTES
+        table.caption = f"{in_units(weights)} of weights, {in_units(training)} of gradients and optimizer state"
+        table.caption_justify = "left"
         return table
+
+
+def in_units(num_bytes: int) -> str:
+    """Return a size in memory in words."""
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:.1f} {name}"
 
 
 def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport:
@@ -78,7 +98,7 @@ def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageRe
     model.model.multi_modal_projector.requires_grad_(True)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.float()
+            weight.data = weight.data.to(model.device, torch.float32)  # adapters of FP8 layers are made on the CPU
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(model)
     return _report(model, recipe)
@@ -108,14 +128,17 @@ def _tune_language_model(model: LlavaForConditionalGeneration, config: LanguageM
 
 
 def _tune_vision_tower(model: LlavaForConditionalGeneration, config: VisionTowerConfig) -> None:
-    tower = model.model.vision_tower
-    reached = [f"encoder.layers.{number}." for number in range(num_tower_layers(model))]
+    tower: Any = model.model.vision_tower
+    num_layers = num_tower_layers(model)
     if config.tuning == "full":
         tower.requires_grad_(True)
-        tower.post_layernorm.requires_grad_(False)
-        tower.encoder.layers[len(reached) :].requires_grad_(False)
+        tower.encoder.layers[num_layers:].requires_grad_(False)
+        for name in BEHIND_THE_ENCODER:
+            if hasattr(tower, name):
+                getattr(tower, name).requires_grad_(False)
     elif config.tuning == "lora":
-        _add_lora(tower, [name for layer in reached for name in _linear_names(tower, layer)], config)
+        layers = [f"encoder.layers.{number}." for number in range(num_layers)]
+        _add_lora(tower, [name for layer in layers for name in _linear_names(tower, layer)], config)
 
 
 def _checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
@@ -131,7 +154,7 @@ def _checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
 
 def _linear_names(model: nn.Module, beginning: str) -> Iterator[str]:
     for name, module in model.named_modules():
-        if name.startswith(beginning) and isinstance(module, nn.Linear):
+        if name.startswith(beginning) and isinstance(module, nn.Linear | Fp8Linear):
             yield name
 
 
@@ -143,7 +166,9 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
         # A list would be matched by the ends of the names, which also fit elsewhere.
         target_modules="|".join(map(re.escape, targets)),
     )
-    lora._register_custom_module({nn.Linear: LoraLinear})
+    kinds = lora_layers() if any(map(is_nf4, model.parameters())) else {}
+    kinds |= {Fp8Linear: LoraLinear, nn.Linear: LoraLinear}
+    lora._register_custom_module(kinds)  # the first that fits; a four-bit layer is a Linear
     inject_adapter_in_model(lora, model)
 
 
@@ -159,15 +184,20 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
     for part, beginnings in PARTS.items():
         weights = [weight for name, weight in model.named_parameters() if name.startswith(beginnings)]
         trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
-        frozen = {str(weight.dtype).removeprefix("torch.") for weight in weights if not weight.requires_grad}
+        frozen = {_held_as(weight) for weight in weights if not weight.requires_grad}
         rows.append(
             PartReport(
                 part=part.replace("_", " "),
                 tuning=getattr(getattr(recipe, part), "tuning", "full"),
-                parameters=sum(weight.numel() for weight in weights),
+                parameters=sum(map(num_parameters, weights)),
                 trainable=trainable,
                 learning_rate=learning_rate(recipe, part) if trainable else None,
                 dtype=", ".join(sorted(frozen)) or "-",
+                num_bytes=sum(map(num_bytes, weights)),
             )
         )
     return StageReport(recipe.stage, tuple(rows))
+
+
+def _held_as(weight: nn.Parameter) -> str:
+    return "nf4" if is_nf4(weight) else str(weight.dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from dianjing.data.dataset import open_dataset, step_batches
 from dianjing.data.order import run_indices
 from dianjing.errors import ConfigError
 from dianjing.model.build import build
+from dianjing.model.compile import compile_layers
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state, trainable_state
 from dianjing.train.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
@@ -34,6 +36,8 @@ from dianjing.train.samples import Samples
 from dianjing.train.state import TrainState, require_same_run, state_at
 from dianjing.train.step import Losses, Parts, over_ranks, take_step
 from dianjing.train.watch import Watch, require_pictures
+
+MOST_WORKERS = 16
 
 BYTES_PER_PARAMETER = 12
 """What a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
@@ -58,6 +62,8 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
         log.warn("the projector starts from nothing; projector.init_from takes it from a pretrain run")
     stage = apply_stage(built.model, recipe)
     log.show(stage)
+    if recipe.train.compile == "on" or (recipe.train.compile == "auto" and accelerator.device.type == "cuda"):
+        compile_layers(built.model)
     with log.busy("looking at every record and picture"):
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
     log.data(dataset)
@@ -125,9 +131,21 @@ def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], flo
         last_step=state.total_steps,
     )
     began = time.perf_counter()
-    for batches in step_batches(parts.dataset, plan, parts.recipe.data.workers):
+    on_gpu = parts.accelerator.device.type == "cuda"
+    workers = parts.recipe.data.workers
+    if workers < 0:
+        workers = min(_cores() // _processes_here(parts.accelerator), MOST_WORKERS) if on_gpu else 0
+    for batches in step_batches(parts.dataset, plan, workers, pinned=on_gpu):
         yield batches, time.perf_counter() - began
         began = time.perf_counter()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _processes_here(accelerator: Accelerator) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
 def _start_accelerator() -> Accelerator:

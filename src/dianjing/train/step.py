@@ -63,7 +63,7 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
     tokens, pictures = over_ranks(
         parts.accelerator,
         sum(batch.num_supervised for batch in batches),
-        sum(len(batch.pixel_values) for batch in batches),
+        sum(batch.num_images for batch in batches),
     )
     watch.supervised(int(tokens), step)
     losses = backward(parts, batches, int(tokens))

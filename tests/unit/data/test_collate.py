@@ -6,6 +6,7 @@ import torch
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Example
+from dianjing.data.image import ImageProcessor
 
 IMAGE = 99
 NO = IGNORE_INDEX
@@ -24,6 +25,13 @@ def example(name: str, input_ids: list[int], labels: list[int], images: int = 0)
     )
 
 
+def processor(size: int) -> ImageProcessor:
+    """Return one that leaves the value of a byte as it is."""
+    return ImageProcessor(
+        size=size, crop=False, resample=3, rescale=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), aspect="crop"
+    )
+
+
 @pytest.fixture
 def batch() -> Batch:
     examples = [
@@ -31,8 +39,8 @@ def batch() -> Batch:
         example("b", [1, 7, 8], [NO, 7, NO]),
         example("c", [3, IMAGE, IMAGE, IMAGE, IMAGE, 9], [3, NO, NO, NO, NO, 9], images=2),
     ]
-    pictures = [torch.full((3, 2, 2), float(i)) for i in range(3)]
-    return collate(examples, pictures, image_token_id=IMAGE, image_size=2)
+    pictures = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(3)]
+    return collate(examples, pictures, image_token_id=IMAGE, image_processor=processor(2))
 
 
 def test_records_lie_end_to_end(batch: Batch) -> None:
@@ -56,19 +64,19 @@ def test_pictures_are_in_the_order_of_their_tokens(batch: Batch) -> None:
 
 
 def test_a_pack_without_pictures() -> None:
-    batch = collate([example("a", [1, 2], [NO, 2])], [], image_token_id=IMAGE, image_size=4)
+    batch = collate([example("a", [1, 2], [NO, 2])], [], image_token_id=IMAGE, image_processor=processor(4))
     assert batch.pixel_values.shape == (0, 3, 4, 4)
     assert batch.image_positions.tolist() == []
 
 
 def test_a_picture_too_few_is_our_fault() -> None:
     with pytest.raises(AssertionError, match="1 pictures in the records, 0 given"):
-        collate([example("a", [1, IMAGE], [NO, 2], images=1)], [], image_token_id=IMAGE, image_size=4)
+        collate([example("a", [1, IMAGE], [NO, 2], images=1)], [], image_token_id=IMAGE, image_processor=processor(4))
 
 
 def test_to_moves_every_tensor(batch: Batch) -> None:
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7
+    assert len(tensors) == 8
     assert all(tensor.is_meta for tensor in tensors)
     assert moved.ids == batch.ids

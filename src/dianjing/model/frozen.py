@@ -1,0 +1,114 @@
+"""The frozen linear layers of the LLM's decoder in four bits, and back.
+
+NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3) through bitsandbytes: blocks of 64 weights, each
+weight one of 16 values times the block's largest, these largest values in 8 bits. XTuner computes with the weights
+in fp16; here it is the run's precision, bf16 or fp32, whose range needs no loss scaling.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dianjing.errors import ConfigError, ModelError
+
+BLOCK_SIZE = 64
+"""Weights that share a scale; bitsandbytes 0.50.2 undoes NF4 wrongly on CPUs when a block crosses rows."""
+
+# Without the optional package `kernels`, bitsandbytes tells of a faster way on some CPUs each time it is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def require_bitsandbytes() -> None:
+    """Refuse to begin without the package that has the four-bit layers.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401 # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        raise ConfigError(
+            'language_model.frozen = "nf4" needs bitsandbytes, which is not installed: '
+            "pip install 'dianjing[qlora]'; or set it to \"\""
+        ) from None
+
+
+@torch.no_grad()
+def quantize_layers(llm: PreTrainedModel, device: torch.device) -> None:
+    """Put the linear layers of each decoder layer on `device` in NF4; embeddings, norms and head stay as they are.
+
+    One layer at a time is there in full.
+
+    Raises:
+        ModelError: the rows of a layer are no whole blocks.
+    """
+    layers: Any = llm.get_decoder().layers
+    for module in [*layers.modules()]:
+        for name, linear in [*module.named_children()]:
+            if type(linear) is nn.Linear:
+                if linear.in_features % BLOCK_SIZE:
+                    raise ModelError(
+                        f"{type(llm).__name__}: {name} has {linear.in_features} inputs, no multiple of {BLOCK_SIZE}, "
+                        'and cannot be held in NF4; set language_model.frozen to ""'
+                    )
+                setattr(module, name, _in_nf4(linear, device))
+
+
+def is_nf4(weight: Tensor) -> bool:
+    """Return whether a parameter is one of those that `quantize_layers` made."""
+    return getattr(weight, "quant_state", None) is not None
+
+
+def dequantized(weight: Any) -> Float[Tensor, "outputs inputs"]:
+    """Return the values that a weight in NF4 computes with."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def num_parameters(weight: Any) -> int:
+    """Return how many numbers a parameter stands for; in NF4 two share a byte."""
+    return weight.quant_state.shape.numel() if is_nf4(weight) else weight.numel()
+
+
+def num_bytes(weight: Any) -> int:
+    """Return what a parameter takes in memory, the blocks' largest values included."""
+    if not is_nf4(weight):
+        return weight.nbytes
+    state = weight.quant_state
+    return weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+
+
+def lora_layers() -> dict[type, type]:
+    """Return peft's LoRA layer for a layer in NF4, by the class of that layer."""
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora.bnb import Linear4bit as Lora4bit
+
+    return {Linear4bit: Lora4bit}
+
+
+def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    dtype = linear.weight.dtype
+    packed: Any = Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    # From bf16, so that a run has the same four bits in fp32 (on a CPU) as in bf16 (on a GPU).
+    weight = linear.weight.to(device, torch.bfloat16)
+    four_bits, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
+    state.dtype = dtype
+    packed.weight = Params4bit(four_bits, quant_state=state, quant_type="nf4", bnb_quantized=True)
+    packed.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
+    # On CPUs with AVX512-BF16 the first answer would otherwise pack the weight anew, rounded, for good.
+    packed.support_avx512bf16_for_cpu = False
+    packed.requires_grad_(False)
+    linear.weight = None  # pyright: ignore[reportAttributeAccessIssue] (free it before the next is made)
+    return packed
