@@ -23,6 +23,7 @@ VERBS = {
     "eval": "score a model with the right picture, with another one, and with none",
     "compare": "put the answers of several models beside the pictures, on one HTML page",
     "export": "write a run as a Hugging Face LLaVA folder that equals it",
+    "serve": "answer over HTTP as OpenAI's API does, on this machine",
 }
 """Each is the module of that name here, imported only when it is called; the text is its SUMMARY."""
 
