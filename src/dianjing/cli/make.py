@@ -103,11 +103,12 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.make.journal import Journal
-    from dianjing.make.run import journal_path, write
+    from dianjing.make.run import check_held_out, journal_path, write
 
-    notices = Console(stderr=True, highlight=False)
+    notices = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     journal = Journal(journal_path(given.out))
     job = _job(given, notices)
+    check_held_out(job)
     if given.dry_run:
         journal.read()
         Console().print(_estimate_table(given, job, journal))
@@ -176,7 +177,7 @@ def _job(given: Arguments, notices: Console) -> Job:
     if given.questions:
         prompts.append(read_questions(given.questions))
     if given.base_url and (warning := check_base_url(given.base_url)):
-        notices.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        notices.print(f"warning: {warning}", style="yellow")
     parameters = Parameters(
         model=given.model, max_tokens=given.max_tokens, temperature=given.temperature, long_edge=given.long_edge
     )
@@ -203,9 +204,9 @@ def _print_pictures(pictures: Pictures, notices: Console) -> None:
         "with the content of another one": len(pictures.duplicates),
         "other files left alone": pictures.other_files,
     }
-    notices.print(", ".join(f"{number:,} {name}" for name, number in counts.items() if number), markup=False)
+    notices.print(", ".join(f"{number:,} {name}" for name, number in counts.items() if number))
     for name, reason in list(pictures.refused.items())[:LISTED]:
-        notices.print(f"refused: {name}: {reason}", markup=False, soft_wrap=True)
+        notices.print(f"refused: {name}: {reason}")
 
 
 def _prices(given: Arguments) -> Prices | None:
@@ -274,11 +275,11 @@ def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: 
     """Ask with a progress bar; return as `make.run.ask` does."""
     from dianjing.make.run import ask
 
-    notices.print(f"asking {given.model} at {given.base_url}", markup=False, soft_wrap=True)
+    notices.print(f"asking {given.model} at {given.base_url}")
     if journal.totals.calls:
         answers = sum(journal.totals.statuses[name] for name in ("ok", "invalid", "refused"))
         lost = journal.totals.unanswered
-        notices.print(f"going on: {answers:,} answers in {journal.path}, {lost:,} calls without one", soft_wrap=True)
+        notices.print(f"going on: {answers:,} answers in {journal.path}, {lost:,} calls without one")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[state]}"), console=notices, transient=True) as progress:
         task = progress.add_task("asking", total=None, state="")
@@ -292,7 +293,7 @@ def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: 
             done = count.done + count.failed
             progress.update(task, description=description, completed=done, total=count.total, state=state)
             if line:
-                progress.console.print(line, markup=False, soft_wrap=True)
+                progress.console.print(line)
 
         return ask(job, journal, budget, given.base_url, given.timeout_seconds, given.concurrency, show)
 
@@ -302,16 +303,16 @@ def _print_result(job: Job, journal: Journal, budget: Budget, result: Result, no
     print(f"{job.out}: {result.train:,} records")
     if job.held_out:
         print(f"{job.held_out_path}: {result.held_out:,} records of other pictures")
-        notices.print(", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in result.overlap.items()), soft_wrap=True)
+        notices.print(", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in result.overlap.items()))
     if result.near_duplicates:
         alike = sum(map(len, result.near_duplicates))
         notices.print(f"{alike:,} pictures look nearly like another one ({len(result.near_duplicates):,} groups)")
     if made.drops:
         notices.print("dropped: " + ", ".join(f"{number:,} {reason}" for reason, number in made.drops.items()))
     for one in made.failed[:LISTED]:
-        notices.print(f"failed: {one.image}, {one.prompt}: {one.reason}", markup=False, soft_wrap=True)
+        notices.print(f"failed: {one.image}, {one.prompt}: {one.reason}")
     if len(made.failed) > LISTED:
-        notices.print(f"and {len(made.failed) - LISTED:,} more, listed in {job.report_path}", soft_wrap=True)
+        notices.print(f"and {len(made.failed) - LISTED:,} more, listed in {job.report_path}")
     used = totals.usage.values()
     tokens = (
         f"{sum(u.prompt_tokens for u in used):,} prompt and {sum(u.completion_tokens for u in used):,} reply tokens"
@@ -325,11 +326,11 @@ def _exit_code(reason: str, job: Job, result: Result, notices: Console) -> int:
 
     made, refused = result.made, len(job.pictures.refused)
     if reason:
-        notices.print(f"stopped: {reason}", markup=False, soft_wrap=True)
+        notices.print(f"stopped: {reason}")
     if made.failed or made.unasked or refused:
         left = {"requests failed": len(made.failed), "not asked": made.unasked, "pictures refused": refused}
         listed = ", ".join(f"{number:,} {name}" for name, number in left.items() if number)
-        notices.print(f"not complete: {listed}; see {job.report_path}", markup=False, soft_wrap=True)
+        notices.print(f"not complete: {listed}; see {job.report_path}")
     sys.stderr.flush()
     if reason == INTERRUPTED:
         return 130

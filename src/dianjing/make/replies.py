@@ -26,9 +26,11 @@ SCHEMA: dict[str, Any] = {
 }
 """The subset that all servers know: every field required, none beside them, no limits (those are checked here)."""
 SCHEMA_NAME = "question_answer_pairs"
-MAX_CHARACTERS = 200_000
-MAX_READINGS = 50
+MAX_CHARACTERS = 50_000
+MAX_READINGS = 20
 """Bounds on what is looked through in a reply, however it is made."""
+STRING_OR_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.DOTALL)
+"""A string, or a comma with nothing after it."""
 THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
@@ -197,13 +199,14 @@ def _complete_part(text: str) -> str:
 
 
 def _load(text: str) -> object:
-    """Return the JSON value of a text whose trailing commas do not count; None if it is none."""
+    """Return the JSON value of a text, trailing commas and raw line ends in its strings mended; None if it is none."""
     try:
-        return json.loads(_without_trailing_commas(text), strict=False, object_pairs_hook=_object)
+        return json.loads(STRING_OR_COMMA.sub(_mended, text), object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return None
 
 
-def _without_trailing_commas(text: str) -> str:
-    strings_or_commas = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.DOTALL)
-    return strings_or_commas.sub(lambda found: "" if found[0] == "," else found[0], text)
+def _mended(found: re.Match[str]) -> str:
+    if found[0] == ",":
+        return ""
+    return found[0].replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

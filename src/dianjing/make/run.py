@@ -82,6 +82,18 @@ def journal_path(out: Path) -> Path:
     return path
 
 
+def check_held_out(job: Job) -> None:
+    """Refuse to leave held-out records of an earlier run beside training records that would now include them.
+
+    Raises:
+        ConfigError: there are some, and this job holds nothing out.
+    """
+    if not job.held_out and job.held_out_path.exists():
+        raise ConfigError(
+            f"{job.held_out_path}: an earlier run put these records aside; give --held-out again, or remove the file"
+        )
+
+
 def ask(
     job: Job,
     journal: Journal,

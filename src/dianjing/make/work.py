@@ -62,6 +62,7 @@ class Work:
         self.dialect = Dialect()
         self._concurrency = concurrency
         self._failures_in_a_row = 0
+        self._probing = False
         self._show = show
         """Called whenever something changed, with a line to print or ""."""
         self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, parameters.long_edge))
@@ -118,6 +119,7 @@ class Work:
         """Settle a request with the strictest way to ask for JSON that works, and keep to that way."""
         rungs = list(RUNGS) if request.reply == "pairs" else ["text"]
         error: CallError | None = None
+        self._probing = True
         while rungs and not self.gate.stopped.is_set():
             self.dialect = replace(self.dialect, rung=rungs[0])
             error = await self._settle(request)
@@ -127,6 +129,7 @@ class Work:
                 self.dialect = replace(self.dialect, token_limit="max_completion_tokens")
             else:
                 rungs.pop(0)
+        self._probing = False
         return error
 
     async def _settle(self, request: Request) -> CallError | None:
@@ -209,7 +212,7 @@ class Work:
         self.journal.received(request.key, status, fields)
         self.gate.answered()
         self._failures_in_a_row = 0
-        if request.reply == "pairs" and self.dialect.rung != "text" and ignores_response_format(reply):
+        if self._probing and request.reply == "pairs" and ignores_response_format(reply):
             self.dialect = replace(self.dialect, rung="text")
 
     def _done(self, request: Request) -> None:
@@ -247,7 +250,7 @@ def judged(request: Request, reply: Reply, cost: float | None) -> tuple[Status, 
 
 def ignores_response_format(reply: Reply) -> bool:
     """Return whether a whole reply is no plain JSON although the endpoint was told to write nothing else."""
-    if reply.refusal or reply.finish_reason in ("length", "content_filter"):
+    if reply.refusal or reply.finish_reason in ("length", "content_filter") or is_refusal(reply.text):
         return False
     try:
         read_strict(reply.text)
