@@ -145,6 +145,13 @@ class Endpoint:
     def _cut_json(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
         self._reply(handler, hit, pairs_about(hit.picture)[:-20], "length")
 
+    def _cut_text(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._reply(handler, hit, "There is a thing cal", "length")
+
+    def _no_usage(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        message = {"role": "assistant", "content": pairs_about(hit.picture)}
+        self._send(handler, 200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}))
+
     def _wrong_schema(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
         self._reply(handler, hit, '{"pairs": [{"q": "What?", "a": "This."}]}')
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from dianjing.make.cost import Budget, Prices
     from dianjing.make.journal import Journal
     from dianjing.make.pictures import Pictures
-    from dianjing.make.run import Job, Result
+    from dianjing.make.run import Asked, Job, Result
     from dianjing.make.work import Work
 
 NAME = "make"
@@ -103,7 +102,7 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.make.journal import Journal
-    from dianjing.make.run import check_held_out, journal_path, write
+    from dianjing.make.run import Asked, check_held_out, journal_path, write
 
     notices = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     journal = Journal(journal_path(given.out))
@@ -117,14 +116,14 @@ def run(arguments: list[str]) -> int:
         budget = _budget(given, job, journal)
         if given.batch_out:
             return _write_batch(given.batch_out, job, journal)
-        reason, problems = "", {}
+        asked = Asked()
         if given.batch_in:
             _read_batch(given.batch_in, job, journal, budget)
         else:
-            reason, problems = _ask(given, job, journal, budget, notices)
-        result = write(job, journal, problems)
+            asked = _ask(given, job, journal, budget, notices)
+        result = write(job, journal, asked.problems)
         _print_result(job, journal, budget, result, notices)
-    return _exit_code(reason, job, result, notices)
+    return _exit_code(asked, job, result, notices)
 
 
 def _prompts(arguments: list[str]) -> int:
@@ -272,7 +271,7 @@ def _read_batch(path: Path, job: Job, journal: Journal, budget: Budget) -> None:
 
 
 def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: Console) -> tuple[str, dict[str, str]]:
-    """Ask with a progress bar; return as `make.run.ask` does."""
+    """Ask with a progress bar."""
     from dianjing.make.run import ask
 
     notices.print(f"asking {given.model} at {given.base_url}")
@@ -321,17 +320,11 @@ def _print_result(job: Job, journal: Journal, budget: Budget, result: Result, no
     notices.print(f"in all runs: {totals.calls:,} calls, {totals.unanswered:,} without an answer, {tokens}{cost}")
 
 
-def _exit_code(reason: str, job: Job, result: Result, notices: Console) -> int:
-    from dianjing.make.run import INTERRUPTED
-
+def _exit_code(asked: Asked, job: Job, result: Result, notices: Console) -> int:
     made, refused = result.made, len(job.pictures.refused)
-    if reason:
-        notices.print(f"stopped: {reason}")
-    if made.failed or made.unasked or refused:
-        left = {"requests failed": len(made.failed), "not asked": made.unasked, "pictures refused": refused}
-        listed = ", ".join(f"{number:,} {name}" for name, number in left.items() if number)
+    if asked.stopped:
+        notices.print(f"stopped: {asked.stopped}")
+    left = {"requests failed": len(made.failed), "not asked": made.unasked, "pictures refused": refused}
+    if listed := ", ".join(f"{number:,} {name}" for name, number in left.items() if number):
         notices.print(f"not complete: {listed}; see {job.report_path}")
-    sys.stderr.flush()
-    if reason == INTERRUPTED:
-        return 130
-    return 1 if made.failed or made.unasked or refused else 0
+    return asked.exit_code or int(bool(listed))

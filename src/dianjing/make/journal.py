@@ -86,8 +86,6 @@ class Journal:
         self.dialects: dict[str, dict[str, str]] = {}
         """Endpoint and model -> what it was found to understand."""
         self.totals = Totals()
-        self.torn = 0
-        """Bytes of a last line that a killed run did not finish."""
         self._file = -1
 
     def __enter__(self) -> Journal:
@@ -100,14 +98,18 @@ class Journal:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            whole = self.read()
         except OSError:
             os.close(self._file)
-            raise DataError(
-                f"{self.path}: another run is writing it; wait for its end, or give another --out"
-            ) from None
-        os.ftruncate(self._file, self.read())
-        if not os.fstat(self._file).st_size:
+            raise DataError(f"{self.path}: another run is writing it; wait for it, or give another --out") from None
+        except DataError:
+            os.close(self._file)
+            raise
+        os.ftruncate(self._file, whole)
+        if not whole:
             self._append(FORMAT)
+        elif os.pread(self._file, 1, whole - 1) != b"\n":
+            os.write(self._file, b"\n")
         return self
 
     def __exit__(
@@ -125,20 +127,22 @@ class Journal:
             DataError: a line that is not the last is no JSON object.
         """
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content.rfind(b"\n") + 1
-        self.torn = len(content) - whole
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+        *lines, last = content.split(b"\n")
+        torn = 0 if _is_object(last) else len(last)
+        if torn and not lines and not json.dumps(FORMAT).startswith(last.decode(errors="replace")):
+            raise DataError(f"{self.path}: it is no journal; move it away, or give another --out")
+        for number, line in enumerate([*lines, *([last] if last and not torn else [])], 1):
             try:
                 fields: Any = json.loads(line)
-                if number == 1 and fields != FORMAT:
-                    raise ValueError("its first line is another one's")
-                self._take(fields)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                if not isinstance(fields, dict) or (number == 1 and fields != FORMAT):
+                    raise ValueError("it is of another kind")
+                self._take(cast(dict[str, Any], fields))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise DataError(
                     f"{self.path}: line {number} is not a line of this journal ({error}); remove that line if you "
                     "edited it, or move the file away to begin anew"
                 ) from None
-        return whole
+        return len(content) - torn
 
     def entry(self, key: str) -> Entry:
         """Return what is known of a request."""
@@ -198,3 +202,11 @@ class Journal:
                 usage.prompt_tokens += tokens["prompt_tokens"]
                 usage.completion_tokens += tokens["completion_tokens"]
                 usage.most_prompt_tokens = max(usage.most_prompt_tokens, tokens["prompt_tokens"])
+
+
+def _is_object(line: bytes) -> bool:
+    """Return whether a line is a whole JSON object, which no beginning of one is."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

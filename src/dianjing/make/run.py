@@ -7,7 +7,7 @@ import importlib.util
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dianjing.errors import ConfigError
@@ -57,6 +57,18 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How the asking ended."""
+
+    stopped: str = ""
+    """Why it was, if some requests were left."""
+    exit_code: int = 0
+    """2 if the user has to put something right, 130 if interrupted."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """Key -> why a request could not be sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What was written."""
 
@@ -102,8 +114,8 @@ def ask(
     timeout_seconds: float,
     concurrency: int,
     show: Callable[[Work, str], None],
-) -> tuple[str, dict[str, str]]:
-    """Ask what the journal has no answer to; return why it was stopped ("" if not), and what could not be sent.
+) -> Asked:
+    """Ask what the journal has no answer to.
 
     Raises:
         ConfigError: the package openai is not installed.
@@ -126,7 +138,9 @@ def ask(
         work = asyncio.run(work_through())
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
-    return work.gate.reason, work.problems
+    reason = work.gate.reason
+    code = 130 if reason == INTERRUPTED else 2 if work.fatal else 0
+    return Asked(stopped=reason, exit_code=code, problems=work.problems)
 
 
 @contextmanager

@@ -59,6 +59,8 @@ class Work:
         self.count = Count()
         self.problems: dict[str, str] = {}
         """Key -> why a request could not be sent at all."""
+        self.fatal = False
+        """Whether the run stopped for something that the user has to put right."""
         self.dialect = Dialect()
         self._concurrency = concurrency
         self._failures_in_a_row = 0
@@ -109,6 +111,7 @@ class Work:
             if error is None or self.gate.stopped.is_set():
                 break
         if error and not self.gate.reason:
+            self.fatal = True
             self.gate.stop(f"the endpoint accepts no request: {error}")
         if error is None and not self.gate.stopped.is_set():
             if structured:
@@ -140,6 +143,7 @@ class Work:
             if error is None:
                 continue
             if error.fatal:
+                self.fatal = True
                 self.gate.stop(f"{error.fatal} ({error})")
             elif error.status == 429 and limited < LIMITED_RETRIES:
                 limited += 1
