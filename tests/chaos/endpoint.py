@@ -25,6 +25,8 @@ class Hit:
     """The call repeats a request whose reply was rejected."""
     number: int
     """How often this picture and text were asked before, re-asks counted by themselves."""
+    order: int
+    """How many calls came before it."""
     response_format: str
     body: dict[str, Any]
     authorization: str
@@ -106,7 +108,9 @@ class Endpoint:
             self.most_at_once = max(self.most_at_once, self._at_once)
             number = sum((one.picture, one.text, one.again) == (digest, text, again) for one in self.hits)
             wanted = body.get("response_format", {}).get("type", "")
-            hit = Hit(digest, text, again, number, wanted, body, handler.headers.get("authorization", ""))
+            hit = Hit(
+                digest, text, again, number, len(self.hits), wanted, body, handler.headers.get("authorization", "")
+            )
             self.hits.append(hit)
             self.times.append(time.monotonic())
         return hit
@@ -147,6 +151,9 @@ class Endpoint:
 
     def _cut_text(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
         self._reply(handler, hit, "There is a thing cal", "length")
+
+    def _small_talk(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._reply(handler, hit, "What a nice picture!")
 
     def _no_usage(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
         message = {"role": "assistant", "content": pairs_about(hit.picture)}

@@ -82,19 +82,18 @@ def test_refusals_are_listed_and_not_asked_again(make: Maker) -> None:
 
 def test_rate_limits_are_waited_for_by_all(make: Maker) -> None:
     make.pictures(12)
-    with Endpoint(lambda hit: "limited" if hit.number == 0 and len(endpoint.hits) in range(4, 9) else "") as endpoint:
+    with Endpoint(lambda hit: "limited" if hit.order in range(3, 8) else "") as endpoint:
         assert make(endpoint, "--concurrency", "6") == 0
-    limited = [moment for moment, line in zip(endpoint.times, endpoint.hits, strict=True) if line]
     assert len(endpoint.hits) == 17
     # Nobody calls in the 0.4 s that the endpoint asks for: the longest silence is at least that.
-    assert max(after - before for before, after in itertools.pairwise(limited)) > 0.35
+    assert max(after - before for before, after in itertools.pairwise(endpoint.times)) > 0.35
 
 
 def test_a_limit_that_is_too_long_stops_a_run_that_goes_on_later(
     make: Maker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make.pictures(4)
-    with Endpoint(lambda hit: "limited_long" if len(endpoint.hits) == 3 else "") as endpoint:
+    with Endpoint(lambda hit: "limited_long" if hit.order == 2 else "") as endpoint:
         assert make(endpoint, "--concurrency", "1") == 1
         assert "stopped: the endpoint asks to wait 7200 s" in capsys.readouterr().err
         assert len(make.records) == 2
@@ -136,15 +135,23 @@ def test_what_no_call_can_pass_stops_the_run(
 
 def test_a_run_ends_when_nothing_comes_back_any_more(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
     make.pictures(40)
-    with Endpoint(lambda hit: "error_500" if len(endpoint.hits) > 3 else "") as endpoint:
+    with Endpoint(lambda hit: "error_500" if hit.order > 2 else "") as endpoint:
         assert make(endpoint) == 1
-    assert "requests in a row failed" in capsys.readouterr().err
-    assert 1 <= len(make.records) <= 3
+    assert "10 requests in a row brought nothing usable, the last one: HTTP 500" in capsys.readouterr().err
+    assert len(make.records) == 3
+
+
+def test_a_model_that_writes_no_json_is_not_paid_for_long(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    make.pictures(40)
+    with Endpoint(lambda hit: "small_talk") as endpoint:
+        assert make(endpoint, "--concurrency", "1") == 1
+    assert len(endpoint.hits) == 2 * work.MOST_FAILURES
+    assert "can be asked with --questions" in capsys.readouterr().err
 
 
 def test_one_picture_that_is_not_liked_fails_alone(make: Maker) -> None:
     names = make.pictures(5)
-    with Endpoint(lambda hit: "error_400" if len(endpoint.hits) == 3 else "") as endpoint:
+    with Endpoint(lambda hit: "error_400" if hit.order == 2 else "") as endpoint:
         assert make(endpoint, "--concurrency", "1") == 1
     assert [record["image"] for record in make.records] == [*names[:2], *names[3:]]
     (failed,) = make.report["failed"]

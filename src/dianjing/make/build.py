@@ -111,6 +111,8 @@ def _pairs(
         return [Pair(questions[drawn], read_text(entry.reply))]
     if entry.status == "refused":
         made.dropped.append(Dropped(image, prompt.name, "refusal", answer=entry.reply or entry.reason))
+    elif entry.status == "invalid" and not entry.settled:
+        made.unasked += 1  # once more
     elif reason := problems.get(request.key, entry.reason):
         made.failed.append(Failed(image, prompt.name, request.index, reason))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -70,7 +70,7 @@ def choose_prompts(names: Sequence[str], language: Literal["en", "zh", "both"], 
         wanted = get_args(Language) if language == "both" else (language,)
         known = [shipped[full] for full in (name, *(f"{name}_{one}" for one in wanted)) if full in shipped]
         if not known and not (name.endswith(".txt") or os.sep in name):
-            offer = "".join(f"; did you mean '{other}'?" for other in nearest(name, shipped))
+            offer = "".join(f"; did you mean '{other}'?" for other in nearest(name, _known_names(shipped)))
             raise ConfigError(
                 f"{name}: no such shipped prompt, and not a .txt file; there are {', '.join(shipped)}{offer}"
             )
@@ -81,6 +81,11 @@ def choose_prompts(names: Sequence[str], language: Literal["en", "zh", "both"], 
             f"two prompts are called {', '.join(sorted(twice))}; name each once, and give files own names"
         )
     return prompts
+
+
+def _known_names(shipped: Iterable[str]) -> list[str]:
+    """Return the names that a shipped prompt can be asked for by: with its language, and without."""
+    return sorted({*shipped, *(name.rsplit("_", 1)[0] for name in shipped)})
 
 
 def read_prompt(path: Path, pairs: int) -> Prompt:

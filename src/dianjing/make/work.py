@@ -25,9 +25,9 @@ LIMITED_RETRIES = 20
 RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
 MOST_FAILURES = 10
-"""Requests given up in a row, none answered between them, after which a run ends."""
+"""Requests in a row without a usable reply after which a run ends: going on would only cost money."""
 PROBES = 3
-"""Requests tried before an endpoint counts as one that understands nothing."""
+"""Requests tried before an endpoint that answers with errors alone counts as one that understands nothing."""
 
 
 @dataclass(kw_only=True)
@@ -108,7 +108,7 @@ class Work:
         for request in (structured or list(pending))[:PROBES]:
             error = await self._probe(request)
             self._done(request)
-            if error is None or self.gate.stopped.is_set():
+            if error is None or not error.status or self.gate.stopped.is_set():
                 break
         if error and not self.gate.reason:
             self.fatal = True
@@ -149,9 +149,6 @@ class Work:
                 limited += 1
                 self._pause(error)
             elif not error.retry or tries == RETRIES or error.status == 429:
-                self._failures_in_a_row += 1
-                if self._failures_in_a_row >= MOST_FAILURES:
-                    self.gate.stop(f"{MOST_FAILURES} requests in a row failed, the last one with: {error}")
                 return error
             else:
                 tries += 1
@@ -215,14 +212,20 @@ class Work:
         status, fields = judged(request, reply, self.budget.cost(request, reply.usage))
         self.journal.received(request.key, status, fields)
         self.gate.answered()
-        self._failures_in_a_row = 0
         if self._probing and request.reply == "pairs" and ignores_response_format(reply):
             self.dialect = replace(self.dialect, rung="text")
 
     def _done(self, request: Request) -> None:
-        ok = self.journal.entry(request.key).status in ("ok", "refused")
+        entry = self.journal.entry(request.key)
+        ok = entry.status in ("ok", "refused")
+        given_up = not ok and not self.gate.stopped.is_set()
         self.count.done += ok
-        self.count.failed += not ok and not self.gate.stopped.is_set()
+        self.count.failed += given_up
+        self._failures_in_a_row = self._failures_in_a_row + 1 if given_up else 0
+        if self._failures_in_a_row >= MOST_FAILURES:
+            hint = "; a model that writes no JSON can be asked with --questions" if entry.status == "invalid" else ""
+            reason = self.problems.get(request.key, entry.reason)
+            self.gate.stop(f"{MOST_FAILURES} requests in a row brought nothing usable, the last one: {reason}{hint}")
         self.show()
 
 
