@@ -106,5 +106,6 @@ def test_an_endpoint_that_is_not_there_is_a_user_error(images: Path) -> None:
     command = [sys.executable, "-c", f"{script}sys.exit(main({arguments!r}))"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "stopped: the endpoint accepts no request: connection:" in done.stderr
+    assert "stopped: the endpoint accepts no request: no connection:" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "6 calls, 0 without an answer" in done.stderr

@@ -270,7 +270,7 @@ def _read_batch(path: Path, job: Job, journal: Journal, budget: Budget) -> None:
     print(f"{path}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
 
 
-def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: Console) -> tuple[str, dict[str, str]]:
+def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: Console) -> Asked:
     """Ask with a progress bar."""
     from dianjing.make.run import ask
 

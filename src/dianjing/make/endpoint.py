@@ -133,9 +133,11 @@ class Endpoint:
         except openai.APIStatusError as error:
             raise self._status_error(error) from None
         except openai.APIConnectionError as error:
-            cause = str(error.__cause__ or error) or type(error.__cause__).__name__
-            shown = _printable(without_key(cause))[:SHOWN_CHARACTERS]
-            raise CallError(f"connection: {shown}", retry=True) from None
+            kind = type(error.__cause__).__name__
+            shown = _printable(without_key(str(error.__cause__ or error)))[:SHOWN_CHARACTERS] or kind
+            # A call that never left cannot have been paid for; one that was cut off can.
+            what = "no connection" if kind == "ConnectError" else "connection"
+            raise CallError(f"{what}: {shown}", retry=True) from None
         try:
             reply = read_reply(json.loads(content))
         except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ A `sent` without an outcome was under way when a run was killed: it alone is ask
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -83,8 +84,6 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
-        self.dialects: dict[str, dict[str, str]] = {}
-        """Endpoint and model -> what it was found to understand."""
         self.totals = Totals()
         self._file = -1
 
@@ -131,7 +130,8 @@ class Journal:
         torn = 0 if _is_object(last) else len(last)
         if torn and not lines and not json.dumps(FORMAT).startswith(last.decode(errors="replace")):
             raise DataError(f"{self.path}: it is no journal; move it away, or give another --out")
-        for number, line in enumerate([*lines, *([last] if last and not torn else [])], 1):
+        lines += [last] if last and not torn else []
+        for number, line in enumerate(lines, 1):
             try:
                 fields: Any = json.loads(line)
                 if not isinstance(fields, dict) or (number == 1 and fields != FORMAT):
@@ -156,25 +156,23 @@ class Journal:
         """Write what came of a call."""
         self._write({"status": status, "key": key, **fields})
 
-    def understood(self, endpoint: str, dialect: Mapping[str, str]) -> None:
-        """Write what an endpoint was found to understand."""
-        self._write({"endpoint": endpoint, "dialect": dict(dialect)})
-
     def _write(self, fields: dict[str, Any]) -> None:
         self._append(fields)
         self._take(fields)
 
     def _append(self, fields: Mapping[str, Any]) -> None:
         line = json.dumps(fields, ensure_ascii=True).encode() + b"\n"
-        written = os.write(self._file, line)
-        if written != len(line):
-            raise OSError(28, os.strerror(28), str(self.path))  # ENOSPC: what a short write to a file means
-        os.fsync(self._file)
+        size = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what a short write to a file means
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, size)  # or the next line would stand in the middle of this one
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _take(self, fields: dict[str, Any]) -> None:
-        if "dialect" in fields:
-            self.dialects[fields["endpoint"]] = fields["dialect"]
-        if "key" not in fields:
+        if fields == FORMAT:
             return
         entry = self.entries.setdefault(fields["key"], Entry())
         status = cast("Status | Literal['sent']", fields["status"])

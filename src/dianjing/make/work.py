@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -98,25 +98,18 @@ class Work:
         return self.journal.entry(request.key).settled
 
     async def _find_dialect(self, pending: Sequence[Request]) -> None:
-        """Learn from the first request what the endpoint understands, unless the journal knows; show it."""
-        name = f"{self.endpoint.base_url} {self.parameters.model}"
-        if known := self.journal.dialects.get(name):
-            self.dialect = Dialect(**known)  # pyright: ignore[reportArgumentType]
-            return
+        """Learn from the first request what the endpoint understands, and show it."""
         structured = [request for request in pending if request.reply == "pairs"]
         error: CallError | None = None
         for request in (structured or list(pending))[:PROBES]:
             error = await self._probe(request)
-            self._done(request)
             if error is None or not error.status or self.gate.stopped.is_set():
                 break
         if error and not self.gate.reason:
             self.fatal = True
             self.gate.stop(f"the endpoint accepts no request: {error}")
-        if error is None and not self.gate.stopped.is_set():
-            if structured:
-                self.journal.understood(name, asdict(self.dialect))
-            self.show(f"replies are asked for as: {self.dialect.rung if structured else 'text'}")
+        if not self.gate.stopped.is_set():
+            self.show(f"replies are asked for as: {self.dialect.rung}")
 
     async def _probe(self, request: Request) -> CallError | None:
         """Settle a request with the strictest way to ask for JSON that works, and keep to that way."""
@@ -133,6 +126,8 @@ class Work:
             else:
                 rungs.pop(0)
         self._probing = False
+        if self._settled(request):
+            self._done(request)
         return error
 
     async def _settle(self, request: Request) -> CallError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,9 @@ def test_what_was_written_is_known_again(tmp_path: Path) -> None:
         journal.received("b", "invalid", INVALID)
         journal.received("c", "refused", {"prompt": "p", "reply": "No.", "reason": "the model refuses"})
         journal.received("d", "failed", {"prompt": "p", "reason": "timeout: none in 1 s"})
-        journal.understood("http://x m", {"rung": "text"})
     again = reread(path)
     assert again.entries == journal.entries
     assert again.totals == journal.totals
-    assert again.dialects == {"http://x m": {"rung": "text"}}
     assert {key: entry.settled for key, entry in again.entries.items()} == dict(
         a=True, b=False, c=True, d=False, e=False
     )
@@ -107,3 +106,16 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message), Journal(tmp_path / "j"):
             pass
         assert (tmp_path / "j").read_text() == content
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "j", os.write
+    with Journal(path) as journal:
+        journal.sent("a", {})
+        monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:10]))
+        with pytest.raises(OSError, match="No space left") as error:
+            journal.sent("b", {})
+        assert error.value.filename == str(path)
+        monkeypatch.undo()
+        journal.sent("c", {})
+    assert list(reread(path).entries) == ["a", "c"]
