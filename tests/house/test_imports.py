@@ -17,7 +17,7 @@ model.lora model.stage model.compile model.adapter
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.step train.samples train.loop
 formats.run
-use eval export tinyworld demo cli __main__
+use eval export tinyworld make demo cli __main__
 """
 """From the bottom up; an entry is a file, or a package whose other files have no order among themselves.
 

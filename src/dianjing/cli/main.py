@@ -16,6 +16,7 @@ from dianjing.errors import ConfigError, DianjingError
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
     "recipes": "list the shipped recipes, or copy one to edit",
+    "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
     "show": "show what the model sees of each record, and what it learns from it",
     "train": "train what a recipe says",
     "import": "make a run of a checkpoint of XTuner or LLaVA",
