@@ -10,7 +10,7 @@ from tests.house.source import MODULES, Module
 
 READING_ORDER = """
 errors constants config.schema config.fields config.load tinyworld.folders
-data.record data.template data.encode data.image data.pack data.order data.collate data.dataset
+data.record data.template data.encode data.picture data.image data.pack data.order data.collate data.dataset
 model.language model.vision model.weights model.attention model.build model.forward model.lora model.stage
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.step train.samples train.loop

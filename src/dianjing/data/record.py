@@ -254,6 +254,7 @@ def _images(value: object) -> tuple[str, ...]:
             kind = "an empty string" if name == "" else _kind(name)
             text = f"image is {kind}; write a path, a list of paths, or null for a text-only record"
             raise RecordError("image_type", "image", text)
+        _check_characters(name, "image")
     return tuple(cast(list[str], values))
 
 
@@ -288,13 +289,16 @@ def _message(value: object, name: str) -> tuple[str, str]:
         raise RecordError("role_unknown", f"{name}.from", text)
     if not isinstance(text, str):
         raise RecordError("value_type", f"{name}.value", f"{name}.value is {_kind(text)}; write a string")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = f"{name}.value holds half a character (a lone surrogate \\ud8..); remove it"
-            raise RecordError("text_surrogate", f"{name}.value", text) from None
+    _check_characters(text, f"{name}.value")
     return str(role), text
+
+
+def _check_characters(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = f"{name} holds half a character (a lone surrogate \\ud8..); remove it"
+        raise RecordError("text_surrogate", name, message) from None
 
 
 def _turns(fields: Mapping[str, object], found: Examined) -> list[Turn]:
