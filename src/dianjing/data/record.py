@@ -368,9 +368,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _kind(value: object) -> str:
-    kinds = ((dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"))
-    found = next((name for kind, name in kinds if isinstance(value, kind)), "a number")
-    return "null" if value is None else found
+    kinds = ((type(None), "null"), (dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "a number")
 
 
 def turns_alone(record: Record) -> list[Record]:
