@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -9,6 +10,8 @@ from typing import Literal, cast
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """error: training refuses it; warning: it trains, but hardly as meant; note: good to know."""
+
+KEPT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,33 @@ class Finding:
         line = f"line {self.line}" + (f", column {self.column}" if self.column else "") if self.line else ""
         record = "" if self.record is None else f'record {self.record} ("{self.id}")'
         return ": ".join(part for part in (self.file, line, record) if part)
+
+
+class Findings:
+    """All that was found; of a fault that is everywhere only the first KEPT are kept, and all are counted."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._kept: defaultdict[str, list[Finding]] = defaultdict(list)
+
+    def add(self, finding: Finding) -> None:
+        """Take note of a finding."""
+        self.counts[finding.code] += 1
+        if len(self._kept[finding.code]) < KEPT:
+            self._kept[finding.code].append(finding)
+
+    def of(self, code: str) -> list[Finding]:
+        """Return the findings of a kind that were kept."""
+        return self._kept[code]
+
+    def codes(self) -> list[str]:
+        """Return the kinds there are, errors first, else in the order of CODES."""
+        order = list(CODES)
+        return sorted(self.counts, key=lambda code: (SEVERITIES.index(CODES[code].severity), order.index(code)))
+
+    def number(self, severity: Severity) -> int:
+        """Return how many there are of a severity."""
+        return sum(number for code, number in self.counts.items() if CODES[code].severity == severity)
 
 
 _TABLE = """

@@ -67,6 +67,7 @@ class RecordChecker:
             result.findings += [where.finding(code, NOTICES[code]) for code in examined.noticed]
         record = examined.record if examined else None
         result.ids.append(where.id)
+        result.lines.append(line)
         result.usable.append(usable)
         result.images.append(record.images if record else ())
         look(result, where, record, self._special_strings)

@@ -32,6 +32,7 @@ class Measured:
     supervised: int
     truncated: int
     """Tokens cut off."""
+    images: tuple[str, ...]
     code: str = ""
     text: str = ""
     """Why it is not used, or what is cut."""
@@ -104,18 +105,18 @@ class Measurer:
             example = encoder.encode(record)
         except LongRecordError as error:
             code = "too_long" if self._data.on_long_record == "error" else "too_long_skipped"
-            return Measured(0, 0, 0, code, _without_place(error, record))
+            return Measured(0, 0, 0, record.images, code, _without_place(error, record))
         except DataError as error:
-            return Measured(0, 0, 0, "cut_too_deep", _without_place(error, record))
+            return Measured(0, 0, 0, record.images, "cut_too_deep", _without_place(error, record))
         positions = len(example.input_ids)
         if positions > self._data.pack_tokens:
             text = f"{positions} positions with its pictures, but data.pack_tokens is {self._data.pack_tokens}"
-            return Measured(0, 0, 0, "beyond_pack", text)
+            return Measured(0, 0, 0, record.images, "beyond_pack", text)
         supervised = len(example.labels) - example.labels.count(IGNORE_INDEX)
         if example.truncated:
             text = f"{example.truncated} tokens beyond data.max_tokens ({self._data.max_tokens}) are cut off"
-            return Measured(positions, supervised, example.truncated, "truncated", text)
-        return Measured(positions, supervised, 0)
+            return Measured(positions, supervised, example.truncated, record.images, "truncated", text)
+        return Measured(positions, supervised, 0, record.images)
 
 
 def _without_place(error: DataError, record: Record) -> str:
