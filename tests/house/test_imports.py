@@ -14,7 +14,7 @@ data.record data.template data.encode data.picture data.image data.pack data.ord
 model.language model.vision model.weights model.attention model.build model.forward model.lora model.stage
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.step train.samples train.loop
-use eval export tinyworld demo cli __main__
+use eval check export tinyworld demo cli __main__
 """
 """From the bottom up; an entry is a file, or a package whose other files have no order among themselves.
 

@@ -15,6 +15,8 @@ from dianjing.check.parallel import spread
 from dianjing.check.pictures import Picture, PictureChecker
 from dianjing.check.tokens import Reading
 from dianjing.check.whole import leaked_records, picture_findings, record_findings
+from dianjing.config.schema import Recipe
+from dianjing.data.pack import pack
 from dianjing.errors import DataError
 
 PICTURES_AT_ONCE = 32
@@ -29,6 +31,8 @@ class Settings:
     """Folder of the pictures; "" = that of each data file."""
     held_out: str = ""
     reading: Reading | None = None
+    recipe: Recipe | None = None
+    """Says how the records of a step are packed."""
     workers: int = 0
     """Processes; 0 = one a core."""
 
@@ -44,6 +48,12 @@ class Run:
     """Positions of each record it would use, pictures expanded."""
     supervised: int
     """Tokens, of all positions together."""
+    pack_fill: float | None
+    """Share of the positions of its packs that are in use; None without a recipe."""
+
+    def distribution(self) -> Counter[str | int]:
+        """Return how often each length is there."""
+        return Counter[str | int](self.lengths)
 
 
 @dataclass(kw_only=True)
@@ -62,7 +72,6 @@ class Result:
     """None without a recipe, and when training would refuse a file whole."""
     names: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
     """Picture path as written -> (code, path as it should be), where there is no doubt."""
-    ids: frozenset[str] = frozenset()
 
 
 def check(settings: Settings, watch: Watch) -> Result:
@@ -75,6 +84,8 @@ def check(settings: Settings, watch: Watch) -> Result:
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: there is no such image folder; name it (--images)")
     findings, names = Findings(), Names()
+    if settings.reading and settings.reading.strings_missing:
+        findings.add(_template_finding(settings.reading))
     gathered = gather(
         settings.paths,
         settings.images,
@@ -105,10 +116,18 @@ def check(settings: Settings, watch: Watch) -> Result:
         pictures=len(pictures),
         refused=gathered.refused,
         values=gathered.values,
-        run=_run(gathered, pictures) if settings.reading and not gathered.refused else None,
+        run=None if _refused(settings.reading, gathered) else _run(gathered, pictures, settings.recipe),
         names=right_names,
-        ids=frozenset(gathered.ids),
     )
+
+
+def _template_finding(reading: Reading) -> Finding:
+    missing = reading.strings_missing
+    text = (
+        f'{len(missing)} special strings of the template "{reading.template}" are plain text to the tokenizer: '
+        f"{', '.join(missing)}"
+    )
+    return Finding(code="template_strings", file=reading.tokenizer_folder, text=text)
 
 
 def look_at_pictures(names: Names, workers: int, watch: Watch) -> list[Picture]:
@@ -169,7 +188,23 @@ def _shown(root: str, name: str, picture: Picture) -> str:
     return os.path.join(root, name) if picture.passes else ""
 
 
-def _run(gathered: Gathered, pictures: Sequence[Picture]) -> Run:
+def _refused(reading: Reading | None, gathered: Gathered) -> bool:
+    """Return whether nothing is known of a run, or it would not even look at the records."""
+    return not reading or bool(gathered.refused or reading.strings_missing)
+
+
+def _pack_fill(recipe: Recipe, lengths: Sequence[int]) -> float:
+    """Return how full the packs of the first epoch are, of 1."""
+    from dianjing.data.order import epoch_order, step_indices, steps_per_epoch  # slow to import: torch
+
+    size = recipe.train.global_batch_size
+    order = epoch_order(len(lengths), recipe.seed, 0, recipe.data.order)
+    steps = (step_indices(order, step, size, 0, 1) for step in range(steps_per_epoch(len(lengths), size)))
+    packs = sum(len(pack([lengths[i] for i in step], recipe.data.pack_tokens)) for step in steps)
+    return sum(lengths) / max(packs * recipe.data.pack_tokens, 1)
+
+
+def _run(gathered: Gathered, pictures: Sequence[Picture], recipe: Recipe | None) -> Run:
     items = gathered.items
     lengths: list[int] = []
     supervised = truncated = 0
@@ -189,4 +224,5 @@ def _run(gathered: Gathered, pictures: Sequence[Picture]) -> Run:
         truncated=truncated,
         lengths=tuple(lengths),
         supervised=supervised,
+        pack_fill=_pack_fill(recipe, lengths) if recipe else None,
     )

@@ -87,6 +87,7 @@ _TABLE = """
 encoding | error | the text is not UTF-8 | save the file as UTF-8
 bom | note | the file begins with a byte order mark, which other readers stumble over | remove it | fixed
 json_syntax | error | not JSON | put the named place right
+json_unread | error | a part of the file that could not be told apart into records | put the named place right
 json_comment | error | a comment; JSON has none | remove it | fixed
 json_trailing_comma | error | a comma before a closing bracket | remove it | fixed
 json_not_a_list | error | a .json file that is no list in [ and ] | put them around | fixed

@@ -20,8 +20,10 @@ from dianjing.errors import DataError
 
 Watch = Callable[[str, int, int], None]
 """Is told what is being done, how far it is and how far it goes."""
-WHOLE_FILE = ("encoding", "file_empty", "json_syntax", "json_comment", "json_trailing_comma", "json_not_a_list")
-"""Because of one of them training refuses a JSON file whole; of a JSONL file because of the first two."""
+WHOLE_FILE = ("encoding", "file_empty")
+"""Because of one of them training refuses a file whole..."""
+WHOLE_LIST = (*WHOLE_FILE, "json_syntax", "json_unread", "json_comment", "json_trailing_comma", "json_not_a_list")
+"""...and because of one of these, if it is not JSONL."""
 
 
 class Names:
@@ -137,14 +139,14 @@ def gather(
         gathered.files.append(path)
         gathered.first.append(len(gathered.ids))
         root = images or os.path.dirname(path) or "."
-        job = Job(path=path, lines=_is_lines(path), reading=reading)
+        job = Job(path=path, lines=is_lines(path), reading=reading)
         refused = False
         for found in _checked(job, workers, watch):
             if isinstance(found, ChunkResult):
                 gathered.add(found, root, names)
             for finding in found.findings if isinstance(found, ChunkResult) else [found]:
                 findings.add(finding)
-                refused = refused or finding.code in (WHOLE_FILE[:2] if job.lines else WHOLE_FILE)
+                refused = refused or finding.code in (WHOLE_FILE if job.lines else WHOLE_LIST)
         if len(gathered.ids) == gathered.first[-1]:
             findings.add(Finding(code="file_empty", file=path, text="there is no record in it"))
             refused = True
@@ -174,7 +176,12 @@ def _checked(job: Job, workers: int, watch: Watch) -> Iterator[ChunkResult | Fin
     yield from between
 
 
-def _is_lines(path: str) -> bool:
+def is_lines(path: str) -> bool:
+    """Return whether a data file is JSONL, and not a JSON list.
+
+    Raises:
+        DataError: its name tells neither.
+    """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in (".json", ".jsonl"):
         raise DataError(

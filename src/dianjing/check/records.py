@@ -118,7 +118,7 @@ class RecordChecker:
         result.measured = [[] for _ in records]
         for (i, record), measured in zip(known, measurer.measure([record for _, record in known]), strict=True):
             result.measured[i] = measured
-            where = Where(record.source, record.index, record.id, record.line)
+            where = Where(record.source, record.index, record.id, result.lines[i])
             for one in {one.code: one for one in measured if one.code}.values():
                 result.findings.append(where.finding(one.code, one.text))
 

@@ -98,7 +98,7 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[Element | Flaw]:
         end = _end(data, position)
         if end is None:
             text = "a record begins here that does not end: a bracket or a quote is missing; what follows was not read"
-            yield Flaw("json_syntax", position, text)
+            yield Flaw("json_unread", position, text)
             return
         yield position, end
         comma = yield from _skip(data, end)
@@ -132,7 +132,7 @@ def _skip(data: mmap.mmap | bytes, position: int) -> Iterator[Flaw]:
 def _rest(data: mmap.mmap | bytes, position: int) -> Iterator[Flaw]:
     position = yield from _skip(data, position)
     if position < len(data):
-        yield Flaw("json_syntax", position, "something follows after the end of the list; it was not read")
+        yield Flaw("json_unread", position, "something follows after the end of the list; it was not read")
 
 
 def _end(data: mmap.mmap | bytes, start: int) -> int | None:

@@ -21,6 +21,8 @@ class Reading:
     template: str
     num_image_tokens: int
     data: DataConfig
+    strings_missing: tuple[str, ...] = ()
+    """Special strings of the template that are plain text to the tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class _Prepared(Encoder):
 
     def _text(self, text: str) -> list[int]:
         found = self.ids.get(text)
-        return super()._text(text) if found is None else found
+        # The encoder appends to the list it gets.
+        return super()._text(text) if found is None else list(found)
 
 
 class Measurer:

@@ -16,6 +16,7 @@ VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
     "recipes": "list the shipped recipes, or copy one to edit",
     "show": "show what the model sees of each record, and what it learns from it",
+    "check": "find everything that is wrong with a data set, and put right what is certain",
     "train": "train what a recipe says",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",
