@@ -39,6 +39,10 @@ class DataSet:
         """Return a record that is still as it was."""
         return self.records[next(self.free)]
 
+    def one_in_english(self) -> Fields:
+        """Return the next one whose first question is in English."""
+        return next(one for one in iter(self.one, None) if questions(one)[0]["value"].isascii())
+
     def picture(self, record: Fields) -> Path:
         return self.images / record["image"]
 
@@ -212,7 +216,7 @@ def text_broken(data: DataSet) -> None:
 
 @fault
 def text_repeats(data: DataSet) -> None:
-    answers(two_turns(data.one()))[0]["value"] = "It is a dog and " * 30
+    answers(two_turns(data.one_in_english()))[0]["value"] = "It is a dog and " * 30
 
 
 @fault
@@ -252,7 +256,7 @@ def answer_echo(data: DataSet) -> None:
 
 @fault
 def answer_refusal(data: DataSet) -> None:
-    answers(data.one())[0]["value"] = "I'm sorry, but I can't help with that."
+    answers(data.one_in_english())[0]["value"] = "I'm sorry, but I can't help with that."
 
 
 @fault
@@ -297,7 +301,7 @@ def record_near_duplicate(data: DataSet) -> None:
 @fault
 def answer_everywhere(data: DataSet) -> None:
     for _ in range(MANY):
-        answers(data.one())[0]["value"] = "This is a very nice picture with many things to see in it."
+        answers(data.one_in_english())[0]["value"] = "This is a very nice picture with many things to see in it."
 
 
 @fault
@@ -318,20 +322,22 @@ def language_switch(data: DataSet) -> None:
 
 @fault
 def leak_record(data: DataSet) -> None:
-    held_out = json.loads((data.folder / "held_out.json").read_text(encoding="utf-8"))
     record = data.one()
-    record["conversations"] = held_out[-1]["conversations"]
     del record["image"], record["types"]
+    record["conversations"] = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "An owl."}]
+    path = data.folder / "held_out.json"
+    held_out = [*json.loads(path.read_text(encoding="utf-8")), {**record, "id": "held"}]
+    path.write_text(json.dumps(held_out), encoding="utf-8")
 
 
 @fault
 def truncated(data: DataSet) -> None:
-    answers(data.one())[-1]["value"] = " ".join(f"number {number} is here" for number in range(900))
+    answers(data.one_in_english())[-1]["value"] = " ".join(f"number {number} is here" for number in range(1800))
 
 
 @fault
 def cut_too_deep(data: DataSet) -> None:
-    questions(data.one())[0]["value"] += " ".join(f"number {number} is here" for number in range(900))
+    questions(data.one())[0]["value"] += " ".join(f"number {number} is here" for number in range(1800))
 
 
 def everything_under(folder: Path) -> dict[str, bytes]:

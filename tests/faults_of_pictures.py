@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def picture_too_large(data: DataSet) -> None:
     path = data.picture(data.one())
     raw = bytearray(path.read_bytes())
     raw[16:24] = (30_000).to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
     path.write_bytes(raw)
 
 

@@ -65,8 +65,8 @@ class PictureChecker:
         try:
             path = picture_path(self._root, name)
             with open_picture(path, name) as image:
-                notes = [*_header_notes(image, name)]
                 upright = decode(image, name)
+                notes = [*_file_notes(image, name)]
         except PictureError as error:
             return Picture(code=error.code, text=str(error), passes=self._passes(name))
         with open(path, "rb") as file:
@@ -93,7 +93,7 @@ class PictureChecker:
         return True
 
 
-def _header_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
+def _file_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
     suffix = os.path.splitext(name)[1].lower()
     if suffix not in SUFFIXES.get(image.format or "", (suffix,)):
         yield "picture_suffix", f"the file is {image.format}, its name ends in {suffix or 'nothing'}"

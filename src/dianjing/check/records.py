@@ -64,7 +64,8 @@ class RecordChecker:
                 examined = examine(right, place)
         if examined:
             result.findings += [where.finding(one.code, str(one), one.field) for one in examined.problems]
-            result.findings += [where.finding(code, NOTICES[code]) for code in examined.noticed]
+            if not examined.problems:  # else the turns are not what was meant
+                result.findings += [where.finding(code, NOTICES[code]) for code in examined.noticed]
         record = examined.record if examined else None
         result.ids.append(where.id)
         result.lines.append(line)

@@ -28,7 +28,7 @@ ALONE_ONLY = ("encoding", "json_syntax", "json_comment", "json_trailing_comma")
 """Each refuses the file whole, which `open_dataset` can show for one at a time."""
 FOUND_BY_CHECK_ALONE = ("picture_broken",)
 """An error that training meets only on the way."""
-SETTINGS = {"max_tokens": 2500, "pack_tokens": 10_000, "on_long_record": "truncate"}
+SETTINGS = {"max_tokens": 5000, "pack_tokens": 10_000, "on_long_record": "truncate"}
 NUM_IMAGE_TOKENS = 4
 
 
