@@ -18,6 +18,7 @@ VERBS = {
     "recipes": "list the shipped recipes, or copy one to edit",
     "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
     "show": "show what the model sees of each record, and what it learns from it",
+    "check": "find everything that is wrong with a data set, and put right what is certain",
     "train": "train what a recipe says",
     "import": "make a run of a checkpoint of XTuner or LLaVA",
     "chat": "ask a model about pictures",
