@@ -13,7 +13,8 @@ errors constants config.schema config.fields config.load tinyworld.folders
 data.record data.template data.encode data.image data.pack data.order data.collate data.dataset
 model.language model.vision model.weights model.attention model.build model.forward model.lora model.stage
 use.questions use.generate use.ask eval.score use.compare
-train.interrupt train.state train.checkpoint train.watch train.log train.optim train.step train.samples train.loop
+train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks
+train.engine train.step train.samples train.loop train.launch
 use eval export tinyworld demo cli __main__
 """
 """From the bottom up; an entry is a file, or a package whose other files have no order among themselves.

@@ -9,6 +9,7 @@ Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
 OnBad = Literal["error", "skip"]
 OnLong = Literal["error", "skip", "truncate"]
+EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,9 @@ class TrainConfig:
     """Records in one optimizer step, over all ranks and packs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; "auto" = bf16 on a GPU that has it, fp32 elsewhere."""
+    engine: EngineName = "ddp"
+    """How several GPUs share the work: "ddp" = a whole model on each; "fsdp2", "deepspeed_zero3" = a shard on each;
+    "deepspeed_zero2" = whole weights, sharded gradients and optimizer. Needs of memory differ, results do not."""
     gradient_checkpointing: bool = False
     log_every: int = 10
     """Optimizer steps between two log lines."""

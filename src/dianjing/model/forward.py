@@ -20,7 +20,11 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
     """Return the cross-entropy of the batch's targets, summed, in fp32."""
     with arithmetic(model):
         features = image_features(model, batch.pixel_values)
+        # Here, not at the loss: ranks that share weights go through them in one order, pictures or not.
+        unseen = None if len(batch.pixel_values) else _unseen_picture(model, batch)
         embeddings = embed(model, batch.input_ids, batch.image_positions, features)
+        if unseen is not None:
+            embeddings = embeddings + unseen.to(embeddings.dtype)
         with _last_layer_at(model, batch.target_rows, batch.num_tokens):
             hidden = model.model.language_model(
                 inputs_embeds=embeddings[None],
@@ -31,8 +35,7 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
                 max_seqlen=batch.max_seqlen,
             ).last_hidden_state[0]  # (tokens, hidden)
         logits = model.lm_head(hidden[batch.target_rows])  # (supervised, vocab)
-    loss = cross_entropy(logits.float(), batch.targets, reduction="sum")
-    return loss if len(batch.pixel_values) else loss + _unseen_picture(model, batch)
+    return cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 def arithmetic(model: PreTrainedModel) -> torch.autocast:

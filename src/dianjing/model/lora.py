@@ -26,7 +26,8 @@ class LoraLinear(PeftLinear):
         down, up = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         dropping = self.training and getattr(dropout, "p", 0.0) > 0
         in_fp32 = base.weight.dtype == x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        if dropping or not in_fp32 or self.disable_adapters or self.merged:
+        partitioned = hasattr(base.weight, "ds_id")  # by ZeRO-3, which gathers a weight when its own module is called
+        if dropping or partitioned or not in_fp32 or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         return _Summed.apply(x, base.weight, base.bias, down, up, self.scaling[ADAPTER])
 

@@ -20,6 +20,7 @@ FREE_TO_CHANGE = frozenset(
         "data.images",
         "data.workers",
         "data.pack_tokens",
+        "train.engine",
         "train.gradient_checkpointing",
         "train.log_every",
         "train.save_every",
