@@ -15,7 +15,8 @@ data.order data.collate data.dataset
 model.frozen model.language formats model.vision model.weights model.attention model.fp8 model.build model.forward
 model.lora model.stage model.compile model.adapter
 use.questions use.generate use.ask eval.score use.compare
-train.interrupt train.state train.checkpoint train.watch train.log train.optim train.step train.samples train.loop
+train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks
+train.engine train.step train.samples train.loop train.launch
 formats.run
 use eval check export tinyworld make demo cli __main__
 """

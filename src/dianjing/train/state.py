@@ -21,6 +21,7 @@ FREE_TO_CHANGE = frozenset(
         "data.workers",
         "data.pack_tokens",
         "train.compile",
+        "train.engine",
         "train.gradient_checkpointing",
         "train.log_every",
         "train.save_every",
