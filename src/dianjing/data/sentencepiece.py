@@ -1,4 +1,4 @@
-"""tokenizer.model (sentencepiece, BPE) -> the fast tokenizer with the same ids, the renames of its configuration made."""
+"""tokenizer.model (sentencepiece, BPE) -> the fast tokenizer with the same ids, as its configuration renames them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_sentencepiece(folder: Path, config: Mapping[str, Any], **settings: Any)
         if number < len(pieces):
             pieces[number] = token.content
         elif number > len(pieces):
-            raise ModelError(f"{folder}: token {token.content!r} has id {number}, but {len(pieces)} is the next one free")
+            raise ModelError(f"{folder}: token {token.content!r} has id {number}, but {len(pieces)} is the next free")
         else:
             pieces.append(token.content)
     if len(set(pieces)) != len(pieces):

@@ -163,12 +163,12 @@ def test_a_template_that_leaves_its_sandbox_is_stopped(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="asks for what a template may not have, and was stopped"):
+    with pytest.raises(ModelError, match="asks for what it may not have, and was stopped"):
         own_template(Family(text).tokenizer())
     template, how = template_for(Family(text, IM).tokenizer())
     assert template.name == "internlm2_chat"
     assert "was stopped" in how
-    with pytest.raises(ModelError, match="unclear: .* was stopped"):
+    with pytest.raises(ModelError, match=r"unclear: .* was stopped"):
         template_for(Family(text).tokenizer())
     assert not list(tmp_path.iterdir())
 
@@ -177,5 +177,5 @@ def test_marks_of_another_family_in_the_vocabulary_are_not_taken_for_the_llms() 
     """A tokenizer may hold the marks of the LLM that it was made from."""
     pipes = Family(chat_templates.PIPES, ("<|stop|>", *IM)).tokenizer()
     assert choose_template(pipes) == OWN
-    with pytest.raises(ModelError, match="unclear: .*as templates that think do"):
+    with pytest.raises(ModelError, match=r"unclear: .*as templates that think do"):
         choose_template(Family(chat_templates.REASONS, IM).tokenizer())
