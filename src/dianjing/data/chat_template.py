@@ -58,7 +58,7 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     Raises:
         TurnsError: it has none, it cannot be rendered, or it does not treat all turns alike.
     """
-    if not tokenizer.chat_template:
+    if not cast(Any, tokenizer).chat_template:
         raise TurnsError("its tokenizer has no chat template")
     render = _renderer(tokenizer)
     turns = _cut(render, special_tokens(tokenizer))
@@ -75,15 +75,17 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
     """Return a renderer in transformers' sandbox; a template for pictures wants its texts as content parts."""
 
+    source = cast(Any, tokenizer)
+
     def render(messages: Sequence[Message], asking: bool, *, parts: bool = False) -> str:
         said = [
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in messages
         ]
         try:
-            text = tokenizer.get_chat_template()
+            text = source.get_chat_template()
             text = STOPPED_CLOCK + text if "strftime_now" in text else text
             return str(
-                tokenizer.apply_chat_template(said, chat_template=text, add_generation_prompt=asking, tokenize=False)
+                source.apply_chat_template(said, chat_template=text, add_generation_prompt=asking, tokenize=False)
             )
         except SecurityError as error:
             raise TurnsError(f"its chat template asks for what it may not have, and was stopped ({error})") from None
@@ -138,7 +140,7 @@ def _messages(said: Sequence[str]) -> list[Message]:
 
 def _pieces(text: str, said: Sequence[str]) -> list[str]:
     """Return what stands before, between and after the messages."""
-    pieces = []
+    pieces: list[str] = []
     for message in said:
         if text.count(message) != 1:
             raise TurnsError("its chat template does not write each message once, as it is and in order")

@@ -277,7 +277,7 @@ def _asked_for(path: Path, complaint: str) -> str:
             elif operation.name == "STACK_GLOBAL":
                 module, name = [text for text in texts if text is not None][-2:]
                 names.append(f"{module}.{name}")
-            known = memo[argument] if operation.name in ("BINGET", "LONG_BINGET") else argument
+            known: object = memo[int(str(argument))] if operation.name in ("BINGET", "LONG_BINGET") else argument
             texts.append(known if isinstance(known, str) else None)
     except (IndexError, ValueError):
         pass

@@ -29,7 +29,8 @@ def test_owner_and_name_is_of_the_hub(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["./acme/model", "../model", "~/model", "/models/llm", "a/b/c", "model", "acme/", "/acme", "acme/my model", ""]
+    "path",
+    ["./acme/model", "../model", "~/model", "/models/llm", "a/b/c", "model", "acme/", "/acme", "acme/my model", ""],
 )
 def test_anything_else_is_a_path(path: str) -> None:
     assert not is_hub_name(path)
@@ -47,7 +48,14 @@ def test_a_path_into_a_folder_that_is_here_is_no_name(tmp_path: Path, monkeypatc
 
 def test_only_data_is_fetched_and_one_kind_of_weights() -> None:
     data = ["config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
-    other = ["modeling_internlm2.py", "README.md", "flax_model.msgpack", "training_args.bin", "onnx/config.json", "run.sh"]
+    other = [
+        "modeling_internlm2.py",
+        "README.md",
+        "flax_model.msgpack",
+        "training_args.bin",
+        "onnx/config.json",
+        "run.sh",
+    ]
     safe = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     pickled = ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"]
     assert _wanted([*data, *other, *safe, *pickled, "consolidated.safetensors"], weights=True) == [*data, *safe]
@@ -146,11 +154,17 @@ def show(home: Path, hub: type[Hub], llm: str, *verb: str, **environment: str) -
     given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DIANJING_"))}
     given |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
     (home / "data.json").write_text(
-        json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}])
+        json.dumps(
+            [{"id": "a", "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}]
+        )
     )
     arguments = verb or ("show", str(home / "data.json"), "--json", "--llm")
     return subprocess.run(
-        [sys.executable, "-m", "dianjing", *arguments, llm], env=given, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-m", "dianjing", *arguments, llm],
+        env=given,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
 
 
