@@ -20,7 +20,7 @@ Render = Callable[[Sequence[Message], bool], str]
 
 QUESTIONS = ("first-question-qz", "second-question-qz", "third-question-qz")
 ANSWERS = ("first-answer-qz", "second-answer-qz")
-HARD_TEXTS = ("{x} 'a' \"b\" <b>&amp;</b> \\n \\", "你好，世界 😀", "several\n\nlines\tand  blanks", "word " * 400 + "end")
+HARD_TEXTS = ("{x} 'a' \"b\" <b>&amp;</b> \\n \\", "你好，世界 😀", "several\n\nlines\tand  blanks", "word" * 500)
 """What a template must leave as it is."""
 STOPPED_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """Put before a template that writes today's date, since a prompt must be the same tomorrow; the date is the one that
@@ -58,7 +58,7 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     Raises:
         TurnsError: it has none, it cannot be rendered, or it does not treat all turns alike.
     """
-    if not tokenizer.chat_template:
+    if not cast(Any, tokenizer).chat_template:
         raise TurnsError("its tokenizer has no chat template")
     render = _renderer(tokenizer)
     turns = _cut(render, special_tokens(tokenizer))
@@ -75,18 +75,20 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
     """Return a renderer in transformers' sandbox; a template for pictures wants its texts as content parts."""
 
+    source = cast(Any, tokenizer)
+
     def render(messages: Sequence[Message], asking: bool, *, parts: bool = False) -> str:
         said = [
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in messages
         ]
         try:
-            text = tokenizer.get_chat_template()
+            text = source.get_chat_template()
             text = STOPPED_CLOCK + text if "strftime_now" in text else text
             return str(
-                tokenizer.apply_chat_template(said, chat_template=text, add_generation_prompt=asking, tokenize=False)
+                source.apply_chat_template(said, chat_template=text, add_generation_prompt=asking, tokenize=False)
             )
         except SecurityError as error:
-            raise TurnsError(f"its chat template asks for what a template may not have, and was stopped ({error})") from None
+            raise TurnsError(f"its chat template asks for what it may not have, and was stopped ({error})") from None
         except Exception as error:  # a template can fail in any way that Python can
             raise TurnsError(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from None
 
@@ -116,9 +118,9 @@ def _cut(render: Render, specials: Sequence[str]) -> Turns:
             "of earlier turns (as templates that think do): what a record teaches would not be what is asked for later"
         )
     ending = _pieces(render(_messages(said[:2]), False), said[:2])[-1]
-    # What also stands after the last answer ends a turn; a system text before the first question may end as a turn does.
-    ended = _common_start(ending, first_gap, specials)
-    before = _common_end(head, first_gap.removeprefix(ended))
+    # What also stands after the last answer ends a turn; a system text before the first question may end like one.
+    ended = _shared_start(ending, first_gap, specials)
+    before = _shared_end(head, first_gap.removeprefix(ended))
     questions, answers = (_trims(render, said, index) for index in (0, 1))
     return Turns(
         begin=head.removesuffix(before),
@@ -138,7 +140,7 @@ def _messages(said: Sequence[str]) -> list[Message]:
 
 def _pieces(text: str, said: Sequence[str]) -> list[str]:
     """Return what stands before, between and after the messages."""
-    pieces = []
+    pieces: list[str] = []
     for message in said:
         if text.count(message) != 1:
             raise TurnsError("its chat template does not write each message once, as it is and in order")
@@ -147,14 +149,14 @@ def _pieces(text: str, said: Sequence[str]) -> list[str]:
     return [*pieces, text]
 
 
-def _common_start(one: str, other: str, specials: Sequence[str]) -> str:
+def _shared_start(one: str, other: str, specials: Sequence[str]) -> str:
     """Return how both texts begin, in whole special tokens and whole texts between them."""
     cut = re.compile("(" + "|".join(map(re.escape, specials)) + ")") if specials else re.compile("(?!)")
     pairs = zip(cut.split(one), cut.split(other), strict=False)
     return "".join(piece for piece, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _common_end(one: str, other: str) -> str:
+def _shared_end(one: str, other: str) -> str:
     size = 0
     while size < min(len(one), len(other)) and one[-size - 1] == other[-size - 1]:
         size += 1

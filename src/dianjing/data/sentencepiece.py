@@ -1,4 +1,4 @@
-"""tokenizer.model (sentencepiece, BPE) -> the fast tokenizer with the same ids, the renames of its configuration made."""
+"""tokenizer.model (sentencepiece, BPE) -> the fast tokenizer with the same ids, as its configuration renames them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def load_sentencepiece(folder: Path, config: Mapping[str, Any], **settings: Any)
         if number < len(pieces):
             pieces[number] = token.content
         elif number > len(pieces):
-            raise ModelError(f"{folder}: token {token.content!r} has id {number}, but {len(pieces)} is the next one free")
+            raise ModelError(f"{folder}: token {token.content!r} has id {number}, but {len(pieces)} is the next free")
         else:
             pieces.append(token.content)
     if len(set(pieces)) != len(pieces):
@@ -153,7 +153,7 @@ def _backend(
 ) -> Tokenizer:
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     special = model.special
-    tokenizer = Tokenizer(
+    tokenizer: Any = Tokenizer(
         models.BPE(
             vocab=vocabulary,
             merges=_merges(model, vocabulary),
@@ -172,7 +172,7 @@ def _backend(
     if model.dummy_prefix and not legacy:
         # Only the beginning of the whole text gets the blank then, not what follows a special token.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=BLANK, prepend_scheme="first", split=False)
-    steps_back = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps_back: list[Any] = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.dummy_prefix:
         steps_back.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps_back)
@@ -203,7 +203,7 @@ def _merges(model: SentencePiece, vocabulary: Mapping[str, int]) -> list[tuple[s
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
     """Return the tokens that tokenizer_config.json, or added_tokens.json before it, puts at an id."""
     old = folder / "added_tokens.json"
-    names = json.loads(old.read_text(encoding="utf-8")) if old.is_file() else {}
+    names: dict[str, int] = json.loads(old.read_text(encoding="utf-8")) if old.is_file() else {}
     found = {int(number): AddedToken(name, normalized=False, special=True) for name, number in names.items()}
     for number, fields in config.get("added_tokens_decoder", {}).items():
         kept = {name: fields[name] for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
@@ -213,14 +213,13 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedTok
 
 def _content(token: Any) -> str | None:
     """Return a token's text, written in a configuration as text or as an object with `content`."""
-    return token["content"] if isinstance(token, Mapping) else token
+    return cast(Any, token)["content"] if isinstance(token, Mapping) else token
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    written = config.get("chat_template")
-    if isinstance(written, list):
-        return next((entry["template"] for entry in written if entry.get("name") == "default"), None)
-    return written
+    written: Any = config.get("chat_template")
+    named: list[Any] = written if isinstance(written, list) else [{"name": "default", "template": written}]
+    return next((entry["template"] for entry in named if entry.get("name") == "default"), None)

@@ -151,7 +151,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _choose(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     fits = _fitting(tokenizer)
     problem = ""
-    if tokenizer.chat_template:
+    if cast(Any, tokenizer).chat_template:
         try:
             turns = read_turns(tokenizer)
             alike = _alike(turns, str(tokenizer.bos_token or ""))
@@ -199,7 +199,7 @@ def _alike(turns: Turns, bos: str) -> list[str]:
 
 
 def _named_in(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
-    return all(string in str(tokenizer.chat_template) for string in template.special_strings)
+    return all(string in str(cast(Any, tokenizer).chat_template) for string in template.special_strings)
 
 
 def special_strings_missing(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -209,7 +209,7 @@ def special_strings_missing(template: Template, tokenizer: PreTrainedTokenizerBa
 
 def doubts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return what speaks against a template being the LLM's own, a sentence each."""
-    found = []
+    found: list[str] = []
     if missing := special_strings_missing(template, tokenizer):
         found.append(
             f'warning: the tokenizer reads {len(missing)} special strings of the template "{template.name}" as '

@@ -183,7 +183,7 @@ def prove_isolation(llm: Any) -> None:
         plain = llm.get_output_embeddings()(hidden).float()
         packed = [_packed_logits(llm, [before, second])[len(before) :].float() for before in (first, other)]
     # The same shapes give the same bits, whatever the precision; a record alone has another shape than in a pack.
-    rounding = 1e-3 if dtype == torch.float32 else 0.1
+    rounding = 1e-3 if dtype == torch.float32 else 0.25
     for what, one, two, tolerance in (
         ("it changes what its output head computes, which a LLaVA does not do", own, plain, 1e-5),
         ("a record is changed by the one before it in a pack", *packed, 1e-5),

@@ -85,7 +85,7 @@ def _is_whole(folder: Path, *, weights: bool) -> bool:
 
 def _download(name: str, *, weights: bool) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
-    from tqdm import tqdm
+    from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]
         """A progress bar of bytes, shown even where other libraries' bars are not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import pickletools
 import re
 import warnings
@@ -249,13 +248,13 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of a pickle protocol other than torch's own
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # what torch raises for a broken file depends on where it is broken
+        if type(error).__name__ != "UnpicklingError":
+            raise ModelError(f"{path}: damaged, or no file of tensors: {error}; copy it again") from None
         raise ModelError(
             f"{path}: refused: to be read it asks for {_asked_for(path, str(error))}, and a file that asks for more "
-            "than tensors may run any program. Nothing was run; get these weights as safetensors, from a source you trust"
+            "than tensors may run any program. Nothing was run; get safetensors, from a source you trust"
         ) from None
-    except Exception as error:  # what torch raises for a broken file depends on where it is broken
-        raise ModelError(f"{path}: damaged, or no file of tensors: {error}; copy it again") from None
     if not isinstance(content, dict) or not all(isinstance(weight, Tensor) for weight in content.values()):
         raise ModelError(f"{path}: a table of tensors by name is needed, and something else is in it")
     return content
@@ -278,7 +277,7 @@ def _asked_for(path: Path, complaint: str) -> str:
             elif operation.name == "STACK_GLOBAL":
                 module, name = [text for text in texts if text is not None][-2:]
                 names.append(f"{module}.{name}")
-            known = memo[argument] if operation.name in ("BINGET", "LONG_BINGET") else argument
+            known: object = memo[int(str(argument))] if operation.name in ("BINGET", "LONG_BINGET") else argument
             texts.append(known if isinstance(known, str) else None)
     except (IndexError, ValueError):
         pass

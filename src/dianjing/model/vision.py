@@ -70,9 +70,9 @@ def vision_config(folder: Path) -> Any:
         raise ModelError(
             f'{folder}: model_type "{kind}" is no CLIP or SigLIP; give the folder of one, or of its vision tower'
         )
-    settings = dict(config.get("vision_config") or {}) if kind == name else config
+    settings: dict[str, Any] = dict(config.get("vision_config") or {}) if kind == name else config
     # SigLIP's pooling head sees the patches and is not seen by them.
-    pooling = {"vision_use_head": False} if name == "siglip" else {}
+    pooling: dict[str, Any] = {"vision_use_head": False} if name == "siglip" else {}
     try:
         return TOWERS[name][0](**settings | pooling)
     except (TypeError, ValueError) as error:

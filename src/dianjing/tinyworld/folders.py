@@ -27,6 +27,7 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
             return hub_folder(folder, weights=weights)
         kind = part.replace("_", " ")
         raise ModelError(
-            f'{folder}: no such {kind} folder; give a folder on this machine, a model of the hub (owner/name), or "{NAME}"'
+            f"{folder}: no such {kind} folder; give a folder on this machine, a model of the hub (owner/name), "
+            f'or "{NAME}"'
         )
     return path

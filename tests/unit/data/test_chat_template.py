@@ -10,13 +10,14 @@ import pytest
 
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.chat_template import TurnsError, read_turns
-from dianjing.data.encode import Encoder
+from dianjing.data.encode import Encoder, load_tokenizer
 from dianjing.data.record import Record, Turn
 from dianjing.data.template import OWN, check_template, choose_template, own_template, template_for
 from dianjing.errors import ModelError
 from dianjing.export.chat_template import jinja
 from tests import chat_templates
 from tests.chat_templates import FAMILIES, IM, Family
+from tests.xtuner import XTUNER
 
 CHOICES = {
     "internlm2": "internlm2_chat",
@@ -101,7 +102,7 @@ def test_each_answer_is_learned_with_its_end_and_after_its_prompt(name: str) -> 
     for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         history = [(turn.question, turn.answer) for turn in TURNS[:number]]
         assert encoder.prompt(history, TURNS[number].question)[0] == example.input_ids[:begin]
-        text = tokenizer.decode(example.input_ids[begin:end])
+        text = str(tokenizer.decode(example.input_ids[begin:end]))
         assert text.strip().startswith(TURNS[number].answer)
         assert tokenizer.added_tokens_decoder[example.input_ids[end - 1]].special
         assert text.removeprefix(encoder.template.lead + TURNS[number].answer) == encoder.template.suffix
@@ -163,12 +164,12 @@ def test_a_template_that_leaves_its_sandbox_is_stopped(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="asks for what a template may not have, and was stopped"):
+    with pytest.raises(ModelError, match="asks for what it may not have, and was stopped"):
         own_template(Family(text).tokenizer())
     template, how = template_for(Family(text, IM).tokenizer())
     assert template.name == "internlm2_chat"
     assert "was stopped" in how
-    with pytest.raises(ModelError, match="unclear: .* was stopped"):
+    with pytest.raises(ModelError, match=r"unclear: .* was stopped"):
         template_for(Family(text).tokenizer())
     assert not list(tmp_path.iterdir())
 
@@ -177,5 +178,24 @@ def test_marks_of_another_family_in_the_vocabulary_are_not_taken_for_the_llms() 
     """A tokenizer may hold the marks of the LLM that it was made from."""
     pipes = Family(chat_templates.PIPES, ("<|stop|>", *IM)).tokenizer()
     assert choose_template(pipes) == OWN
-    with pytest.raises(ModelError, match="unclear: .*as templates that think do"):
+    with pytest.raises(ModelError, match=r"unclear: .*as templates that think do"):
         choose_template(Family(chat_templates.REASONS, IM).tokenizer())
+
+
+@pytest.mark.parametrize("text", [chat_templates.INST_EACH, chat_templates.INST_TOKENS, chat_templates.VICUNA])
+def test_a_blank_at_the_beginning_of_a_text_is_not_put_before_an_answer(text: str) -> None:
+    """Tokenised alone, each span would get the blank that sentencepiece puts before a whole text."""
+    tokenizer = load_tokenizer(XTUNER / "tokenizers" / "tiny_llama_spm")
+    tokenizer.chat_template = text
+    encoder = own_encoder(tokenizer)
+    example = encoder.encode(record(*TURNS))
+    messages = [
+        {"role": role, "content": said}
+        for turn in TURNS
+        for role, said in (("user", turn.question), ("assistant", turn.answer))
+    ]
+    assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    for size in range(3):
+        history = [(turn.question, turn.answer) for turn in TURNS[:size]]
+        ids, _ = encoder.prompt(history, TURNS[size].question)
+        assert ids == asked(tokenizer, TURNS[:size], TURNS[size].question) == example.input_ids[: len(ids)]
