@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig
 
 from dianjing.errors import ExportError
-from dianjing.model.build import num_image_tokens
+from dianjing.model.vision import num_image_tokens
 
 VOCAB_MULTIPLE = 64
 EMBEDDING = "language_model.model.embed_tokens.weight"
