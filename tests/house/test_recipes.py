@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from dianjing.config.load import load_recipe, save_recipe
@@ -20,8 +20,10 @@ from dianjing.model.build import build
 from dianjing.model.forward import num_tower_layers
 from dianjing.model.stage import part_of
 from dianjing.model.weights import PROJECTOR
+from dianjing.train.checkpoint import save
 from dianjing.train.log import read_journal
 from dianjing.train.loop import train
+from dianjing.train.state import TrainState
 from dianjing.use.load import load_for_use
 from tests.house.source import PACKAGE
 from tests.recipe_models import write_family, write_siglip
@@ -94,10 +96,9 @@ def tiny(path: Path, models: Path, data: TinyDataset, folder: Path) -> Recipe:
         return tried
     projector = build(replace(tried, seed=9)).model.model.multi_modal_projector.state_dict()
     pretrained = folder / "pretrained"
-    pretrained.mkdir()
-    save_file(
-        {f"{PROJECTOR}{name}": weight for name, weight in projector.items()}, pretrained / "trainable.safetensors"
-    )
+    learned = {f"{PROJECTOR}{name}": weight for name, weight in projector.items()}
+    at = TrainState(step=1, epoch=0, samples_seen=0, total_steps=1, recipe={}, data={})
+    save(pretrained, learned, {"step": torch.ones(1)}, at, keep=1)
     return load_recipe(str(path), {**overrides, "projector.init_from": str(pretrained)})
 
 

@@ -1,8 +1,8 @@
 """Seer -> a folder that haotian-liu's LLaVA 1.5 (llava/model/builder.py, load_pretrained_model) reads.
 
 A run that learned only the projector, on an LLM in Llama's or Mistral's own layout, becomes what LLaVA's pretraining
-writes: mm_projector.bin and config.json, loaded with the base model. Every other run becomes a whole model, its adapters
-merged: LLaVA's own adapter form has no place for an adapter of the tower, nor for one on InternLM2.
+writes: mm_projector.bin and config.json, loaded with the base model. Every other run becomes a whole model with its
+adapters merged: LLaVA's own adapter form has no place for an adapter of the tower, nor for one on InternLM2.
 """
 
 from __future__ import annotations

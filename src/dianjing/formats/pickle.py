@@ -1,8 +1,8 @@
 """A torch checkpoint (.pth, .bin, .pt) as plain data: its pickle is interpreted here, and nothing in it is ever called.
 
 A pickle is a program for a stack machine. This machine knows no functions: a name in the program is looked up in
-`CALLS`, a table of what checkpoints of torch, mmengine and DeepSpeed are made of, and any other name is refused. Tensors
-are views of the file, mapped into memory, so that what is not looked at is not read.
+`CALLS`, a table of what checkpoints of torch, mmengine and DeepSpeed are made of, and any other name is refused.
+Tensors are views of the file, mapped into memory, so that what is not looked at is not read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -249,8 +249,8 @@ class _Machine:
 
     def run(self, program: bytes) -> Any:
         """Return what the program leaves on the stack."""
-        for opcode, argument, _ in pickletools.genops(program):
-            name = opcode.name
+        for opcode, given, _ in pickletools.genops(program):
+            name, argument = opcode.name, cast(Any, given)
             if name in CONSTANTS:
                 self._stack.append(CONSTANTS[name])
             elif name in LITERALS:
@@ -382,10 +382,11 @@ class _Machine:
 
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-LITERALS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
-)
+LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+}
 """Instructions that put their own argument on the stack."""
 
 

@@ -63,8 +63,10 @@ class _Reader:
         """Read one statement of the file."""
         match statement:
             case ast.Import(names=names):
-                self._imported |= {name.asname or name.name.split(".")[0]: name.asname and name.name for name in names}  # type: ignore[assignment]
-                self._imported = {name: path or name for name, path in self._imported.items()}
+                self._imported |= {
+                    name.name.split(".")[0]: name.name.split(".")[0] for name in names if not name.asname
+                }
+                self._imported |= {name.asname: name.name for name in names if name.asname}
             case ast.ImportFrom(module=module, names=names):
                 self._imported |= {name.asname or name.name: f"{module}.{name.name}" for name in names}
             case ast.Assign(targets=[ast.Name(id="_base_")]):

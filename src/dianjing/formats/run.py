@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dianjing.config.fields import check, known_field
@@ -17,7 +16,7 @@ from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.errors import ConfigError, DataError, ModelError
 from dianjing.formats.checkpoint import Adapter, Foreign
 from dianjing.formats.source import open_foreign
-from dianjing.formats.xtuner import Translation, live_parts, projector_depth, to_live
+from dianjing.formats.xtuner import Translation, live_parts, require_two_layers, to_live
 from dianjing.formats.xtuner_config import XTunerConfig, read_xtuner_config
 from dianjing.model.build import Built, build
 from dianjing.model.forward import num_tower_layers
@@ -99,11 +98,7 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     Raises:
         ConfigError: something is not known and must be given; the flag is named.
     """
-    if projector_depth(foreign.weights) != 2:
-        raise ModelError(
-            f"{source}: its projector has {projector_depth(foreign.weights)} linear layers; only those of 2 can be read "
-            "(XTuner's projector depth 2, LLaVA's mlp2x_gelu)"
-        )
+    require_two_layers(foreign.weights, source)
     parts = {part: _tuning(part, foreign, config, source, wishes) for part in SECTIONS}
     tuned = any(fields[f"{SECTIONS[part]}.tuning"] != "frozen" for part, fields in parts.items())
     given = {
@@ -240,8 +235,8 @@ def _dataset(
         expected = recipe.train.epochs * -(-records // in_iteration)
         if expected != foreign.last_iteration:
             raise DataError(
-                f"{recipe.data.path}: {records} records in batches of {in_iteration} make {expected} iterations, but the "
-                f"run was to have {foreign.last_iteration}; give its own data (--data), or its number of GPUs (--gpus)"
+                f"{recipe.data.path}: {records} records in batches of {in_iteration} make {expected} iterations, but "
+                f"the run was to have {foreign.last_iteration}; give its own data (--data), or its GPUs (--gpus)"
             )
     return dataset, ""
 

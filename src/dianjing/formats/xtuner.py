@@ -41,7 +41,7 @@ class Translation:
 
 
 def to_live(weights: Mapping[str, Tensor], text_config: Any, tower_layers: int) -> Translation:
-    """Return XTuner's tensors under the names of the live model; `tower_layers` of the tower's layers reach the loss."""
+    """Return XTuner's tensors under the live model's names; `tower_layers` of the tower's layers reach the loss."""
     found = Translation()
     for name, weight in weights.items():
         if reason := _needless(name, weights, tower_layers):
@@ -131,17 +131,13 @@ def moments_by_name(
     states = [optimizer["state"][number] for number in numbers if number in optimizer["state"]]
     names = parameters_in_order(weights)
     layers = sorted({int(match[1]) for name in names if (match := TOWER_LAYER.match(_in_tower(name)))}, reverse=True)
-    dead: set[int] = set()
-    for layer in [None, *layers]:
-        dead |= {layer} if layer is not None else set()
-        moved = [name for name in names if not _is_dead(name, dead)]
-        if len(moved) == len(states):
-            break
+    candidates = [[name for name in names if not _is_behind(name, layer)] for layer in (None, *layers)]
+    moved = next((candidate for candidate in candidates if len(candidate) == len(states)), [])
     shapes = [tuple(state["exp_avg"].shape) if "exp_avg" in state else None for state in states]
     if shapes != [tuple(weights[name].shape) for name in moved]:
         raise ModelError(
-            f"{where}: its optimizer's state is of {len(states)} parameters, which are not its {len(names)} weights, or "
-            "is not AdamW's; give --weights-only to leave it out: the run can be asked, but not trained on"
+            f"{where}: its optimizer's state is of {len(states)} parameters, which are not its {len(names)} weights, "
+            "or is not AdamW's; give --weights-only to leave it out: the run can be asked, but not trained on"
         )
     return {
         name: {
@@ -159,14 +155,26 @@ def _in_tower(name: str) -> str:
     return rest.removeprefix(PEFT).removeprefix("vision_model.") if part == "visual_encoder" else ""
 
 
-def _is_dead(name: str, layers: set[int]) -> bool:
+def _is_behind(name: str, layer: int | None) -> bool:
+    """Return whether a tensor is of the tower's layer of that number or of what comes after it; None = nothing is."""
+    if layer is None:
+        return False
     match = TOWER_LAYER.match(_in_tower(name))
-    return bool(layers) and (_in_tower(name).startswith("post_layernorm.") or bool(match and int(match[1]) in layers))
+    return _in_tower(name).startswith("post_layernorm.") or bool(match and int(match[1]) >= layer)
 
 
-def projector_depth(names: Iterable[str]) -> int:
-    """Return how many linear layers the projector among the tensors has, 0 without one."""
-    return len({name.removeprefix(PROJECTOR).partition(".")[0] for name in names if name.startswith(PROJECTOR)})
+def require_two_layers(names: Iterable[str], where: object) -> None:
+    """Refuse weights whose projector is not ours.
+
+    Raises:
+        ModelError: there is none, or it has another number of linear layers.
+    """
+    layers = {name.removeprefix(PROJECTOR).partition(".")[0] for name in names if name.startswith(PROJECTOR)}
+    if len(layers) != len(LINEARS):
+        raise ModelError(
+            f"{where}: its projector has {len(layers)} linear layers; only those of 2 can be read (XTuner's projector "
+            "depth 2, LLaVA's mlp2x_gelu)"
+        )
 
 
 def from_live(state: Mapping[str, Tensor], text_config: Any, *, internlm2: bool) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ def _model_fields(model: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
 
 
 def _data_fields(dataset: Any, where: str) -> dict[str, Any]:
-    """Return the fields of [data]; data sets with a picture folder each must be joined by the user, and are left out."""
+    """Return the fields of [data]; data sets with a picture folder each are left out: the user joins them."""
     parts = dataset.get("datasets", [dataset]) if isinstance(dataset, dict) else []
     parts = [part for part in parts if isinstance(part, dict) and "data_path" in part]
     if not parts:

@@ -14,8 +14,8 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.errors import ModelError
 from dianjing.formats.source import open_foreign
-from dianjing.formats.xtuner import LINEARS, live_parts, projector_depth
 from dianjing.formats.xtuner import PROJECTOR as FOREIGN_PROJECTOR
+from dianjing.formats.xtuner import live_parts, require_two_layers
 from dianjing.model.language import name_some
 
 TRAINABLE = "trainable.safetensors"
@@ -88,11 +88,7 @@ def _foreign_projector(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
     weights = open_foreign(path, optimizer=False).weights
-    if projector_depth(weights) != len(LINEARS):
-        raise ModelError(
-            f"{path}: its projector has {projector_depth(weights)} linear layers; only those of 2 can be read (XTuner's "
-            "projector depth 2, LLaVA's mlp2x_gelu)"
-        )
+    require_two_layers(weights, path)
     parts = [live_parts(name, weight, None) for name, weight in weights.items() if name.startswith(FOREIGN_PROJECTOR)]
     return {name.removeprefix(PROJECTOR): weight for part in parts for name, weight in part.items()}
 

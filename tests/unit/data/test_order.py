@@ -73,7 +73,7 @@ def in_words(lengths: list[int], batch: int, seed: int) -> list[int]:
     swapped = groups[longest][0]
     groups[longest][0] = groups[0][0]
     groups[0][0] = swapped
-    return sum(groups, [])
+    return [index for members in groups for index in members]
 
 
 LENGTHS = st.lists(st.integers(-60, 60).filter(bool), min_size=1, max_size=90)

@@ -15,8 +15,12 @@ from dianjing.config.load import load_recipe
 from dianjing.errors import CheckpointError, ConfigError, DataError, DianjingError, ModelError
 from dianjing.formats.pickle import read_checkpoint
 from dianjing.formats.run import Wishes, import_run
+from dianjing.model.weights import trainable_state
 from dianjing.train.checkpoint import damage, newest, read_state
 from dianjing.train.loop import train
+from dianjing.use.load import load_for_use
+from tests.conftest import MakeRecipe
+from tests.seers import seer_of
 from tests.tiny import TinyDataset, write_clip, write_llm
 from tests.xtuner import XTUNER
 from tests.xtuner_writer import client_state, write_iter
@@ -178,3 +182,35 @@ def test_the_state_says_which_recipe(tmp_path: Path) -> None:
     state = json.loads((newest(tmp_path / "run") / "state.json").read_text(encoding="utf-8"))
     assert state["recipe"]["train.learning_rate"] == 0.002
     assert state["data"] == {"fingerprint": ""}
+
+
+def test_a_lora_folder_of_llava_is_a_run_with_its_numbers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("finetune", language_model={"tuning": "lora", "lora_alpha": 6.0})
+    learned = trainable_state(seer_of(recipe).model)
+    folder = tmp_path / "llava-lora"
+    folder.mkdir()
+    adapter, rest = {}, {}
+    for name, weight in learned.items():
+        if ".lora_" in name:
+            inside = name.replace("model.language_model.", "model.").replace(".default.", ".")
+            adapter[f"base_model.model.{inside}"] = weight
+        else:
+            inside = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+            inside = inside.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
+            rest[f"base_model.model.{inside}"] = weight.half()
+    torch.save(adapter, folder / "adapter_model.bin")
+    torch.save(rest, folder / "non_lora_trainables.bin")
+    lora = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.05, "bias": "none"}
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**lora, "base_model_name_or_path": recipe.language_model.folder}), encoding="utf-8"
+    )
+    config = {"mm_vision_tower": recipe.vision_tower.folder, "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    import_run(folder, tmp_path / "run", Wishes(template="vicuna"))
+    seer = load_for_use(str(tmp_path / "run"), "cpu")
+    assert seer.encoder.template.name == "vicuna"
+    assert seer.recipe
+    assert (seer.recipe.language_model.lora_alpha, seer.recipe.language_model.lora_dropout) == (6, 0.05)
+    for name, weight in trainable_state(seer.model).items():
+        assert torch.equal(weight, learned[name] if ".lora_" in name else learned[name].half().float())
