@@ -32,7 +32,6 @@ RUNS = {
     "lora on the head": ("finetune", {"language_model": {"tuning": "lora", "lora_head": True}}),
     "full": ("finetune", {"language_model": {"tuning": "full"}, "vision_tower": {"tuning": "full"}}),
     "crop": ("finetune", {**LORA, "data": {"aspect": "crop"}}),
-    "vicuna": ("finetune", {"language_model": {"tuning": "lora", "template": "vicuna"}}),
 }
 
 
@@ -56,6 +55,16 @@ def test_export_equals_run(make_recipe: MakeRecipe, tmp_path: Path, run: str) ->
     assert receipt["max_logit_difference"] == max(case.logit_difference for case in cases)
     assert receipt["conversations"] == receipt["equal_answers"] == len(cases)
     assert [60, 20] in [size for case in receipt["cases"] for size in case["image_sizes"]]
+
+
+def test_turns_that_end_with_eos(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Vicuna's template, for a tokenizer without chat marks: BOS begins each turn."""
+    folder = write_llm(tmp_path / "llm")
+    for file in folder.glob("*token*.json"):
+        file.write_text(file.read_text().replace("|im_start|", "mark-1").replace("|im_end|", "mark-2"))
+    language_model = {"folder": str(folder), "template": "vicuna", "tuning": "lora"}
+    proof = export(seer_of(make_recipe("finetune", language_model=language_model)), tmp_path / "out", conversations())
+    assert all(case.equal for case in proof.cases)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
@@ -121,6 +130,13 @@ def break_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def break_row(folder: Path) -> None:
+    """Of a token that no conversation has."""
+    weights = load_file(folder / "model.safetensors")
+    weights[EMBEDDING][317, 3] += 1e-6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def lose_prefix(folder: Path) -> None:
     """What transformers 5 itself would write, as 4.x reads it: a tower of random weights."""
     weights = load_file(folder / "model.safetensors")
@@ -138,6 +154,7 @@ def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
 
 CORRUPTIONS = {
     "a weight": break_weight,
+    "a row nobody reads": break_row,
     "a layer is lost": lose_prefix,
     "pictures are cropped": edit_json("preprocessor_config.json", do_pad=False),
     "another mean": edit_json("preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),

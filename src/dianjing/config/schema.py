@@ -9,6 +9,7 @@ Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
 Frozen = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
+Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
 
 
@@ -78,7 +79,8 @@ class DataConfig:
     on_bad_record: OnBad = "error"
     pack_tokens: int = 4096
     """Most positions (pictures expanded) in one forward pass; records share a pack without seeing each other."""
-    order: Literal["shuffle", "sequential"] = "shuffle"
+    order: Order = "shuffle"
+    """"length_grouped": batches of like length, with and without pictures apart (XTuner's finetune)."""
     workers: int = -1
     """Processes that decode pictures beside the training process; -1 = as the machine has cores when it trains on
     a GPU, none on a CPU."""

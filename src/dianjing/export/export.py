@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from safetensors import SafetensorError
+
 from dianjing.errors import DianjingError, ExportError
 from dianjing.export.card import write_card
 from dianjing.export.receipt import Proof, drawn_cases, write_receipt
@@ -63,19 +65,19 @@ def export(
     """
     require_free(out)
     module = _module(format, options)
-    out.parent.mkdir(parents=True, exist_ok=True)
     unproven = out.with_name(f"{out.name}.unproven")
-    shutil.rmtree(unproven, ignore_errors=True)
-    unproven.mkdir()
     try:
+        shutil.rmtree(unproven, ignore_errors=True)
+        unproven.mkdir(parents=True)
         module.save(seer, unproven, options)
         proof = _prove(module, seer, unproven, [*conversations, *drawn_cases()], options)
         write_receipt(seer, unproven, format, proof)
         write_card(seer, unproven, format, module.LOADING, proof)
         unproven.rename(out)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out}: cannot be written: {error}; make room, or choose another place") from error
+    finally:
         shutil.rmtree(unproven, ignore_errors=True)
-        raise
     return proof
 
 
@@ -87,6 +89,20 @@ def require_free(out: Path) -> None:
     """
     if out.exists():
         raise ExportError(f"{out}: already there; remove it or give another name")
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin to write what will not fit.
+
+    Raises:
+        ExportError: the disk has too little room; both numbers are named.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ExportError(
+            f"{folder}: the export takes {needed_bytes:,} bytes, but only {free:,} are free on this disk; make room "
+            "or choose another place"
+        )
 
 
 def _module(format: str, options: Options) -> Any:

@@ -20,7 +20,7 @@ from dianjing.data.image import ImageProcessor
 from dianjing.data.record import with_markers, without_markers
 from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
-from dianjing.export.export import Options
+from dianjing.export.export import Options, require_space
 from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_state, with_image_row
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import (
@@ -29,7 +29,7 @@ from dianjing.export.receipt import (
     Proof,
     logit_difference,
     pixel_difference,
-    run_logits,
+    run_forms,
 )
 from dianjing.export.tokenizer import save_tokenizer
 from dianjing.model.language import name_some
@@ -39,6 +39,8 @@ from dianjing.use.load import TEMPLATE_KEY
 SHARD_SIZE = "5GB"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPARED = "stock transformers reading the folder (AutoModelForImageTextToText, AutoProcessor) against the run"
+SCALED = ("gemma", "gemma2")
+"""LLMs before which older readers scale picture features as if they were words."""
 LOADING = """\
 ```python
 from PIL import Image
@@ -68,7 +70,7 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
         raise ExportError(f"{seer.name} is a text-only model; train it first, then export the run")
     text_config = cast(Any, model.config.text_config)
     weights = hub_state(_merged(seer), DTYPES[options.dtype])
-    _save_weights(weights, folder)
+    save_weights(weights, folder)
 
     chat_template = jinja(encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
     max_length = text_config.max_position_embeddings
@@ -82,10 +84,10 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
         image_token_id=encoder.image_token_id,
         dtype=DTYPES[options.dtype],
     )
-    _write_json(folder / "config.json", config | {TEMPLATE_KEY: encoder.template.name})
-    _write_json(folder / "generation_config.json", _generation_config(seer))
-    _write_json(folder / "preprocessor_config.json", preprocessor_config(seer.image_processor))
-    _write_json(folder / "processor_config.json", _processor_config(model.config))
+    write_json(folder / "config.json", config | {TEMPLATE_KEY: encoder.template.name})
+    write_json(folder / "generation_config.json", _generation_config(seer))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(seer.image_processor))
+    write_json(folder / "processor_config.json", _processor_config(model.config))
 
 
 def _merged(seer: Seer) -> dict[str, Tensor]:
@@ -121,22 +123,25 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
     cases = []
     for number, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
         asked = inputs[number]
-        ours = run_logits(seer, conversation, answer)
+        ours, theirs = run_forms(seer, conversation, answer), _logits(model, asked, answer)
         case = Case(
             question=conversation.question,
             image_sizes=[image.size for image in conversation.images],
             same_ids=asked["input_ids"][0].tolist() == prepare(seer, conversation).input_ids,
             pixel_difference=pixel_difference(seer, conversation, asked.get("pixel_values")),
-            logit_difference=logit_difference(ours, _logits(model, asked, answer)),
-            largest_logit=ours.abs().max().item(),
+            logit_difference=max(logit_difference(one, theirs) for one in ours),
+            largest_logit=ours[0].abs().max().item(),
             same_answer=_answer(model, asked) == answer,
         )
         if rounded:
             logits, said = rounded[number]
-            difference = logit_difference(ours, logits)
+            difference = logit_difference(ours[0], logits)
             case = replace(case, rounding_difference=difference, rounded_same_answer=said == answer)
         cases.append(case)
-    return Proof(cases=cases, compared=COMPARED, notes=_notes(cases, options.dtype))
+    notes = _notes(cases, options.dtype)
+    if cast(Any, seer.model.config.text_config).model_type in SCALED:
+        notes += ("transformers 4 multiplies picture features before a Gemma by sqrt(hidden_size): read it with 5",)
+    return Proof(cases=cases, compared=COMPARED, notes=notes)
 
 
 def _notes(cases: Sequence[Case], dtype: str) -> tuple[str, ...]:
@@ -251,14 +256,17 @@ def _generation_config(seer: Seer) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write weights as safetensors, in several files and an index where they are large."""
+    require_space(folder, sum(weight.nbytes for weight in weights.values()))
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

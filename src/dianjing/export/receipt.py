@@ -35,6 +35,7 @@ TOLERANCE = 1e-4
 """Largest difference of two fp32 logits, on the scale of the largest logit when that is above 1."""
 PIXEL_TOLERANCE = 1e-5
 ANSWER_TOKENS = 16
+Logits = Float[Tensor, "tokens vocab"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tole
     cases = []
     answers, others = (generate_ids(one, conversations, ANSWER_TOKENS) for one in (seer, other))
     for conversation, answer, other_answer in zip(conversations, answers, others, strict=True):
-        ours, theirs = run_logits(seer, conversation, answer), run_logits(other, conversation, answer)
+        ours, theirs = run_forms(seer, conversation, answer), run_logits(other, conversation, answer)
         images = list(conversation.images)
         cases.append(
             Case(
@@ -113,8 +114,8 @@ def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tole
                 image_sizes=[image.size for image in images],
                 same_ids=prepare(other, conversation).input_ids == prepare(seer, conversation).input_ids,
                 pixel_difference=pixel_difference(seer, conversation, _pixels(other, conversation)),
-                logit_difference=logit_difference(ours, theirs),
-                largest_logit=ours.abs().max().item(),
+                logit_difference=max(logit_difference(one, theirs) for one in ours),
+                largest_logit=ours[0].abs().max().item(),
                 same_answer=other_answer == answer,
                 tolerance=tolerance,
             )
@@ -165,9 +166,9 @@ def _complaint(case: Case) -> str:
     return f"{case.question!r}: " + ", ".join(part for part in what if part)
 
 
-def logit_difference(ours: Float[Tensor, "tokens vocab"], theirs: Float[Tensor, "tokens wider"]) -> float:
-    """Return the largest difference over the run's vocabulary; infinite when the positions are not the same."""
-    if ours.shape[0] != theirs.shape[0] or theirs.shape[1] < ours.shape[1]:
+def logit_difference(ours: Logits, theirs: Logits) -> float:
+    """Return the largest difference over our vocabulary; infinite for another number of tokens."""
+    if ours.shape[0] != theirs.shape[0] or ours.shape[1] > theirs.shape[1]:
         return float("inf")
     return (ours - theirs[:, : ours.shape[1]].to(ours.device)).abs().max().item()
 
@@ -180,14 +181,25 @@ def pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | No
     return (ours - pixels.cpu()).abs().max().item() if ours.shape == pixels.shape else float("inf")
 
 
-def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
-    """Return the run's logits over prompt and answer, its adapters computed apart from the weights they stand on.
+def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
+    """Return the run's logits over prompt and answer, its adapters computed apart from the weights they stand on."""
+    with _adapters_apart(seer.model):
+        return _logits(seer, conversation, answer)
 
-    Training and answering in fp32 multiply with the sum, which is also what an export holds: that alone would
-    compare a sum with itself.
+
+def run_forms(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> list[Logits]:
+    """Return the run's logits with its adapters apart, and as it computes them itself.
+
+    In fp32 it multiplies with the sum of weight and adapter, which is also what a merged export holds: that alone
+    would compare a sum with itself.
     """
+    itself = [_logits(seer, conversation, answer)] if _adapted(seer.model) else []
+    return [run_logits(seer, conversation, answer), *itself]
+
+
+def _logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
     decoder, head = language_parts(seer.model)
-    with answering(seer.model), _adapters_apart(seer.model):
+    with answering(seer.model):
         embeddings, _ = left_padded(seer, [prepare(seer, conversation)])
         tail = seer.model.get_input_embeddings()(torch.tensor([answer[:-1]], device=embeddings.device).long())
         hidden = decoder(inputs_embeds=torch.cat([embeddings, tail], 1), use_cache=False).last_hidden_state
@@ -197,7 +209,7 @@ def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) ->
 @contextmanager
 def _adapters_apart(model: nn.Module) -> Iterator[None]:
     """Let every adapted layer compute as peft does: the weight's product, and beside it the adapter's."""
-    adapted = [module for module in model.modules() if isinstance(module, PeftLinear)]
+    adapted = _adapted(model)
     for module in adapted:
         module.forward = MethodType(PeftLinear.forward, module)
     try:
@@ -205,6 +217,10 @@ def _adapters_apart(model: nn.Module) -> Iterator[None]:
     finally:
         for module in adapted:
             del module.forward
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PeftLinear)]
 
 
 def _pixels(seer: Seer, conversation: Conversation) -> Float[Tensor, "images 3 height width"] | None:

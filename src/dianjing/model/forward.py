@@ -74,7 +74,9 @@ def image_features(
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
     pixel_values = pixel_values.to(config.dtype)
     with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        hidden = tower.embeddings(pixel_values)
+        if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
+            hidden = tower.pre_layrnorm(hidden)
         for layer in tower.encoder.layers[: num_tower_layers(model)]:
             hidden = layer(hidden, None)
     if config.vision_feature_select_strategy == "default":

@@ -58,7 +58,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     with log.busy("loading the models"):
         built = build(recipe, accelerator.device, fresh_projector=resume)
     log.show(str(built.report))
-    if recipe.stage == "finetune" and not recipe.projector.init_from:
+    if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
         log.warn("the projector starts from nothing; projector.init_from takes it from a pretrain run")
     stage = apply_stage(built.model, recipe)
     log.show(stage)
@@ -89,6 +89,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
         watch=Watch(built.model.model.multi_modal_projector),
     )
     _take_all_steps(parts, state, log, samples, run)
+    log.peak_memory(accelerator.device)
     log.show(f"done: {run} holds the checkpoint, loss.png and train.jsonl; try: dianjing chat {run} --image PICTURE")
     return run
 
@@ -124,6 +125,7 @@ def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], flo
         parts.dataset.num_records,
         seed=parts.recipe.seed,
         mode=parts.recipe.data.order,
+        lengths=parts.dataset.modality_lengths,
         global_batch_size=parts.recipe.train.global_batch_size,
         rank=parts.accelerator.process_index,
         world_size=parts.accelerator.num_processes,

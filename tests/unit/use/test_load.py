@@ -45,9 +45,13 @@ def test_what_is_no_model_is_refused(make_recipe: MakeRecipe, tmp_path: Path) ->
         load_for_use(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"neither recipe\.toml"):
         load_for_use(str(tmp_path))
-    siglip = {"model_type": "llava", "vision_config": {"model_type": "siglip_vision_model"}}
-    (tmp_path / "config.json").write_text(json.dumps(siglip))
-    with pytest.raises(ModelError, match="siglip_vision_model"):
+    other = {"model_type": "llava", "vision_config": {"model_type": "pixtral"}}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ModelError, match='its vision tower is "pixtral"'):
+        load_for_use(str(tmp_path))
+    layers = {"vision_config": {"model_type": "clip_vision_model"}, "vision_feature_layer": [-2, -5]}
+    (tmp_path / "config.json").write_text(json.dumps(other | layers))
+    with pytest.raises(ModelError, match="features of several layers"):
         load_for_use(str(tmp_path))
 
 
