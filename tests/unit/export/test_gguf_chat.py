@@ -34,9 +34,7 @@ def trained(name: str, history: list[tuple[str, str]], question: str) -> str:
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @pytest.mark.parametrize("marker", [MEDIA, "<__media_7Hq0Xz__>"])
-@pytest.mark.parametrize(
-    ("count", "question"), [(1, "What colour?"), (2, "Which?\nSay it."), (1, ""), (0, "Hi")]
-)
+@pytest.mark.parametrize(("count", "question"), [(1, "What colour?"), (2, "Which?\nSay it."), (1, ""), (0, "Hi")])
 def test_a_prompt_is_what_training_saw(name: str, marker: str, count: int, question: str) -> None:
     """llama-server joins pictures and text to one string without a newline, and names pictures at random."""
     expected = trained(name, HISTORY, with_markers(question, count))
