@@ -225,8 +225,10 @@ def _llama_case(seer: Seer, asked: Asked, run: Tensor, rounded: Tensor, reply: R
     run, rounded = run[-len(answer) :], rounded[-len(answer) :]
     largest = rounded.abs().max().item()
     tolerance = LLAMA_TOLERANCE.get(kind, BLOCK_TOLERANCE)
-    # What llama.cpp chooses must be as good as the best: two tokens closer than its arithmetic may change places.
+    same = _greedy(logits, answer) == _greedy(rounded, answer)
+    # Two tokens closer than llama.cpp's arithmetic may change places: no fault, and no equality to boast of.
     lost = rounded.max(-1).values - rounded.gather(-1, logits.argmax(-1, keepdim=True))[:, 0]
+    as_good = lost.max().item() <= tolerance * max(1.0, largest)
     return Case(
         question=conversation.question,
         image_sizes=[image.size for image in conversation.images],
@@ -234,7 +236,7 @@ def _llama_case(seer: Seer, asked: Asked, run: Tensor, rounded: Tensor, reply: R
         pixel_difference=None,
         logit_difference=logit_difference(rounded, logits),
         largest_logit=largest,
-        same_answer=lost.max().item() <= tolerance * max(1.0, largest),
+        same_answer=same or (None if as_good else False),
         tolerance=tolerance,
         rounding_difference=logit_difference(run, logits),
         rounded_same_answer=_greedy(logits, answer) == answer,
