@@ -35,6 +35,7 @@ def seer_of(recipe: Recipe) -> Seer:
         tokenizer=built.tokenizer,
         encoder=built.encoder,
         image_processor=built.image_processor,
+        recipe=recipe,
     )
 
 

@@ -13,16 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dianjing.errors import ExportError
-from dianjing.export import export as module
-from dianjing.export.export import export
-from dianjing.export.hf import save_hf
+from dianjing.export import hf
+from dianjing.export.export import Options, export
 from dianjing.export.layout import EMBEDDING, HEAD
-from dianjing.export.receipt import ANSWER_TOKENS, compare, drawn_cases
+from dianjing.export.receipt import ANSWER_TOKENS, drawn_cases
 from dianjing.use.generate import Conversation, Seer, generate_ids
 from dianjing.use.load import load_for_use
 from tests.conftest import MakeRecipe
 from tests.seers import conversations, picture, seer_of, text_seer
 from tests.tiny import write_llm
+
+save = hf.save
 
 LORA = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
 RUNS = {
@@ -31,7 +32,6 @@ RUNS = {
     "lora on the head": ("finetune", {"language_model": {"tuning": "lora", "lora_head": True}}),
     "full": ("finetune", {"language_model": {"tuning": "full"}, "vision_tower": {"tuning": "full"}}),
     "crop": ("finetune", {**LORA, "data": {"aspect": "crop"}}),
-    "vicuna": ("finetune", {"language_model": {"tuning": "lora", "template": "vicuna"}}),
 }
 
 
@@ -45,7 +45,7 @@ def test_export_equals_run(make_recipe: MakeRecipe, tmp_path: Path, run: str) ->
     stage, sections = RUNS[run]
     seer = seer_of(make_recipe(stage, **sections))
     alone = [one for one in conversations() if not one.history]
-    cases = export(seer, tmp_path / "out", alone)
+    cases = export(seer, tmp_path / "out", alone).cases
     assert len(cases) == len(alone) + len(drawn_cases())
     for case in cases:
         assert case.equal
@@ -57,6 +57,16 @@ def test_export_equals_run(make_recipe: MakeRecipe, tmp_path: Path, run: str) ->
     assert [60, 20] in [size for case in receipt["cases"] for size in case["image_sizes"]]
 
 
+def test_turns_that_end_with_eos(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Vicuna's template, for a tokenizer without chat marks: BOS begins each turn."""
+    folder = write_llm(tmp_path / "llm")
+    for file in folder.glob("*token*.json"):
+        file.write_text(file.read_text().replace("|im_start|", "mark-1").replace("|im_end|", "mark-2"))
+    language_model = {"folder": str(folder), "template": "vicuna", "tuning": "lora"}
+    proof = export(seer_of(make_recipe("finetune", language_model=language_model)), tmp_path / "out", conversations())
+    assert all(case.equal for case in proof.cases)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head", [False, True])
@@ -65,7 +75,7 @@ def test_tied_weights_stay_tied_unless_the_head_learned(
 ) -> None:
     folder = write_llm(tmp_path / "llm", tie_word_embeddings=tied, rope_theta=5e5)
     seer = seer_of(make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora", "lora_head": head}))
-    assert all(case.equal for case in export(seer, tmp_path / "out"))
+    assert all(case.equal for case in export(seer, tmp_path / "out").cases)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert (HEAD in weights) == (head or not tied)
     assert weights[EMBEDDING].shape[0] % 64 == 0
@@ -120,6 +130,13 @@ def break_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def break_row(folder: Path) -> None:
+    """Of a token that no conversation has."""
+    weights = load_file(folder / "model.safetensors")
+    weights[EMBEDDING][317, 3] += 1e-6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def lose_prefix(folder: Path) -> None:
     """What transformers 5 itself would write, as 4.x reads it: a tower of random weights."""
     weights = load_file(folder / "model.safetensors")
@@ -137,6 +154,7 @@ def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
 
 CORRUPTIONS = {
     "a weight": break_weight,
+    "a row nobody reads": break_row,
     "a layer is lost": lose_prefix,
     "pictures are cropped": edit_json("preprocessor_config.json", do_pad=False),
     "another mean": edit_json("preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
@@ -150,26 +168,26 @@ CORRUPTIONS = {
 def test_a_corrupted_export_is_not_kept(
     seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corruption: str
 ) -> None:
-    def save_and_corrupt(seer: Seer, folder: Path) -> None:
-        save_hf(seer, folder)
+    def save_and_corrupt(seer: Seer, folder: Path, options: Options) -> None:
+        save(seer, folder, options)
         CORRUPTIONS[corruption](folder)
 
     if corruption == "it never stops":
         stop = generate_ids(seer, drawn_cases()[:1], 4)[0][2]
         monkeypatch.setattr("dianjing.use.generate.stop_sequences", lambda seer: [(stop,)])
         monkeypatch.setattr("dianjing.export.hf.stop_sequences", lambda seer: [(stop,)])
-    monkeypatch.setattr(module, "save_hf", save_and_corrupt)
+    monkeypatch.setattr(hf, "save", save_and_corrupt)
     with pytest.raises(ExportError, match=r"not kept"):
         export(seer, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_an_export_that_cannot_be_read_is_not_kept(seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_and_forget(seer: Seer, folder: Path) -> None:
-        save_hf(seer, folder)
+    def save_and_forget(seer: Seer, folder: Path, options: Options) -> None:
+        save(seer, folder, options)
         (folder / "config.json").unlink()
 
-    monkeypatch.setattr(module, "save_hf", save_and_forget)
+    monkeypatch.setattr(hf, "save", save_and_forget)
     with pytest.raises(ExportError, match="cannot be read back"):
         export(seer, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -189,13 +207,13 @@ def test_a_text_model_is_not_exported(tiny_llm: Path, tmp_path: Path) -> None:
 
 def test_large_weights_are_sharded(seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dianjing.export.hf.SHARD_SIZE", "100KB")
-    assert all(case.equal for case in export(seer, tmp_path / "out"))
+    assert all(case.equal for case in export(seer, tmp_path / "out").cases)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     shutil.rmtree(tmp_path / "out")
 
 
 def test_the_comparison_sees_a_picture_that_is_not_looked_at(seer: Seer, tmp_path: Path) -> None:
-    save_hf(seer, tmp_path)
+    hf.save(seer, tmp_path, Options())
     other = [Conversation((), one.question, [picture(*image.size) for image in one.images]) for one in drawn_cases()]
-    before, after = compare(seer, tmp_path, drawn_cases()[:1]), compare(seer, tmp_path, other[:1])
+    before, after = (hf.prove(seer, tmp_path, cases[:1], Options()).cases for cases in (drawn_cases(), other))
     assert before[0].largest_logit != after[0].largest_logit

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,17 +30,21 @@ from dianjing.use.generate import (
     prepare,
 )
 from tests.conftest import MakeRecipe
+from tests.recipe_models import write_family
 from tests.readers.read_export import ANSWER_TOKENS
 from tests.seers import seer_of
 from tests.tiny import write_llm
 
 READERS = [python for python in os.environ.get("DIANJING_READER_PYTHON", "").split(os.pathsep) if python]
-RUNS = {
-    "lora": {},
-    "tied": {"tie_word_embeddings": True},
-    "rope": {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "crop": {},
+RUNS: dict[str, Callable[[Path], Path]] = {
+    "lora": write_llm,
+    "tied": partial(write_llm, tie_word_embeddings=True),
+    "rope": partial(write_llm, rope_theta=1e6, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    "crop": write_llm,
+    **{kind: partial(write_family, kind=kind) for kind in ("internlm2", "qwen2", "qwen3", "mistral", "phi3")},
+    "gemma3_text": partial(write_family, kind="gemma3_text", sliding_window=512),
 }
+"""Name -> what writes the LLM; not Gemma 1, before which transformers 4.57 scales picture features (`hf.SCALED`)."""
 
 pytestmark = pytest.mark.skipif(
     not READERS, reason="DIANJING_READER_PYTHON is not set: NOT checked that transformers 4.57 reads an export"
@@ -47,9 +53,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(params=list(RUNS))
 def seer(request: pytest.FixtureRequest, make_recipe: MakeRecipe, tmp_path: Path) -> Seer:
-    folder = write_llm(tmp_path / "llm", **RUNS[request.param])
     sections = {
-        "language_model": {"folder": str(folder), "tuning": "lora"},
+        "language_model": {"folder": str(RUNS[request.param](tmp_path / "llm")), "tuning": "lora"},
         "vision_tower": {"tuning": "lora"},
         "data": {"aspect": "crop" if request.param == "crop" else "pad"},
     }

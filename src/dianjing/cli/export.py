@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -14,6 +14,7 @@ from dianjing.config.load import load_recipe
 from dianjing.errors import DataError
 
 if TYPE_CHECKING:
+    from dianjing.export.receipt import Proof
     from dianjing.use.generate import Conversation
 
 NAME = "export"
@@ -34,6 +35,15 @@ class Arguments:
     """LLaVA JSON to compare run and export on; the run's own if not given."""
     images: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Folder of its pictures; the data file's own if not given."""
+    format: Literal["hf", "adapter", "xtuner", "llava", "gguf"] = "hf"
+    """hf: merged, for transformers, vLLM and others; adapter: only what was learned; xtuner, llava: for those
+    programs; gguf: for llama.cpp and Ollama."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the weights written."""
+    quantize: str = "f16"
+    """Type of the language model's weights in a GGUF."""
+    verify: bool = False
+    """Let llama.cpp itself answer from a GGUF, too."""
 
 
 def run(arguments: list[str]) -> int:
@@ -41,21 +51,31 @@ def run(arguments: list[str]) -> int:
     given = parse(Arguments, arguments, NAME, SUMMARY)
 
     # Slow to import, so a typing error is said before.
-    from dianjing.export.export import export, require_free
+    from dianjing.export.export import Options, export, require_free
     from dianjing.use.load import load_for_use
 
     require_free(given.out)
     notices = Console(stderr=True)
     conversations = real_conversations(given, notices)
-    cases = export(load_for_use(given.run, "cpu"), given.out, conversations)
-    difference = max(case.logit_difference for case in cases)
-    notices.print(
-        f"run and export agree on {len(cases)} conversations: same tokens, same pixels, same greedy answers, "
-        f"logits within {difference:.1e} (parity.json)",
-        soft_wrap=True,
-    )
+    options = Options(dtype=given.dtype, quantize=given.quantize, verify=given.verify)
+    proof = export(load_for_use(given.run, "cpu"), given.out, conversations, given.format, options)
+    notices.print(said(proof), soft_wrap=True, highlight=False, markup=False)
     print(given.out)
     return 0
+
+
+def said(proof: Proof) -> str:
+    """Return what the receipt says, in a few lines."""
+    cases = proof.cases
+    same = ["tokens"] * all(case.same_ids for case in cases)
+    same += ["pixels"] * all(case.pixel_difference is not None for case in cases)
+    same += ["greedy answers"] * all(case.same_answer for case in cases)
+    lines = [
+        f"run and export agree on {len(cases)} conversations: same {', '.join(same) or 'logits'}, "
+        f"logits within {proof.max_logit_difference:.1e} (parity.json)",
+        *proof.notes,
+    ]
+    return "\n".join(lines)
 
 
 def real_conversations(given: Arguments, notices: Console) -> list[Conversation]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,12 +16,16 @@ from dianjing.errors import ConfigError, DianjingError
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
     "recipes": "list the shipped recipes, or copy one to edit",
+    "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
     "show": "show what the model sees of each record, and what it learns from it",
+    "check": "find everything that is wrong with a data set, and put right what is certain",
     "train": "train what a recipe says",
+    "import": "make a run of a checkpoint of XTuner or LLaVA",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",
     "compare": "put the answers of several models beside the pictures, on one HTML page",
     "export": "write a run as a Hugging Face LLaVA folder that equals it",
+    "serve": "answer over HTTP as OpenAI's API does, on this machine",
 }
 """Each is the module of that name here, imported only when it is called; the text is its SUMMARY."""
 
@@ -65,6 +70,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on some CPUs it advertises a package
     return importlib.import_module(f"dianjing.cli.{verb}").run(arguments)
 
 

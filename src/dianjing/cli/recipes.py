@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from tyro.conf import Positional, arg
 
 from dianjing.cli.flags import parse
@@ -36,26 +37,31 @@ def run(arguments: list[str]) -> int:
     """List the recipes, or copy one."""
     given = parse(Arguments, arguments, NAME, SUMMARY)
     if given.action == "copy":
-        print(_copy(given.name, given.dest))
+        print(copy_shipped(shipped_recipes(), given.name, given.dest, "recipe"))
     else:
         _list()
     return 0
 
 
 def _list() -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    console = Console(highlight=False, markup=False)
     for name, path in shipped_recipes().items():
-        table.add_row(name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
-    Console().print(table)
+        purpose = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        console.print(name, style="bold")
+        console.print(Padding(purpose, (0, 0, 0, 4)))
 
 
-def _copy(name: str, destination: Path) -> Path:
-    shipped = shipped_recipes()
+def copy_shipped(shipped: Mapping[str, Path], name: str, destination: Path, noun: str) -> Path:
+    """Copy a file that comes with the package to a file or a folder, and return where it now is.
+
+    Raises:
+        ConfigError: there is no such file, or none may be written there.
+    """
     if name not in shipped:
-        wrong = f"{name}: no such shipped recipe" if name else "copy which recipe?"
+        wrong = f"{name}: no such shipped {noun}" if name else f"copy which {noun}?"
         offer = "".join(f"; did you mean '{other}'?" for other in nearest(name, shipped))
         raise ConfigError(f"{wrong}; there are {', '.join(shipped)}{offer}")
-    target = destination / f"{name}.toml" if destination.is_dir() else destination
+    target = destination / shipped[name].name if destination.is_dir() else destination
     if target.exists():
         raise ConfigError(f"{target}: it already exists; remove it, or name another file")
     if not target.parent.is_dir():

@@ -100,8 +100,8 @@ def run_demo(out: Path, sizes: Sizes, console: Console) -> Results:
             results.stages[name] = _score(load_for_use(str(out / name)), data)
     console.rule("export")
     with _timed(results, "export", console, "merging, writing, reading back, comparing"):
-        cases = export(load_for_use(str(out / "finetune"), "cpu"), out / "export")
-        results.parity = max(case.logit_difference for case in cases)
+        proof = export(load_for_use(str(out / "finetune"), "cpu"), out / "export")
+        results.parity = proof.max_logit_difference
     (out / "results.json").write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
     return results
 

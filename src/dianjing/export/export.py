@@ -1,19 +1,62 @@
-"""Seer -> a folder others can load, which is kept only if it answers as the run does."""
+"""Seer -> a folder others can load, in one of FORMATS, which is kept only if it answers as the run does.
+
+A format is a module with
+
+    LOADING: str                                            Markdown for its model card: how it is loaded
+    save(seer, folder, options) -> None                     writes it into an existing folder
+    prove(seer, folder, conversations, options) -> Proof    reads it back as its readers do, and compares
+
+Both raise ExportError, with the reason, for what the format cannot hold.
+"""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
-from dianjing.errors import ExportError
-from dianjing.export.hf import save_hf
-from dianjing.export.receipt import Case, compare, drawn_cases, write_receipt
+from safetensors import SafetensorError
+
+from dianjing.errors import DianjingError, ExportError
+from dianjing.export.card import write_card
+from dianjing.export.receipt import Proof, drawn_cases, write_receipt
 from dianjing.use.generate import Conversation, Seer
 
+FORMATS = {
+    "hf": "dianjing.export.hf",
+    "adapter": "dianjing.export.adapter",
+    "xtuner": "dianjing.export.xtuner",
+    "llava": "dianjing.export.llava",
+    "gguf": "dianjing.export.gguf",
+}
+"""Name of a format -> its module, imported only when it is asked for."""
 
-def export(seer: Seer, out: Path, conversations: Sequence[Conversation] = ()) -> list[Case]:
-    """Write the model to `out` with its receipt, and return what was compared.
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user can choose; a format that a choice means nothing to refuses it when it is not the default."""
+
+    dtype: Dtype = "fp32"
+    """Of the weights written."""
+    quantize: str = "f16"
+    """GGUF's type of the language model's weights."""
+    verify: bool = False
+    """Also let the format's own program answer (GGUF: llama.cpp)."""
+
+
+def export(
+    seer: Seer,
+    out: Path,
+    conversations: Sequence[Conversation] = (),
+    format: str = "hf",
+    options: Options = Options(),
+) -> Proof:
+    """Write the model to `out` with its receipt and model card, and return what was compared.
 
     It is written beside `out` and gets its name last: a folder of that name is a proven export.
 
@@ -21,19 +64,21 @@ def export(seer: Seer, out: Path, conversations: Sequence[Conversation] = ()) ->
         ExportError: `out` exists, the model cannot be exported, or the export does not equal the run.
     """
     require_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    module = _module(format, options)
     unproven = out.with_name(f"{out.name}.unproven")
-    shutil.rmtree(unproven, ignore_errors=True)
-    unproven.mkdir()
     try:
-        save_hf(seer, unproven)
-        cases = _compare(seer, unproven, [*conversations, *drawn_cases()])
-        write_receipt(seer, unproven, cases)
-        unproven.rename(out)
-    except BaseException:
         shutil.rmtree(unproven, ignore_errors=True)
-        raise
-    return cases
+        unproven.mkdir(parents=True)
+        module.save(seer, unproven, options)
+        proof = _prove(module, seer, unproven, [*conversations, *drawn_cases()], options)
+        write_receipt(seer, unproven, format, proof)
+        write_card(seer, unproven, format, module.LOADING, proof)
+        unproven.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out}: cannot be written: {error}; make room, or choose another place") from error
+    finally:
+        shutil.rmtree(unproven, ignore_errors=True)
+    return proof
 
 
 def require_free(out: Path) -> None:
@@ -46,8 +91,32 @@ def require_free(out: Path) -> None:
         raise ExportError(f"{out}: already there; remove it or give another name")
 
 
-def _compare(seer: Seer, folder: Path, conversations: Sequence[Conversation]) -> list[Case]:
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin to write what will not fit.
+
+    Raises:
+        ExportError: the disk has too little room; both numbers are named.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ExportError(
+            f"{folder}: the export takes {needed_bytes:,} bytes, but only {free:,} are free on this disk; make room "
+            "or choose another place"
+        )
+
+
+def _module(format: str, options: Options) -> Any:
+    if format not in FORMATS:
+        raise ExportError(f'there is no export format "{format}"; there are {", ".join(FORMATS)}')
+    if options.dtype not in get_args(Dtype):
+        raise ExportError(f'dtype "{options.dtype}" is none of {", ".join(get_args(Dtype))}')
+    return importlib.import_module(FORMATS[format])
+
+
+def _prove(module: Any, seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
     try:
-        return compare(seer, folder, conversations)
+        return module.prove(seer, folder, conversations, options)
+    except DianjingError:
+        raise
     except Exception as error:  # whatever stops a stranger from reading it
         raise ExportError(f"the export cannot be read back, so it is not kept: {error}") from error

@@ -20,6 +20,8 @@ from dianjing.model.vision import num_image_tokens
 VOCAB_MULTIPLE = 64
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
+LIVE_EMBEDDING = "model.language_model.embed_tokens.weight"
+LIVE_HEAD = "lm_head.weight"
 _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -42,33 +44,56 @@ def hub_name(live: str) -> str:
     raise ExportError(f"weight {live!r} is of no part of a LLaVA; the export would lose it")
 
 
-def hub_state(state: Mapping[str, Tensor], image_token_id: int, stand_in_id: int) -> dict[str, Tensor]:
-    """Return the weights under the hub's names, with a vocabulary that holds the image token.
+def with_image_row(state: Mapping[str, Tensor], image_token_id: int, stand_in_id: int) -> dict[str, Tensor]:
+    """Return live weights with a vocabulary that holds the image token.
 
     New rows repeat the row of `stand_in_id` (BOS), so that greedy decoding never chooses them: at equal logits
-    the lower id wins. The head is left out where it is the embedding itself (tied).
+    the lower id wins. Tied weights stay one tensor.
     """
-    renamed = {hub_name(name): tensor for name, tensor in state.items()}
-    tied = renamed[HEAD] is renamed[EMBEDDING]
-    for name in (EMBEDDING, HEAD):
-        rows = renamed[name].shape[0]
-        if image_token_id >= rows:
-            missing = -(-(image_token_id + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE - rows
-            stand_in = renamed[name][stand_in_id].expand(missing, -1)
-            renamed[name] = torch.cat([renamed[name], stand_in])
+    tied = state[LIVE_HEAD] is state[LIVE_EMBEDDING]
+    longer = {name: _longer(state[name], image_token_id, stand_in_id) for name in (LIVE_EMBEDDING, LIVE_HEAD)}
     if tied:
-        del renamed[HEAD]
-    return {name: tensor.contiguous() for name, tensor in renamed.items()}
+        longer[LIVE_HEAD] = longer[LIVE_EMBEDDING]
+    return {**state, **longer}
 
 
-def hub_config(config: LlavaConfig, *, vocab_size: int, tied: bool, image_token_id: int) -> dict[str, Any]:
+def _longer(rows: Tensor, image_token_id: int, stand_in_id: int) -> Tensor:
+    """Return rows up to a multiple of VOCAB_MULTIPLE where the image token has none."""
+    if image_token_id < rows.shape[0]:
+        return rows
+    missing = -(-(image_token_id + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE - rows.shape[0]
+    return torch.cat([rows, rows[stand_in_id].expand(missing, -1)])
+
+
+def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return live weights under the hub's names; the head is left out where it is the embedding itself (tied).
+
+    Raises:
+        ExportError: a weight is too large for `dtype`.
+    """
+    tied = state[LIVE_HEAD] is state[LIVE_EMBEDDING]
+    written: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if tied and name == LIVE_HEAD:
+            continue
+        rounded = weight.to(dtype).contiguous()
+        if not rounded.isfinite().all():
+            raise ExportError(f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; take bf16")
+        written[hub_name(name)] = rounded
+    return written
+
+
+def hub_config(
+    config: LlavaConfig, *, vocab_size: int, tied: bool, image_token_id: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """Return config.json; both spellings where the two generations of readers differ."""
     text_config, vision_config = cast(Any, config.text_config), cast(Any, config.vision_config)
-    text = _part_config(text_config) | {"vocab_size": vocab_size, "tie_word_embeddings": tied}
+    kind = str(dtype).removeprefix("torch.")
+    text = part_config(text_config, kind) | {"vocab_size": vocab_size, "tie_word_embeddings": tied}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "torch_dtype": "float32",
+        "torch_dtype": kind,
         "image_token_index": image_token_id,
         "image_token_id": image_token_id,
         "image_seq_length": num_image_tokens(vision_config, config.vision_feature_select_strategy),
@@ -78,17 +103,22 @@ def hub_config(config: LlavaConfig, *, vocab_size: int, tied: bool, image_token_
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "tie_word_embeddings": tied,
         "text_config": text,
-        "vision_config": _part_config(vision_config),
+        "vision_config": part_config(vision_config, kind),
     }
 
 
-def _part_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return a part's configuration as 4.x writes it: rope_theta and rope_scaling apart, torch_dtype."""
+def part_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
+    """Return the configuration of the LLM or the tower as 4.x writes it: rope_theta and rope_scaling apart, torch_dtype."""
     values = config.to_dict()
-    for name in ("dtype", "transformers_version", "_name_or_path", "architectures"):
+    for name in ("dtype", "transformers_version", "_name_or_path", "architectures", "quantization_config"):
         values.pop(name, None)
     rope = values.pop("rope_parameters", None)
-    if rope:
+    if rope and "rope_theta" in rope:
         values["rope_theta"] = rope.pop("rope_theta")
         values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-    return values | {"torch_dtype": "float32"}
+    elif rope:
+        # Gemma 3: one set for its layers with a window, one for those without.
+        full, sliding = rope["full_attention"], rope["sliding_attention"]
+        values["rope_theta"], values["rope_local_base_freq"] = full.pop("rope_theta"), sliding["rope_theta"]
+        values["rope_scaling"] = None if full.get("rope_type", "default") == "default" else full
+    return values | {"torch_dtype": dtype}

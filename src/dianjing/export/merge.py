@@ -22,7 +22,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     as one tensor under both names, unless an adapter on the head has untied them.
     """
     modules: dict[str, Any] = dict(model.named_modules())
-    adapted = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
+    adapted: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
     merged: dict[str, Tensor] = {}
     same: dict[int, Tensor] = {}
     for name, weight in model.state_dict(keep_vars=True).items():

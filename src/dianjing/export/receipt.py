@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
+from peft.tuners.lora import Linear as PeftLinear
 from PIL import Image
-from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch import Tensor, nn
 
-from dianjing.constants import IMAGE_MARKER
-from dianjing.data.record import with_markers, without_markers
+from dianjing import __version__
+from dianjing.data.record import with_markers
 from dianjing.errors import ExportError
 from dianjing.use.generate import (
     Conversation,
@@ -31,30 +33,61 @@ from dianjing.use.generate import (
 
 TOLERANCE = 1e-4
 """Largest difference of two fp32 logits, on the scale of the largest logit when that is above 1."""
+PIXEL_TOLERANCE = 1e-5
 ANSWER_TOKENS = 16
+Logits = Float[Tensor, "tokens vocab"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One conversation, answered by the run and by the export."""
+    """One conversation, answered by the run and by the export; None = a thing this format has not."""
 
     question: str
     image_sizes: list[tuple[int, int]]
     """(width, height) before preprocessing."""
-    same_ids: bool
+    same_ids: bool | None
     """The export's chat template and processor give the ids that training used."""
-    pixel_difference: float
+    pixel_difference: float | None
     logit_difference: float
     """Over every position of prompt and answer and the run's whole vocabulary."""
     largest_logit: float
-    same_answer: bool
+    same_answer: bool | None
     """Token for token, greedy."""
+    tolerance: float = TOLERANCE
+    """Of logit_difference, on the scale of the largest logit when that is above 1."""
+    rounding_difference: float | None = None
+    """What writing fewer bits costs in logits: measured and told, not judged."""
+    rounded_same_answer: bool | None = None
+    """Whether the answer survives that; also told, not judged."""
 
     @property
     def equal(self) -> bool:
         """Whether the export may be trusted to answer as the run does."""
-        close = self.logit_difference <= TOLERANCE * max(1.0, self.largest_logit)
-        return self.same_ids and self.pixel_difference <= 1e-5 and close and self.same_answer
+        close = self.logit_difference <= self.tolerance * max(1.0, self.largest_logit)
+        pixels = self.pixel_difference is None or self.pixel_difference <= PIXEL_TOLERANCE
+        return self.same_ids is not False and pixels and close and self.same_answer is not False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was compared, and what a reader of the receipt must know beside the figures."""
+
+    cases: list[Case]
+    notes: tuple[str, ...] = ()
+    compared: str = "the folder, read back, against the run"
+    """What was compared against what, in words."""
+
+    @property
+    def max_logit_difference(self) -> float:
+        """Largest of all cases."""
+        return max(case.logit_difference for case in self.cases)
+
+    @property
+    def max_rounding_difference(self) -> float | None:
+        """Largest of all cases; None when no bits were saved."""
+        return max(
+            (case.rounding_difference for case in self.cases if case.rounding_difference is not None), default=None
+        )
 
 
 def drawn_cases() -> list[Conversation]:
@@ -68,42 +101,35 @@ def drawn_cases() -> list[Conversation]:
     ]
 
 
-def compare(seer: Seer, folder: Path, conversations: Sequence[Conversation]) -> list[Case]:
-    """Return how the model in `folder`, read as a stranger would read it, answers beside the run."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    model = model.to(seer.model.device).eval()
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    answers = generate_ids(seer, conversations, ANSWER_TOKENS)
+def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tolerance: float = TOLERANCE) -> list[Case]:
+    """Return how another model, read back by our own code, answers beside the run."""
     cases = []
-    for conversation, answer in zip(conversations, answers, strict=True):
-        prompt = prepare(seer, conversation)
-        text = processor.apply_chat_template(_messages(conversation), add_generation_prompt=True)
-        images = list(conversation.images) or None
-        inputs = processor(text=text, images=images, return_tensors="pt").to(model.device)
-        ids = inputs["input_ids"][0].tolist()
-        ours, theirs = _run_logits(seer, conversation, answer), _export_logits(model, inputs, answer)
-        same_length = ours.shape[0] == theirs.shape[0]
-        gap = (ours - theirs[:, : ours.shape[1]]).abs().max().item() if same_length else float("inf")
+    answers, others = (generate_ids(one, conversations, ANSWER_TOKENS) for one in (seer, other))
+    for conversation, answer, other_answer in zip(conversations, answers, others, strict=True):
+        ours, theirs = run_forms(seer, conversation, answer), run_logits(other, conversation, answer)
+        images = list(conversation.images)
         cases.append(
             Case(
                 question=conversation.question,
-                image_sizes=[image.size for image in conversation.images],
-                same_ids=ids == prompt.input_ids,
-                pixel_difference=_pixel_difference(seer, conversation, inputs.get("pixel_values")),
-                logit_difference=gap,
-                largest_logit=ours.abs().max().item(),
-                same_answer=_export_answer(model, inputs) == answer,
+                image_sizes=[image.size for image in images],
+                same_ids=prepare(other, conversation).input_ids == prepare(seer, conversation).input_ids,
+                pixel_difference=pixel_difference(seer, conversation, _pixels(other, conversation)),
+                logit_difference=max(logit_difference(one, theirs) for one in ours),
+                largest_logit=ours[0].abs().max().item(),
+                same_answer=other_answer == answer,
+                tolerance=tolerance,
             )
         )
     return cases
 
 
-def write_receipt(seer: Seer, folder: Path, cases: Sequence[Case]) -> Path:
+def write_receipt(seer: Seer, folder: Path, format: str, proof: Proof) -> Path:
     """Write parity.json beside the weights and return its path.
 
     Raises:
         ExportError: the export does not equal the run.
     """
+    cases = proof.cases
     wrong = [case for case in cases if not case.equal]
     if wrong:
         raise ExportError(
@@ -111,13 +137,17 @@ def write_receipt(seer: Seer, folder: Path, cases: Sequence[Case]) -> Path:
             f"kept; the first: {_complaint(wrong[0])}"
         )
     receipt: dict[str, Any] = {
+        "format": format,
         "source": seer.name,
-        "read_with": {"transformers": transformers.__version__, "torch": torch.__version__},
-        "tolerance": TOLERANCE,
-        "max_logit_difference": max(case.logit_difference for case in cases),
-        "max_pixel_difference": max(case.pixel_difference for case in cases),
-        "equal_prompts": sum(case.same_ids for case in cases),
-        "equal_answers": sum(case.same_answer for case in cases),
+        "compared": proof.compared,
+        "notes": list(proof.notes),
+        "versions": {"dianjing": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+        "tolerance": max(case.tolerance for case in cases),
+        "max_logit_difference": proof.max_logit_difference,
+        "max_rounding_difference": proof.max_rounding_difference,
+        "max_pixel_difference": max(case.pixel_difference or 0.0 for case in cases),
+        "equal_prompts": sum(bool(case.same_ids) for case in cases),
+        "equal_answers": sum(bool(case.same_answer) for case in cases),
         "conversations": len(cases),
         "cases": [asdict(case) for case in cases],
     }
@@ -128,31 +158,46 @@ def write_receipt(seer: Seer, folder: Path, cases: Sequence[Case]) -> Path:
 
 def _complaint(case: Case) -> str:
     what = [
-        "other prompt tokens" if not case.same_ids else "",
-        f"pixels differ by {case.pixel_difference:.2g}" if case.pixel_difference > 1e-5 else "",
+        "other prompt tokens" if case.same_ids is False else "",
+        f"pixels differ by {case.pixel_difference:.2g}" if (case.pixel_difference or 0.0) > PIXEL_TOLERANCE else "",
         f"logits differ by {case.logit_difference:.2g} (largest logit {case.largest_logit:.3g})",
-        "another greedy answer" if not case.same_answer else "",
+        "another greedy answer" if case.same_answer is False else "",
     ]
     return f"{case.question!r}: " + ", ".join(part for part in what if part)
 
 
-def _messages(conversation: Conversation) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    for question, answer in conversation.history:
-        messages += [_message(question), {"role": "assistant", "content": answer}]
-    return [*messages, _message(conversation.question)]
+def logit_difference(ours: Logits, theirs: Logits) -> float:
+    """Return the largest difference over our vocabulary; infinite for another number of tokens."""
+    if ours.shape[0] != theirs.shape[0] or ours.shape[1] > theirs.shape[1]:
+        return float("inf")
+    return (ours - theirs[:, : ours.shape[1]].to(ours.device)).abs().max().item()
 
 
-def _message(question: str) -> dict[str, Any]:
-    """Return the user's message; pictures as content parts where that says the same as the text."""
-    count, text = question.count(IMAGE_MARKER), without_markers(question)
-    if not count or question != with_markers(text, count):
-        return {"role": "user", "content": question}
-    parts: list[dict[str, Any]] = [*[{"type": "image"}] * count, *([{"type": "text", "text": text}] if text else [])]
-    return {"role": "user", "content": parts}
+def pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | None) -> float:
+    """Return how far another program's pixel values are from those the run is fed."""
+    ours = _pixels(seer, conversation)
+    if ours is None or pixels is None:
+        return 0.0 if ours is None and pixels is None else float("inf")
+    return (ours - pixels.cpu()).abs().max().item() if ours.shape == pixels.shape else float("inf")
 
 
-def _run_logits(seer: Seer, conversation: Conversation, answer: list[int]) -> Float[Tensor, "tokens vocab"]:
+def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
+    """Return the run's logits over prompt and answer, its adapters computed apart from the weights they stand on."""
+    with _adapters_apart(seer.model):
+        return _logits(seer, conversation, answer)
+
+
+def run_forms(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> list[Logits]:
+    """Return the run's logits with its adapters apart, and as it computes them itself.
+
+    In fp32 it multiplies with the sum of weight and adapter, which is also what a merged export holds: that alone
+    would compare a sum with itself.
+    """
+    itself = [_logits(seer, conversation, answer)] if _adapted(seer.model) else []
+    return [run_logits(seer, conversation, answer), *itself]
+
+
+def _logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
     decoder, head = language_parts(seer.model)
     with answering(seer.model):
         embeddings, _ = left_padded(seer, [prepare(seer, conversation)])
@@ -161,25 +206,27 @@ def _run_logits(seer: Seer, conversation: Conversation, answer: list[int]) -> Fl
         return head(hidden[0]).float()
 
 
-@torch.inference_mode()
-def _export_logits(model: Any, inputs: Any, answer: list[int]) -> Float[Tensor, "tokens vocab"]:
-    tail = torch.tensor([answer[:-1]], device=model.device).long()
-    ids = torch.cat([inputs["input_ids"], tail], 1)
-    return model(input_ids=ids, pixel_values=inputs.get("pixel_values"), use_cache=False).logits[0].float()
+@contextmanager
+def _adapters_apart(model: nn.Module) -> Iterator[None]:
+    """Let every adapted layer compute as peft does: the weight's product, and beside it the adapter's."""
+    adapted = _adapted(model)
+    for module in adapted:
+        module.forward = MethodType(PeftLinear.forward, module)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            del module.forward
 
 
-@torch.inference_mode()
-def _export_answer(model: Any, inputs: Any) -> list[int]:
-    written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    return written[0, inputs["input_ids"].shape[1] :].tolist()
+def _adapted(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PeftLinear)]
 
 
-def _pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | None) -> float:
-    if not conversation.images or pixels is None:
-        return 0.0 if not conversation.images and pixels is None else float("inf")
-    assert seer.image_processor is not None, "an export has eyes"
-    ours = torch.stack([seer.image_processor(image) for image in conversation.images])
-    return (ours - pixels.cpu()).abs().max().item() if ours.shape == pixels.shape else float("inf")
+def _pixels(seer: Seer, conversation: Conversation) -> Float[Tensor, "images 3 height width"] | None:
+    if not conversation.images or seer.image_processor is None:
+        return None
+    return torch.stack([seer.image_processor(image) for image in conversation.images])
 
 
 def _gradient(width: int, height: int) -> Image.Image:

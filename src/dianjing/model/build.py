@@ -44,10 +44,13 @@ class Built:
     report: LoadReport
 
 
-def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector: bool = False) -> Built:
+def build(
+    recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector: bool = False, move: bool = True
+) -> Built:
     """Return the model of a recipe before anything in it is frozen or adapted.
 
-    `fresh_projector` leaves projector.init_from unread: the weights of a checkpoint follow.
+    `fresh_projector` leaves projector.init_from unread: the weights of a checkpoint follow. Without `move` the model
+    stays in the CPU's memory, for a device that can only hold a shard of it.
 
     Raises:
         ModelError: a folder, a template or the projector's checkpoint does not fit.
@@ -74,7 +77,8 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     image_id = image_token_id(tokenizer)
     _require_rows(llm, tokenizer, image_id)
     model: Any = assemble(llm, tower, image_id, recipe.vision_tower.feature_layer, recipe.seed)
-    model.to(device)
+    if move:
+        model.to(device)
     prove_isolation(llm)
     if image_processor.size != tower.config.image_size:
         raise ModelError(

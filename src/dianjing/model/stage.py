@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.model.forward import num_tower_layers
 from dianjing.model.fp8 import Fp8Linear
-from dianjing.model.frozen import is_nf4, lora_layers, num_bytes, num_parameters
+from dianjing.model.frozen import is_nf4, num_bytes, num_parameters
 from dianjing.model.lora import LoraLinear
 
 PARTS = {
@@ -29,6 +30,8 @@ PARTS = {
 """How the names of a part's parameters begin."""
 
 HEAD = "lm_head"
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
 
 BEHIND_THE_ENCODER = ("post_layernorm", "head")
 """What a tower computes from its last layer (SigLIP's head pools it); the projector reads earlier ones."""
@@ -66,8 +69,9 @@ class StageReport:
         return sum(part.trainable for part in self.parts)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left")
-        for column in ("part", "tuning", "parameters", "trainable", "learning rate", "frozen as", "memory"):
+        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left", box=None)
+        table.padding, table.pad_edge = (0, 2, 0, 0), False  # all of it in 80 columns, for a 7B LLM too
+        for column in ("part", "tuning", "parameters", "trainable", "rate", "frozen as", "memory"):
             table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
         for row in self.parts:
             rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
@@ -166,10 +170,11 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
         # A list would be matched by the ends of the names, which also fit elsewhere.
         target_modules="|".join(map(re.escape, targets)),
     )
-    kinds = lora_layers() if any(map(is_nf4, model.parameters())) else {}
-    kinds |= {Fp8Linear: LoraLinear, nn.Linear: LoraLinear}
-    lora._register_custom_module(kinds)  # the first that fits; a four-bit layer is a Linear
-    inject_adapter_in_model(lora, model)
+    lora._register_custom_module({nn.Linear: LoraLinear, Fp8Linear: LoraLinear})  # a four-bit layer is a Linear
+    with warnings.catch_warnings():
+        # peft asks an FP8 layer for its sizes, and gets them.
+        warnings.filterwarnings("ignore", "Unsupported layer type")
+        inject_adapter_in_model(lora, model)
 
 
 def _share_qkv(decoder: nn.Module) -> None:
@@ -200,4 +205,4 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
 
 
 def _held_as(weight: nn.Parameter) -> str:
-    return "nf4" if is_nf4(weight) else str(weight.dtype).removeprefix("torch.")
+    return "nf4" if is_nf4(weight) else PRECISIONS.get(weight.dtype, str(weight.dtype).removeprefix("torch."))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dianjing.data.dataset import Dataset
+from dianjing.model.stage import in_units
 
 JOURNAL = "train.jsonl"
 CURVE = "loss.png"
@@ -67,6 +71,15 @@ class Log:
             self.warn(f"  skipped: {text}")
         if len(dataset.skipped) > SKIPPED_SHOWN:
             self.warn(f"  ... and {len(dataset.skipped) - SKIPPED_SHOWN} more")
+
+    def peak_memory(self, device: torch.device) -> None:
+        """Print the most memory that this process has had: what tensors took on a GPU, all of it on a CPU."""
+        if device.type == "cuda":
+            peak, of = torch.cuda.max_memory_allocated(device), "tensors on the GPU"
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the whole process"
+        self.show(f"peak memory: {in_units(peak)} ({of})")
 
     def steps(self, first_step: int, total_steps: int, log_every: int) -> StepLog:
         """Return the log of the steps after `first_step`; lines of later ones, now repeated, are dropped."""

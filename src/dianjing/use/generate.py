@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
+from dianjing.config.schema import Recipe
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.encode import Encoder
 from dianjing.data.image import ImageProcessor
@@ -33,6 +34,8 @@ class Seer:
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     image_processor: ImageProcessor | None
+    recipe: Recipe | None = None
+    """What the run was made with; None for a model folder that is no run."""
 
     @property
     def can_see(self) -> bool:

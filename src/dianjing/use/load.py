@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from dianjing.config.load import load_recipe
+from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
 from dianjing.data.template import template_for
 from dianjing.errors import ModelError
+from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
 from dianjing.model.build import build
 from dianjing.model.hub import is_hub_name
 from dianjing.model.language import load_exactly, load_language_model, read_config
@@ -33,9 +35,9 @@ TEMPLATE_KEY = "dianjing_template"
 def load_for_use(path: str, device: str | None = None) -> Seer:
     """Return the model at `path`, ready to answer; `device` None = the GPU if there is one.
 
-    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported LLaVA folder or one in the
-    layout of the hub's, or the folder of a text-only LLM ("tinyworld" too), which has no eyes; the last two may be
-    names of the hub (owner/name).
+    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported adapter or LLaVA folder or a
+    LLaVA in the layout of the hub's, or the folder of a text-only LLM ("tinyworld" too), which has no eyes; the last
+    two may be names of the hub (owner/name).
 
     Raises:
         ModelError: the folder is none of these.
@@ -65,17 +67,36 @@ def _load_run(run: Path, device: str) -> Seer:
     recipe = load_recipe(run / "recipe.toml")
     if device == "cpu":
         recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
-    checkpoint = newest(run)
+    _require_bases(recipe, run)
+    checkpoint = None if is_adapter(run) else newest(run)
     built = build(recipe, device, fresh_projector=True)
     apply_stage(built.model, recipe)
-    load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
+    if checkpoint is None:
+        load_adapter(built.model, run)
+    else:
+        load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
     return Seer(
         name=str(run),
         model=built.model.eval(),
         tokenizer=built.tokenizer,
         encoder=built.encoder,
         image_processor=built.image_processor,
+        recipe=recipe,
     )
+
+
+def _require_bases(recipe: Recipe, run: Path) -> None:
+    """Refuse a run whose base models are not where its recipe says, or an adapter on other bases than its own."""
+    for part in PARTS:
+        try:
+            resolve(getattr(recipe, part).folder, part)
+        except ModelError as error:
+            raise ModelError(
+                f"{run}: its {part.replace('_', ' ')} is not there any more ({error}); put it back, or write where it "
+                f"is now to {part}.folder in {run / 'recipe.toml'}"
+            ) from None
+    if is_adapter(run):
+        require_bases(recipe, run)
 
 
 def _load_llava(folder: Path, device: str) -> Seer:

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from dianjing.errors import ExportError
-from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_name, hub_state
+from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_name, hub_state, with_image_row
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def state(rows: int, *, tied: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("rows", "image", "padded"), [(320, 320, 384), (63, 63, 64), (384, 320, 384)])
 def test_the_image_token_gets_a_row_and_never_a_say(rows: int, image: int, padded: int) -> None:
-    written = hub_state(state(rows, tied=False), image_token_id=image, stand_in_id=1)
+    written = hub_state(with_image_row(state(rows, tied=False), image, 1), torch.float32)
     for name, first in ((EMBEDDING, 2.0), (HEAD, 102.0)):
         assert written[name].shape == (padded, 2)
         assert torch.equal(
@@ -53,7 +53,7 @@ def test_the_image_token_gets_a_row_and_never_a_say(rows: int, image: int, padde
 
 
 def test_a_tied_head_is_written_once() -> None:
-    assert set(hub_state(state(4, tied=True), image_token_id=4, stand_in_id=1)) == {EMBEDDING}
+    assert set(hub_state(with_image_row(state(4, tied=True), 4, 1), torch.float32)) == {EMBEDDING}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_rope_is_written_as_both_readers_know_it(rope: dict, theta: float, scali
         text_config=LlamaConfig(rope_parameters=rope, dtype="bfloat16"),
         vision_config=CLIPVisionConfig(image_size=28, patch_size=14),
     )
-    written = hub_config(config, vocab_size=384, tied=False, image_token_id=320)
+    written = hub_config(config, vocab_size=384, tied=False, image_token_id=320, dtype=torch.float32)
     text = written["text_config"]
     assert (text["rope_theta"], text["rope_scaling"]) == (theta, scaling)
     assert "rope_parameters" not in text

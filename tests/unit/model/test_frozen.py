@@ -105,7 +105,7 @@ def test_four_bits_are_counted_as_weights_and_as_bytes(make_recipe: MakeRecipe) 
         blocks = -(-numbers // 64)
         assert num_bytes(weight) == numbers // 2 + blocks + 4 * -(-blocks // 256)
     report = apply_stage(model, recipe)
-    assert report.parts[0].dtype == "float32, nf4"
+    assert report.parts[0].dtype == "fp32, nf4"
     assert report.parts[0].parameters == apply_stage(plain, unquantized(recipe)).parts[0].parameters
     console = Console(width=110, file=io.StringIO())
     console.print(report)
@@ -115,9 +115,7 @@ def test_four_bits_are_counted_as_weights_and_as_bytes(make_recipe: MakeRecipe) 
 @pytest.mark.parametrize(
     "settings", [{}, {"lora_head": True, "lora_share_qkv": True}], ids=["lora", "shared qkv and head"]
 )
-def test_it_trains_as_pefts_lora_on_the_dequantised_weights(
-    make_recipe: MakeRecipe, settings: dict[str, Any]
-) -> None:
+def test_it_trains_as_pefts_lora_on_the_dequantised_weights(make_recipe: MakeRecipe, settings: dict[str, Any]) -> None:
     recipe = make_recipe("finetune", language_model={**QLORA, **settings})
     model, dataset = prepare(recipe)
     reference = build(unquantized(recipe)).model
@@ -150,6 +148,18 @@ def test_dropout_and_checkpointing_leave_the_same_gradients(make_recipe: MakeRec
         results.append(outcome(model, [dataset.batch(range(dataset.num_records))]))
     assert_same(*results)
     assert all(gradient.any() for gradient in results[0][1].values())
+
+
+def test_bf16_is_near_fp32(make_recipe: MakeRecipe) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        settings = {**QLORA, "lora_head": True, "lora_alpha": 4.0}
+        model, dataset = prepare(make_recipe("finetune", train={"precision": precision}, language_model=settings))
+        loss, gradients = outcome(model, [dataset.batch(range(dataset.num_records))])
+        assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients.values())
+        losses.append(loss)
+    assert losses[0] != losses[1]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
 
 
 def test_answers_on_the_way_change_no_weight(make_recipe: MakeRecipe) -> None:
@@ -201,7 +211,7 @@ def test_it_is_there() -> None:
 
 def test_all_weights_of_a_four_bit_llm_cannot_train(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     save_recipe(make_recipe("finetune", language_model={"tuning": "full", "frozen": "nf4"}), tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match='tuning is "full", but language_model.frozen is "nf4"'):
+    with pytest.raises(ConfigError, match=r'tuning is "full", but language_model\.frozen is "nf4"'):
         load_recipe(tmp_path / "recipe.toml")
 
 
@@ -213,5 +223,5 @@ def test_rows_that_are_no_whole_blocks(make_recipe: MakeRecipe, tmp_path: Path) 
 
 def test_unknown_way_to_hold_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     save_recipe(make_recipe(), tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match='one of "", "nf4" is needed; did you mean "nf4"'):
+    with pytest.raises(ConfigError, match='is needed; did you mean "nf4"'):
         load_recipe(tmp_path / "recipe.toml", {"language_model.frozen": "fp4"})

@@ -13,7 +13,7 @@ from torch import nn
 
 from dianjing.model.build import build
 from dianjing.model.forward import forward_loss, num_tower_layers
-from dianjing.model.stage import apply_stage, part_of
+from dianjing.model.stage import apply_stage, in_units, part_of
 from dianjing.model.weights import trainable_state
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
@@ -106,7 +106,7 @@ def test_what_trains_is_fp32_and_the_rest_is_as_it_was(make_recipe: MakeRecipe, 
     model, report = staged(make_recipe, train={"precision": "bf16"}, language_model={"tuning": tuning})
     for name, weight in model.named_parameters():
         assert weight.dtype == (torch.float32 if weight.requires_grad else torch.bfloat16), name
-    assert report.parts[1].dtype == "bfloat16"
+    assert report.parts[1].dtype == "bf16"
 
 
 def test_bf16_is_near_fp32(make_recipe: MakeRecipe) -> None:
@@ -134,6 +134,18 @@ def test_the_report_names_each_part_and_its_rate(make_recipe: MakeRecipe) -> Non
     text = console.file.getvalue()
     assert all(word in text for word in ("language model", "vision tower", "projector", "2e-05", "0.0003"))
     assert f"{report.trainable:,}" in text
+    assert in_units(sum(row.num_bytes for row in report.parts)) in text
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
+def test_memory_is_that_of_the_weights(make_recipe: MakeRecipe, tuning: str) -> None:
+    model, report = staged(
+        make_recipe, train={"precision": "bf16"}, language_model={"tuning": tuning}, vision_tower={"tuning": tuning}
+    )
+    own = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
+    assert sum(row.num_bytes for row in report.parts) == own
+    assert in_units(3 * 2**20) == "3.0 MiB"
+    assert in_units(3 * 2**30) == "3.0 GiB"
 
 
 def test_new_weights_are_the_seeds_and_leave_other_random_numbers_alone(make_recipe: MakeRecipe) -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dianjing.train.log import Log, StepResult, read_journal
@@ -88,3 +92,14 @@ def test_without_a_terminal_there_are_lines(tmp_path: Path, capsys: pytest.Captu
         f"step {row['step']}/7  loss {row['loss']:.4f}  rate {row['learning_rate']:.2e}  4.0 samples/s"
         for row in map(json.loads, (tmp_path / "train.jsonl").read_text().splitlines())
     ]
+
+
+def test_peak_memory_is_at_least_what_is_held(tmp_path: Path) -> None:
+    held = torch.ones(2**26)  # 256 MiB
+    log = Log(tmp_path, quiet=False, write=False)
+    log.console = Console(file=io.StringIO(), width=80)
+    log.peak_memory(torch.device("cpu"))
+    text = log.console.file.getvalue()  # type: ignore[attr-defined]
+    found = re.fullmatch(r"peak memory: ([\d.]+) (MiB|GiB) \(the whole process\)\n", text)
+    assert found, text
+    assert float(found[1]) * (1024 if found[2] == "GiB" else 1) > held.nbytes / 2**20
