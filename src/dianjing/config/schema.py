@@ -19,9 +19,9 @@ class LanguageModelConfig:
     """The text LLM that gets eyes."""
 
     folder: str
-    """Folder of a Hugging Face causal LM (InternLM2's own layout too), or "tinyworld"."""
+    """Folder of a Hugging Face causal LM (InternLM2's own layout too), owner/name on the hub, or "tinyworld"."""
     template: str = ""
-    """Chat template by name (`dianjing show` lists them); "" chooses it from the model."""
+    """Chat template by name (`dianjing show` lists them), "own" = the tokenizer's; "" chooses it from the model."""
     tuning: Tuning = "frozen"
     frozen: Frozen = ""
     """How the weights of the decoder layers are held while they do not train: "nf4" (QLoRA's four bits; needs
@@ -43,7 +43,7 @@ class VisionTowerConfig:
     """The image encoder."""
 
     folder: str
-    """Folder of a CLIP vision tower, or "tinyworld"."""
+    """Folder of a CLIP or SigLIP, or of its vision tower; owner/name on the hub; or "tinyworld"."""
     feature_layer: int = -2
     """Which hidden states the projector reads, counted as Hugging Face counts them."""
     tuning: Tuning = "frozen"

@@ -53,6 +53,8 @@ class ImageProcessor:
             crop = bool(config.get("do_center_crop", "crop_size" in config))
             if crop and _side(config["crop_size"]) != size:
                 raise ValueError(f"crop_size {config['crop_size']} differs from size {config['size']}")
+            if not crop and isinstance(config["size"], Mapping) and "shortest_edge" in config["size"]:
+                raise ValueError("it makes pictures of any shape (shortest_edge, and nothing is cropped)")
             for step in ("do_resize", "do_rescale", "do_normalize"):
                 if not config.get(step, True):
                     raise ValueError(f"{step} is false")

@@ -221,5 +221,6 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     written: Any = config.get("chat_template")
-    named: list[Any] = written if isinstance(written, list) else [{"name": "default", "template": written}]
-    return next((entry["template"] for entry in named if entry.get("name") == "default"), None)
+    if not isinstance(written, list):
+        return written
+    return next((entry["template"] for entry in cast(list[Any], written) if entry["name"] == "default"), None)

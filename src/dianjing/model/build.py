@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,17 +75,13 @@ def build(
     if frozen:
         (quantize_layers if frozen == "nf4" else quantize_layers_to_fp8)(llm, device)
     tower, tower_report = load_vision_tower(tower_folder, dtype)
+    _require_size(tower, image_processor, tower_folder)
     image_id = image_token_id(tokenizer)
     _require_rows(llm, tokenizer, image_id)
     model: Any = assemble(llm, tower, image_id, recipe.vision_tower.feature_layer, recipe.seed)
     if move:
         model.to(device)
     prove_isolation(llm)
-    if image_processor.size != tower.config.image_size:
-        raise ModelError(
-            f"{tower_folder}: the tower takes pictures of {tower.config.image_size} pixels, but "
-            f"preprocessor_config.json makes them {image_processor.size}; put the tower's own file there"
-        )
     source = f"new, seed {recipe.seed}"
     if recipe.projector.init_from and not fresh_projector:
         source = f"from {load_projector(model, recipe.projector.init_from)}"
@@ -208,6 +205,15 @@ def _packed_logits(llm: Any, records: list[Tensor]) -> Float[Tensor, "tokens voc
         max_seqlen=max(lengths),
     ).last_hidden_state[0]
     return llm.get_output_embeddings()(hidden)
+
+
+def _require_size(tower: PreTrainedModel, image_processor: ImageProcessor, folder: Path) -> None:
+    """Refuse preprocessing that makes pictures of another size than the tower takes."""
+    if image_processor.size != tower.config.image_size:
+        raise ModelError(
+            f"{folder}: the tower takes pictures of {tower.config.image_size} pixels, but "
+            f"preprocessor_config.json makes them {image_processor.size}; put the tower's own file there"
+        )
 
 
 def _require_rows(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, image_id: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -52,6 +53,9 @@ INTERNLM2_SETTINGS = (
     "tie_word_embeddings",
 )
 
+BAD_CONFIG = (KeyError, TypeError, ValueError, StrictDataclassError)
+"""What a configuration class raises for values that it cannot have."""
+
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """The first that is there is read, whole or in the shards that its index names."""
 
@@ -77,7 +81,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrai
     """
     folder = Path(folder)
     config = read_config(folder)
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     _require_text_only(folder, config)
     weight_files(folder)
     if kind == "internlm2":
@@ -96,7 +100,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrai
 def _require_text_only(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a model that has eyes or ears already, and one whose weights are packed into fewer bits."""
     parts = [name for name in ("text_config", "vision_config", "audio_config") if name in config]
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""), "")
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")), "")
     if parts or "ConditionalGeneration" in architecture:
         found = f"it has {parts[-1]}" if parts else f"transformers reads it as {architecture}"
         raise ModelError(
@@ -177,7 +181,7 @@ def load_exactly(
         model, info = model_class.from_pretrained(
             **source, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+    except (*BAD_CONFIG, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
     faults = {"missing": info["missing_keys"], "left over": info["unexpected_keys"]}
     found = [f"{name_some(keys)} {fault}" for fault, keys in faults.items() if keys]
@@ -198,9 +202,21 @@ def count(model: torch.nn.Module) -> str:
     return f"{sum(weight.numel() for weight in model.parameters()):,} parameters"
 
 
+def make_config(config_class: Any, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """Return a configuration with these settings of a folder's config.json.
+
+    Raises:
+        ModelError: a value is none that it can have.
+    """
+    try:
+        return config_class(**settings)
+    except BAD_CONFIG as error:
+        raise ModelError(f"{folder}/config.json: {' '.join(str(error).split())}; copy it again") from None
+
+
 def _load_internlm2(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     settings = {name: config[name] for name in INTERNLM2_SETTINGS if name in config}
-    llama = LlamaConfig(**settings, attention_bias=bool(config.get("bias", False)))
+    llama = make_config(LlamaConfig, folder, settings | {"attention_bias": bool(config.get("bias", False))})
     weights: dict[str, Tensor] = {}
     for name, weight in read_weights(folder):
         weights |= internlm2_to_llama(name, weight, llama)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from dianjing.errors import ModelError
-from dianjing.model.language import LoadReport, count, load_exactly, read_config, read_weights
+from dianjing.model.language import LoadReport, count, load_exactly, make_config, read_config, read_weights
 
 PREFIX = "vision_model."
 """Stands before the tower's names in a whole CLIP or SigLIP, and in a tower that transformers 4 saved."""
@@ -73,10 +73,7 @@ def vision_config(folder: Path) -> Any:
     settings: dict[str, Any] = dict(config.get("vision_config") or {}) if kind == name else config
     # SigLIP's pooling head sees the patches and is not seen by them.
     pooling: dict[str, Any] = {"vision_use_head": False} if name == "siglip" else {}
-    try:
-        return TOWERS[name][0](**settings | pooling)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{folder}/config.json: not the configuration of a vision tower: {error}") from None
+    return make_config(TOWERS[name][0], folder, settings | pooling)
 
 
 def family(config: Any) -> str:

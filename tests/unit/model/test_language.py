@@ -214,6 +214,17 @@ def test_code_in_the_folder_is_not_run(folder: Path) -> None:
         load_language_model(folder, torch.float32)
 
 
+def test_a_value_that_a_config_cannot_have_is_refused(folder: Path, tmp_path: Path) -> None:
+    internlm2 = Path(shutil.copytree(INTERNLM2, tmp_path / "internlm2"))
+    for broken in (folder, internlm2):
+        change_config(broken, hidden_size="abc")
+        with pytest.raises(ModelError, match=r"'hidden_size' expected int, got str"):
+            load_language_model(broken, torch.float32)
+    change_config(folder, model_type=["llama"])
+    with pytest.raises(ModelError, match="is no text LLM"):
+        load_language_model(folder, torch.float32)
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "a JSON object is needed, not a list")])
 def test_a_config_that_is_none_is_refused(folder: Path, text: str, message: str) -> None:
     (folder / "config.json").write_text(text)
