@@ -95,10 +95,9 @@ def tiny(path: Path, models: Path, data: TinyDataset, folder: Path) -> Recipe:
     if not recipe.projector.init_from:
         return tried
     projector = build(replace(tried, seed=9)).model.model.multi_modal_projector.state_dict()
-    pretrained = folder / "pretrained"
     learned = {f"{PROJECTOR}{name}": weight for name, weight in projector.items()}
     at = TrainState(step=1, epoch=0, samples_seen=0, total_steps=1, recipe={}, data={})
-    save(pretrained, learned, {"step": torch.ones(1)}, at, keep=1)
+    pretrained = save(folder / "pretrained", learned, {"step": torch.ones(1)}, at, keep=1)
     return load_recipe(str(path), {**overrides, "projector.init_from": str(pretrained)})
 
 
