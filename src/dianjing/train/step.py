@@ -78,7 +78,8 @@ def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> list[float]
     Ranks may have unlike numbers of packs; where the engine needs like numbers, packs of no record fill them up.
     """
     device = parts.accelerator.device
-    packs = [*batches, *[_no_record(parts.dataset)] * (parts.engine.num_packs(len(batches)) - len(batches))]
+    missing = parts.engine.num_packs(len(batches)) - len(batches)
+    packs = [*batches, *(_no_record(parts.dataset) for _ in range(missing))]
     shares = [
         parts.engine.backward(batch.to(device), tokens, last=number == len(packs))
         for number, batch in enumerate(packs, start=1)
@@ -88,14 +89,15 @@ def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> list[float]
 
 def _no_record(dataset: Dataset) -> Batch:
     """Return a pack of two tokens that belong to no record, the second of them supervised."""
-    assert dataset.image_processor
-    size = dataset.image_processor.size
+    processor = dataset.image_processor
+    assert processor
     return Batch(
         input_ids=torch.zeros(2, dtype=torch.int64),
         position_ids=torch.arange(2),
         cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
         max_seqlen=2,
-        pixel_values=torch.zeros(0, 3, size, size),
+        pixels=torch.zeros(0, 3, processor.size, processor.size, dtype=torch.uint8),
+        pixel_table=processor.table(),
         image_positions=torch.zeros(0, dtype=torch.int64),
         target_rows=torch.zeros(1, dtype=torch.int64),
         targets=torch.zeros(1, dtype=torch.int64),
