@@ -155,6 +155,14 @@ class Endpoint:
     def _small_talk(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
         self._reply(handler, hit, "What a nice picture!")
 
+    def _common_knowledge(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._reply(handler, hit, "Grass is green.")
+
+    def _one_known(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        known = {"question": "What colour is grass?", "answer": "Grass is green."}
+        seen = {"question": "What is here?", "answer": f"A thing called {hit.picture[:6]}."}
+        self._reply(handler, hit, json.dumps({"pairs": [known, seen]}))
+
     def _no_usage(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
         message = {"role": "assistant", "content": pairs_about(hit.picture)}
         self._send(handler, 200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}))

@@ -61,24 +61,24 @@ def test_two_runs_on_one_journal_are_refused(make: Maker, capsys: pytest.Capture
     assert "another run is writing it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("concurrency", ["1", "4"])
+@pytest.mark.parametrize("concurrency", ["1", "8"])
 def test_the_most_it_may_cost_is_never_passed(
     make: Maker, concurrency: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make.pictures(20)
-    limits = ("--max-cost", "3", "--max-tokens", "100", "--concurrency", concurrency)
+    limits = ("--max-cost", "3", "--max-tokens", "20", "--concurrency", concurrency)
     with Endpoint(delay_seconds=0.01) as endpoint:
         assert make(endpoint, *PRICES, *limits) == 1
         said = capsys.readouterr().err
         assert "stopped: --max-cost 3" in said
-        # The worst case of a call is 1.1 or more: nothing is begun that could end above 3.
+        # Nothing is begun that could end above 3, with all that is under way.
         paid = 0.3 * len(endpoint.hits)
         assert 1.5 <= paid <= 3
         assert f"cost {paid:.4f}" in said
         before = len(endpoint.hits)
         assert make(endpoint, *PRICES, *limits) == 1
         assert len(endpoint.hits) == before
-        assert make(endpoint, *PRICES, "--max-cost", "50", "--max-tokens", "100") == 0
+        assert make(endpoint, *PRICES, "--max-cost", "50", "--max-tokens", "20") == 0
     assert set(endpoint.served.values()) == {1}
     assert len(make.records) == 20
 
@@ -120,3 +120,26 @@ def test_a_dry_run_calls_and_writes_nothing(make: Maker, capsys: pytest.CaptureF
     assert "to ask 3" in shown
     # From the one reply: 3 times 100 tokens in and 20 out.
     assert "prompt tokens about 300 reply tokens about 60 cost about 0.90" in shown
+
+
+def test_the_blind_check_asks_without_pictures_and_drops_the_same_answers(make: Maker) -> None:
+    make.pictures(3)
+    with Endpoint(lambda hit: "" if hit.picture else "common_knowledge") as endpoint:
+        assert make(endpoint) == 0
+        kept = [len(record["conversations"]) for record in make.records]
+        assert make(endpoint, "--blind-check") == 0
+        blind = [hit for hit in endpoint.hits if not hit.picture]
+        # Three pictures, the same three questions: each is asked once without them.
+        assert len(blind) == 3
+        assert len(endpoint.hits) == 3 + 3
+    assert kept == [6, 6, 6]
+    assert [len(record["conversations"]) for record in make.records] == kept
+    assert make.report["dropped"] == {}
+
+
+def test_what_the_model_knows_without_the_picture_is_dropped(make: Maker) -> None:
+    make.pictures(2)
+    with Endpoint(lambda hit: "one_known" if hit.picture else "common_knowledge") as endpoint:
+        assert make(endpoint, "--blind-check") == 0
+    assert make.report["dropped"] == {"blind": 2}
+    assert [len(record["conversations"]) for record in make.records] == [2, 2]
