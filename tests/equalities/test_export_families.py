@@ -17,7 +17,7 @@ from dianjing.export.layout import EMBEDDING, HEAD
 from dianjing.train.loop import train
 from dianjing.use.load import load_for_use
 from tests.conftest import MakeRecipe
-from tests.families import write_family
+from tests.recipe_models import write_family
 from tests.seers import conversations, seer_of
 from tests.tiny import write_llm
 from tests.xtuner import XTUNER

@@ -11,7 +11,7 @@ import pytest
 from dianjing.train.checkpoint import checkpoints, newest
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
-from tests.families import write_family
+from tests.recipe_models import write_family
 
 pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
 

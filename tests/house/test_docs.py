@@ -74,10 +74,12 @@ def names_in(lines: list[str]) -> list[str]:
 
 def test_each_dependency_is_imported_explained_and_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed, extra = names_in(project["dependencies"]), names_in(project["optional-dependencies"]["dev"])
+    extras = {name: names_in(lines) for name, lines in project["optional-dependencies"].items()}
+    testing = extras.pop("dev")
+    needed = names_in(project["dependencies"]) + [name for names in extras.values() for name in names]
     pins = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line]
     explained = re.findall(r"^\| (\w+) \|", (ROOT / "docs" / "dependencies.md").read_text("utf-8"), re.MULTILINE)
-    assert sorted(needed + extra) == sorted(names_in(pins))
+    assert sorted({*needed, *testing}) == sorted(names_in(pins))
     assert sorted(needed) == sorted(set(explained) - {"package"})
     # torch.utils.tensorboard imports tensorboard.
     assert set(needed) == {name.replace("PIL", "pillow") for name in third_party()} | {"tensorboard"}

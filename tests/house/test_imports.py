@@ -11,8 +11,8 @@ from tests.house.source import MODULES, Module
 READING_ORDER = """
 errors constants config.schema config.fields config.load tinyworld.folders
 data.record data.template data.encode data.image data.pack data.order data.collate data.dataset
-model.frozen model.language model.vision model.weights model.attention model.build model.forward
-model.fp8 model.lora model.stage model.compile model.adapter
+model.language model.vision model.weights model.attention model.frozen model.fp8 model.build model.forward
+model.lora model.stage model.compile model.adapter
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.step train.samples train.loop
 use eval export tinyworld demo cli __main__

@@ -82,7 +82,9 @@ TOWERS = {
     "models/siglip2-so400m-patch14-384": (SiglipVisionModel, SIGLIP2),
 }
 RECIPES = [
-    path for path in sorted((PACKAGE / "recipes").glob("*.toml")) if load_recipe(str(path)).language_model.folder in LLMS
+    path
+    for path in sorted((PACKAGE / "recipes").glob("*.toml"))
+    if load_recipe(str(path)).language_model.folder in LLMS
 ]
 
 

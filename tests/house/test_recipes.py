@@ -20,12 +20,11 @@ from dianjing.model.build import build
 from dianjing.model.forward import num_tower_layers
 from dianjing.model.stage import part_of
 from dianjing.model.weights import PROJECTOR
-from dianjing.train.checkpoint import newest
 from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 from dianjing.use.load import load_for_use
-from tests.families import write_family, write_siglip
 from tests.house.source import PACKAGE
+from tests.recipe_models import write_family, write_siglip
 from tests.tiny import TinyDataset, write_clip
 
 RECIPES = sorted((PACKAGE / "recipes").glob("*.toml"))
@@ -94,7 +93,9 @@ def tiny(path: Path, models: Path, data: TinyDataset, folder: Path) -> Recipe:
     projector = build(replace(tried, seed=9)).model.model.multi_modal_projector.state_dict()
     pretrained = folder / "pretrained"
     pretrained.mkdir()
-    save_file({f"{PROJECTOR}{name}": weight for name, weight in projector.items()}, pretrained / "trainable.safetensors")
+    save_file(
+        {f"{PROJECTOR}{name}": weight for name, weight in projector.items()}, pretrained / "trainable.safetensors"
+    )
     return load_recipe(str(path), {**overrides, "projector.init_from": str(pretrained)})
 
 

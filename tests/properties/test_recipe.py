@@ -47,6 +47,8 @@ def values() -> SearchStrategy[dict[str, Any]]:
 def test_saved_and_read_back(drawn: dict[str, Any]) -> None:
     for section in ("language_model", "vision_tower") if drawn["stage"] == "pretrain" else ():
         drawn[f"{section}.tuning"] = "frozen"
+    if drawn["language_model.tuning"] == "full":
+        drawn["language_model.frozen"] = ""
     drawn["train.sample_path"] += "x"
     recipe = make_recipe(drawn)
     with tempfile.TemporaryDirectory() as folder:

@@ -30,8 +30,8 @@ from dianjing.use.generate import (
     prepare,
 )
 from tests.conftest import MakeRecipe
-from tests.families import write_family
 from tests.readers.read_export import ANSWER_TOKENS
+from tests.recipe_models import write_family
 from tests.seers import seer_of
 from tests.tiny import write_llm
 

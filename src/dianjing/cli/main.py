@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on some CPUs it advertises a package
     return importlib.import_module(f"dianjing.cli.{verb}").run(arguments)
 
 

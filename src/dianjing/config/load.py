@@ -154,7 +154,7 @@ def _check_agreement(recipe: Recipe, source: str) -> None:
     if recipe.language_model.frozen and recipe.language_model.tuning == "full":
         raise ConfigError(
             f'{source}: language_model.tuning is "full", but language_model.frozen is "{recipe.language_model.frozen}" '
-            'and weights in four bits cannot train; set tuning to "lora", or frozen to ""'
+            'and weights held so cannot train; set tuning to "lora", or frozen to ""'
         )
     if recipe.train.sample_every and not recipe.train.sample_path:
         raise ConfigError(

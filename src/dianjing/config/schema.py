@@ -7,7 +7,7 @@ from typing import Literal
 
 Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
-Frozen = Literal["", "nf4"]
+Frozen = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
 OnLong = Literal["error", "skip", "truncate"]
 
@@ -23,7 +23,7 @@ class LanguageModelConfig:
     tuning: Tuning = "frozen"
     frozen: Frozen = ""
     """How the weights of the decoder layers are held while they do not train: "nf4" (QLoRA's four bits; needs
-    bitsandbytes), or "" for the run's precision."""
+    bitsandbytes), "fp8" (fastest on a GPU with FP8 units), or "" for the run's precision."""
     lora_rank: int = 64
     lora_alpha: float = 128.0
     """The adapter's output is scaled by lora_alpha / lora_rank."""

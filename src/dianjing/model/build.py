@@ -21,6 +21,7 @@ from dianjing.data.image import ImageProcessor
 from dianjing.data.template import check_template, choose_template, get_template
 from dianjing.errors import ModelError
 from dianjing.model.attention import PACKED
+from dianjing.model.fp8 import quantize_layers_to_fp8, require_fp8
 from dianjing.model.frozen import quantize_layers, require_bitsandbytes
 from dianjing.model.language import LoadReport, count, load_language_model
 from dianjing.model.vision import load_vision_tower
@@ -49,12 +50,15 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
 
     Raises:
         ModelError: a folder, a template or the projector's checkpoint does not fit.
-        ConfigError: bitsandbytes is needed and not there.
+        ConfigError: bitsandbytes, or a GPU with FP8 units, is needed and not there.
     """
-    if recipe.language_model.frozen:
-        require_bitsandbytes()
     device = torch.device(device)
     dtype = _dtype(recipe, device)
+    frozen = recipe.language_model.frozen
+    if frozen == "nf4":
+        require_bitsandbytes()
+    elif frozen == "fp8":
+        require_fp8(device, dtype)
     llm_folder = resolve(recipe.language_model.folder, "language_model")
     tower_folder = resolve(recipe.vision_tower.folder, "vision_tower")
     tokenizer = load_tokenizer(llm_folder)
@@ -63,8 +67,8 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect)
 
     llm, llm_report = load_language_model(llm_folder, dtype)
-    if recipe.language_model.frozen:
-        quantize_layers(llm, device)
+    if frozen:
+        (quantize_layers if frozen == "nf4" else quantize_layers_to_fp8)(llm, device)
     tower, tower_report = load_vision_tower(tower_folder, dtype)
     image_id = image_token_id(tokenizer)
     _require_rows(llm, tokenizer, image_id)

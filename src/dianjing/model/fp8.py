@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from dianjing.errors import ConfigError
+from dianjing.errors import ConfigError, ModelError
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -27,13 +28,11 @@ class Fp8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rows, scale = quantise(linear.weight.detach())
-        self.register_buffer("rows", rows)
-        self.register_buffer("scale", scale)
+        rows, scale = quantized(linear.weight.detach())
+        # Not called "weight": peft would give its adapters the type of that.
+        self.rows = nn.Parameter(rows, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
-
-    rows: Tensor
-    scale: Tensor
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         """Return the product in the precision of `x`."""
@@ -42,13 +41,34 @@ class Fp8Linear(nn.Module):
         product = product.unflatten(0, x.shape[:-1])
         return product if self.bias is None else product + self.bias
 
-    def dequantised(self) -> Float[Tensor, "outputs inputs"]:
+    def dequantized(self) -> Float[Tensor, "outputs inputs"]:
         """Return the weight that the layer stands for, in fp32."""
         return self.rows.float() * self.scale
 
 
-def quantise(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Float[Tensor, "rows 1"]]:
-    """Return a matrix in FP8 and the scale of each row: rows ~ quantised * scale."""
+@torch.no_grad()
+def quantize_layers_to_fp8(llm: PreTrainedModel, device: torch.device) -> None:
+    """Put the linear layers of each decoder layer on `device` in FP8; embeddings, norms and head stay as they are.
+
+    One layer at a time is there in full.
+
+    Raises:
+        ModelError: a layer has a size that the FP8 units do not take.
+    """
+    layers: Any = llm.get_decoder().layers
+    for module in [*layers.modules()]:
+        for name, linear in [*module.named_children()]:
+            if type(linear) is nn.Linear:
+                if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+                    raise ModelError(
+                        f"{type(llm).__name__}: {name} is {linear.in_features} by {linear.out_features}, no multiples "
+                        f'of {MULTIPLE}, and cannot be held in FP8; set language_model.frozen to ""'
+                    )
+                setattr(module, name, Fp8Linear(linear.to(device)))
+
+
+def quantized(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Float[Tensor, "rows 1"]]:
+    """Return a matrix in FP8 and the scale of each row: rows ~ quantized * scale."""
     scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / LARGEST
     return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
 
@@ -71,18 +91,20 @@ class _Fp8Product(torch.autograd.Function):
 
 def _product(x: Tensor, columns: Tensor, scale: Float[Tensor, "one columns"]) -> Tensor:
     """Return x @ (columns * scale) in bf16 or fp16, whichever x is in."""
-    quantised, row_scale = quantise(x)
+    quantized_x, row_scale = quantized(x)
     return torch._scaled_mm(
-        quantised, columns, scale_a=row_scale, scale_b=scale.contiguous(), out_dtype=x.dtype, use_fast_accum=True
+        quantized_x, columns, scale_a=row_scale, scale_b=scale.contiguous(), out_dtype=x.dtype, use_fast_accum=True
     )
 
 
-def require_fp8(device: torch.device) -> None:
-    """Refuse a device without FP8 units.
+def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a device without FP8 units, and arithmetic that is not theirs.
 
     Raises:
         ConfigError: the alternative is named.
     """
+    if dtype == torch.float32 and device.type == "cuda":
+        raise ConfigError('language_model.frozen is "fp8", which computes in bf16; set train.precision to "bf16"')
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"

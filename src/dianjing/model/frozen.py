@@ -7,7 +7,6 @@ in fp16; here it is the run's precision, bf16 or fp32, whose range needs no loss
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from dianjing.errors import ConfigError, ModelError
 
 BLOCK_SIZE = 64
 """Weights that share a scale; bitsandbytes 0.50.2 undoes NF4 wrongly on CPUs when a block crosses rows."""
-
-# Without the optional package `kernels`, bitsandbytes tells of a faster way on some CPUs each time it is imported.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def require_bitsandbytes() -> None:
@@ -87,7 +83,7 @@ def num_bytes(weight: Any) -> int:
 
 def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
     from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     dtype = linear.weight.dtype
     packed: Any = Linear4bit(
@@ -97,7 +93,8 @@ def _in_nf4(linear: nn.Linear, device: torch.device) -> nn.Linear:
     weight = linear.weight.to(device, torch.bfloat16)
     four_bits, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
     state.dtype = dtype
-    packed.weight = Params4bit(four_bits, quant_state=state, quant_type="nf4", bnb_quantized=True)
+    make: Any = Params4bit
+    packed.weight = make(four_bits, quant_state=state, quant_type="nf4", bnb_quantized=True)
     packed.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
     # On CPUs with AVX512-BF16 the first answer would otherwise pack the weight anew, rounded, for good.
     packed.support_avx512bf16_for_cpu = False

@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.model.forward import num_tower_layers
+from dianjing.model.fp8 import Fp8Linear
 from dianjing.model.frozen import is_nf4, num_bytes, num_parameters
 from dianjing.model.lora import LoraLinear
 
@@ -29,7 +30,7 @@ PARTS = {
 
 HEAD = "lm_head"
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
 
 BEHIND_THE_ENCODER = ("post_layernorm", "head")
 """What a tower computes from its last layer (SigLIP's head pools it); the projector reads earlier ones."""
@@ -67,8 +68,9 @@ class StageReport:
         return sum(part.trainable for part in self.parts)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left")
-        for column in ("part", "tuning", "parameters", "trainable", "learning rate", "frozen as", "memory"):
+        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left", box=None)
+        table.padding, table.pad_edge = (0, 2, 0, 0), False  # all of it in 80 columns, for a 7B LLM too
+        for column in ("part", "tuning", "parameters", "trainable", "rate", "frozen as", "memory"):
             table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
         for row in self.parts:
             rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
@@ -99,7 +101,7 @@ def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageRe
     model.model.multi_modal_projector.requires_grad_(True)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.float()
+            weight.data = weight.data.to(model.device, torch.float32)  # adapters of FP8 layers are made on the CPU
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(model)
     return _report(model, recipe)
@@ -155,7 +157,7 @@ def _checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
 
 def _linear_names(model: nn.Module, beginning: str) -> Iterator[str]:
     for name, module in model.named_modules():
-        if name.startswith(beginning) and isinstance(module, nn.Linear):
+        if name.startswith(beginning) and isinstance(module, nn.Linear | Fp8Linear):
             yield name
 
 
@@ -167,7 +169,7 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
         # A list would be matched by the ends of the names, which also fit elsewhere.
         target_modules="|".join(map(re.escape, targets)),
     )
-    lora._register_custom_module({nn.Linear: LoraLinear})
+    lora._register_custom_module({nn.Linear: LoraLinear, Fp8Linear: LoraLinear})  # a four-bit layer is a Linear
     inject_adapter_in_model(lora, model)
 
 

@@ -115,9 +115,7 @@ def test_four_bits_are_counted_as_weights_and_as_bytes(make_recipe: MakeRecipe) 
 @pytest.mark.parametrize(
     "settings", [{}, {"lora_head": True, "lora_share_qkv": True}], ids=["lora", "shared qkv and head"]
 )
-def test_it_trains_as_pefts_lora_on_the_dequantised_weights(
-    make_recipe: MakeRecipe, settings: dict[str, Any]
-) -> None:
+def test_it_trains_as_pefts_lora_on_the_dequantised_weights(make_recipe: MakeRecipe, settings: dict[str, Any]) -> None:
     recipe = make_recipe("finetune", language_model={**QLORA, **settings})
     model, dataset = prepare(recipe)
     reference = build(unquantized(recipe)).model
@@ -201,7 +199,7 @@ def test_it_is_there() -> None:
 
 def test_all_weights_of_a_four_bit_llm_cannot_train(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     save_recipe(make_recipe("finetune", language_model={"tuning": "full", "frozen": "nf4"}), tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match='tuning is "full", but language_model.frozen is "nf4"'):
+    with pytest.raises(ConfigError, match=r'tuning is "full", but language_model\.frozen is "nf4"'):
         load_recipe(tmp_path / "recipe.toml")
 
 
@@ -213,5 +211,5 @@ def test_rows_that_are_no_whole_blocks(make_recipe: MakeRecipe, tmp_path: Path) 
 
 def test_unknown_way_to_hold_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     save_recipe(make_recipe(), tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match='one of "", "nf4" is needed; did you mean "nf4"'):
+    with pytest.raises(ConfigError, match='is needed; did you mean "nf4"'):
         load_recipe(tmp_path / "recipe.toml", {"language_model.frozen": "fp4"})

@@ -15,17 +15,12 @@ from dianjing.model.build import assemble, build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage, part_of
 from tests.conftest import MakeRecipe
-from tests.families import FAMILIES, write_family, write_siglip
 from tests.packs import outcome, prepare
+from tests.recipe_models import FAMILIES, write_family, write_siglip
 
 WAYS = ("frozen", "lora", "full")
-LINEARS = {
-    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
-    **dict.fromkeys(
-        ("internlm2", "llama", "qwen2", "qwen3", "mistral", "gemma"),
-        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
-    ),
-}
+SPLIT = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+LINEARS = {kind: SPLIT for kind in FAMILIES} | {"phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}}
 """What LoRA stands on in a decoder layer."""
 REACHED = ("embeddings.", "pre_layrnorm.", "encoder.layers.0.", "encoder.layers.1.")
 """Of a tower of three layers, with the features of the last but one."""
@@ -50,21 +45,23 @@ def test_what_trains_has_a_gradient_and_nothing_else_has(
     )
     _, gradients = outcome(model, [dataset.batch(range(dataset.num_records))])
     assert all(gradient.any() for gradient in gradients.values())
-    by_part = {part: [name for name in gradients if part_of(name) == part] for part in ("language_model", "vision_tower")}
+    by_part = {
+        part: [name for name in gradients if part_of(name) == part] for part in ("language_model", "vision_tower")
+    }
     for part, tuning in (("language_model", llm), ("vision_tower", tower)):
         assert bool(by_part[part]) == (tuning != "frozen")
         assert all(("lora_" in name) == (tuning == "lora") for name in by_part[part])
     assert all(name.removeprefix("model.vision_tower.").startswith(REACHED) for name in by_part["vision_tower"])
     if llm == "full":
         decoder = dict(model.model.language_model.named_parameters())
-        assert {f"model.language_model.{name}" for name in decoder} | {"lm_head.weight"} == set(by_part["language_model"])
+        assert {f"model.language_model.{name}" for name in decoder} | {"lm_head.weight"} == set(
+            by_part["language_model"]
+        )
 
 
 @pytest.mark.parametrize("frozen", ["", "nf4"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_lora_finds_the_linears_of_each_family(
-    make_recipe: MakeRecipe, tmp_path: Path, kind: str, frozen: str
-) -> None:
+def test_lora_finds_the_linears_of_each_family(make_recipe: MakeRecipe, tmp_path: Path, kind: str, frozen: str) -> None:
     if frozen:
         pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
     folder = str(write_family(tmp_path / kind, kind))

@@ -1,0 +1,395 @@
+"""Samples a second on one GPU at the shapes of InternLM2-Chat-1.8B + CLIP ViT-L/14-336, beside padded transformers.
+
+    python benchmarks/train_speed.py --out results [--only stage1-bf16,stage2-fp8] [--steps 12] [--tiny]
+
+Inputs are made first: random weights at the true shapes, JPEG pictures of 640x480, LLaVA JSON of the lengths below.
+"ours" rows run the product's own `train`, real loader included, and read its train.jsonl. "upstream" rows run
+transformers' LlavaForConditionalGeneration as it comes: bf16 autocast over bf16 frozen weights, right padding, peft's
+LoRA, fused AdamW, batches made beforehand (their loader costs nothing), with and without gradient checkpointing. Each
+row is a process of its own. A row counts only if its losses are finite, each trainable group had a gradient, the
+adapters moved and no record was left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.flops import INTERNLM2_1_8B, flops
+from dianjing.config.schema import (
+    DataConfig,
+    LanguageModelConfig,
+    ProjectorConfig,
+    Recipe,
+    TrainConfig,
+    VisionTowerConfig,
+)
+
+ROOF = 790e12
+"""Operations a second that an H200 reaches in a large bf16 product of random matrices."""
+RECORDS = 3072
+STAGES: dict[int, dict[str, Any]] = {
+    1: {"text": (1, 9), "text_only": 0.0, "global_batch_size": 256, "pack_tokens": 16384},
+    2: {"text": (62, 416), "text_only": 0.06, "global_batch_size": 128, "pack_tokens": 12288},
+}
+"""Range of text tokens in a record, its share without picture. Means: 598 and 796 positions."""
+OURS: dict[str, dict[str, Any]] = {
+    "stage1-bf16": {"stage": 1},
+    "stage1-fp8": {"stage": 1, "frozen": "fp8"},
+    "stage2-bf16": {"stage": 2},
+    "stage2-fp8": {"stage": 2, "frozen": "fp8"},
+    "stage2-exact": {"stage": 2, "dropout": 0.05},
+}
+UPSTREAM: dict[str, dict[str, Any]] = {
+    "stage1-upstream": {"stage": 1, "checkpointing": False, "batch": 32},
+    "stage1-upstream-48": {"stage": 1, "checkpointing": False, "batch": 48},
+    "stage1-upstream-checkpointing": {"stage": 1, "checkpointing": True, "batch": 32},
+    "stage2-upstream": {"stage": 2, "checkpointing": False, "batch": 8},
+    "stage2-upstream-checkpointing": {"stage": 2, "checkpointing": True, "batch": 16},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/train_speed"))
+    parser.add_argument("--only", default="", help="rows to run, by name, with commas")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=4, help="steps that are not counted")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
+    parser.add_argument("--profile", action="store_true", help="also write what the GPU spent its time on")
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.row:
+        run_row(chosen)
+        return
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    make_inputs(chosen.work, tiny=chosen.tiny)
+    results = []
+    for name in chosen.only.split(",") if chosen.only else [*OURS, *UPSTREAM]:
+        began = time.perf_counter()
+        command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        (chosen.out / f"{name}.log").write_text(finished.stdout + finished.stderr, encoding="utf-8")
+        if finished.returncode:
+            print(f"{name}: failed: {finished.stderr.strip()[-1500:]}", flush=True)
+            continue
+        results.append(json.loads(finished.stdout.strip().splitlines()[-1]))
+        print(f"{json.dumps(results[-1])}  ({time.perf_counter() - began:.0f} s in all)", flush=True)
+    (chosen.out / "train_speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def run_row(chosen: argparse.Namespace) -> None:
+    row = ours(chosen) if chosen.row in OURS else upstream(chosen)
+    print(json.dumps(row))
+
+
+# Inputs
+
+
+def make_inputs(work: Path, *, tiny: bool) -> None:
+    """Write models, pictures and records, once."""
+    if (work / "made").is_file():
+        return
+    began = time.perf_counter()
+    write_models(work, tiny=tiny)
+    (work / "images").mkdir(parents=True)
+    count = 64 if tiny else RECORDS
+    with ProcessPoolExecutor() as processes:
+        list(processes.map(write_picture, [str(work / "images")] * count, range(count), chunksize=64))
+    for stage in STAGES:
+        write_records(work, stage, count)
+    (work / "made").touch()
+    print(f"inputs made in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def write_models(work: Path, *, tiny: bool) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from dianjing.tinyworld.folders import NAME, resolve
+
+    shape: dict[str, Any] = dict(
+        vocab_size=92544,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        rope_theta=1e6,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    )
+    tower: dict[str, Any] = dict(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    if tiny:
+        shape |= dict(
+            vocab_size=2048,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        tower |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        llm, clip = LlamaForCausalLM(LlamaConfig(**shape)), CLIPVisionModel(CLIPVisionConfig(**tower))
+    torch.set_default_dtype(torch.float32)
+    llm.save_pretrained(work / "llm")
+    clip.save_pretrained(work / "tower")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (work / "llm" / name).write_bytes((resolve(NAME, "language_model") / name).read_bytes())
+    preprocessing = json.loads((resolve(NAME, "vision_tower") / "preprocessor_config.json").read_text())
+    side = {"height": 336, "width": 336}
+    preprocessing |= {"size": {"shortest_edge": 336}, "crop_size": side}
+    (work / "tower" / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+
+
+def write_picture(folder: str, number: int) -> None:
+    """Save a JPEG of 640x480 with detail everywhere, about 80 kB."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480))
+    noise = rng.integers(0, 24, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(np.asarray(coarse) // 2 + noise).save(Path(folder) / f"{number:05d}.jpg", quality=90)
+
+
+def write_records(work: Path, stage: int, count: int) -> None:
+    from dianjing.data.encode import load_tokenizer, text_ids
+
+    tokenizer, settings = load_tokenizer(work / "llm"), STAGES[stage]
+    vocabulary = [word for word in sorted(tokenizer.get_vocab()) if word.startswith("Ġ") and word[1:].isalpha()]
+    words = [word for word in (" " + item[1:] for item in vocabulary) if len(text_ids(tokenizer, word)) == 1]
+    rng = random.Random(stage)
+    records = []
+    for number in range(count):
+        length = rng.randint(*settings["text"])
+        text_only = rng.random() < settings["text_only"]
+        asked = 0 if stage == 1 else length // 3
+        question, answer = ("".join(rng.choices(words, k=k)).strip() for k in (asked, length - asked))
+        record: dict[str, Any] = {"id": str(number)}
+        if not text_only:
+            record["image"] = f"{number:05d}.jpg"
+            question = f"<image>\n{question}".strip()
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        records.append({**record, "conversations": turns})
+    (work / f"stage{stage}.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+def recipe_of(work: Path, stage: int, *, frozen: str = "", dropout: float = 0.0, **train: Any) -> Recipe:
+    tuning: Any = "frozen" if stage == 1 else "lora"
+    settings = STAGES[stage]
+    return Recipe(
+        stage="pretrain" if stage == 1 else "finetune",
+        output=str(work / "run"),
+        language_model=LanguageModelConfig(
+            folder=str(work / "llm"),
+            tuning=tuning,
+            frozen=frozen,  # type: ignore[arg-type]
+            lora_rank=512,
+            lora_alpha=256,
+            lora_dropout=dropout,
+        ),
+        vision_tower=VisionTowerConfig(folder=str(work / "tower"), tuning=tuning, lora_dropout=dropout),
+        projector=ProjectorConfig(),
+        data=DataConfig(
+            path=str(work / f"stage{stage}.json"),
+            images=str(work / "images"),
+            pack_tokens=settings["pack_tokens"],
+            aspect="crop" if stage == 1 else "pad",
+        ),
+        train=TrainConfig(learning_rate=1e-3 if stage == 1 else 2e-4, save_every=10**9, log_every=1, **train),
+    )
+
+
+# Rows
+
+
+def ours(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Train with the product and read what it wrote."""
+    import shutil
+
+    from dianjing.train.loop import train
+
+    settings = dict(OURS[chosen.row])
+    stage = settings.pop("stage")
+    batch = 8 if chosen.tiny else STAGES[stage]["global_batch_size"]
+    recipe = recipe_of(chosen.work, stage, **settings, max_steps=chosen.steps, epochs=1000, global_batch_size=batch)
+    shutil.rmtree(recipe.output, ignore_errors=True)
+    if chosen.profile:
+        profile_steps(chosen.out / f"{chosen.row}.profile.txt", chosen.warm_up)
+    began = time.time()
+    train(recipe, quiet=False)
+    journal = Path(recipe.output) / "train.jsonl"
+    steps = [json.loads(line) for line in journal.read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    counted = steps[chosen.warm_up :]
+    assert len(steps) == chosen.steps, "steps were left out"
+    assert all(step["grad_norm"] > 0 for step in steps) and steps[-1]["loss"] < 1e4, "no gradient, or no loss"
+    seconds = [batch / step["samples_per_second"] for step in counted]
+    tokens = sum(step["supervised_tokens_per_second"] * taken for step, taken in zip(counted, seconds, strict=True))
+    return summary(chosen, stage, batch, seconds, steps) | {
+        "data_wait_share": round(sum(step["data_wait"] for step in counted) / sum(seconds), 4),
+        "first_step_seconds": round(batch / steps[0]["samples_per_second"], 1),
+        "total_seconds": round(time.time() - began, 1),
+        "supervised_tokens_per_second": round(tokens / sum(seconds)),
+    }
+
+
+def summary(
+    chosen: argparse.Namespace, stage: int, batch: int, seconds: list[float], steps: list[Any]
+) -> dict[str, Any]:
+    rate = batch / statistics.median(seconds)
+    count = lengths_of(chosen.work, stage)
+    work = flops(INTERNLM2_1_8B, stage, **count)
+    return {
+        "row": chosen.row,
+        "samples_per_second": round(rate, 2),
+        "spread": [round(batch / max(seconds), 2), round(batch / min(seconds), 2)],
+        "tokens_per_second": round(rate * count["tokens"]),
+        "share_of_roof": round(rate * work / ROOF, 3),
+        "tflop_per_sample": round(work / 1e12, 3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1) if torch.cuda.is_available() else None,
+        "losses": [round(step["loss"], 4) for step in steps[:3]] + [round(steps[-1]["loss"], 4)],
+    }
+
+
+def lengths_of(work: Path, stage: int) -> dict[str, float]:
+    """Return the means that the FLOP function needs, of the records as they are encoded."""
+    from dianjing.data.dataset import open_dataset
+
+    dataset = open_dataset(*encoder_of(work, stage))
+    lengths = dataset.lengths
+    number = len(lengths)
+    return {
+        "tokens": sum(lengths) / number,
+        "tokens_squared": sum(length**2 for length in lengths) / number,
+        "supervised": dataset.report["supervised tokens"] / number,
+        "pictures": dataset.report.get("pictures", 0) / number,
+    }
+
+
+def encoder_of(work: Path, stage: int) -> Any:
+    from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+    from dianjing.data.image import ImageProcessor
+    from dianjing.data.template import choose_template, get_template
+
+    recipe = recipe_of(work, stage)
+    tokenizer = load_tokenizer(work / "llm")
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        template=get_template(choose_template(tokenizer)),
+        num_image_tokens=576,
+        max_tokens=1472,
+        on_long_record="error",
+        image_token_id=image_token_id(tokenizer),
+    )
+    return recipe.data, encoder, ImageProcessor.from_folder(work / "tower", recipe.data.aspect)
+
+
+def profile_steps(path: Path, first: int) -> None:
+    """Let one step be profiled, after the warm-up."""
+    import dianjing.train.loop as loop
+
+    plain, taken = loop.take_step, [0]
+
+    def profiled(*arguments: Any, **named: Any) -> Any:
+        taken[0] += 1
+        if taken[0] != first:
+            return plain(*arguments, **named)
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+            result = plain(*arguments, **named)
+            torch.cuda.synchronize()
+        table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=90)
+        path.write_text(table, encoding="utf-8")
+        return result
+
+    loop.take_step = profiled
+
+
+def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Train transformers' LLaVA as it comes on padded batches of the same records."""
+    from peft.tuners.lora import Linear as PeftLinear
+    from torch.nn.utils.rnn import pad_sequence
+
+    from benchmarks.cpu_step import rows
+    from dianjing.data.dataset import open_dataset
+    from dianjing.model.build import build
+    from dianjing.model.lora import LoraLinear
+    from dianjing.model.stage import apply_stage
+    from dianjing.train.optim import make_optimizer, set_learning_rates
+
+    settings = UPSTREAM[chosen.row]
+    stage, batch_size = settings["stage"], settings["batch"] if not chosen.tiny else 4
+    recipe = recipe_of(chosen.work, stage)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = build(recipe, device)
+    apply_stage(built.model, recipe)
+    model: Any = built.model.train()
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.__class__ = PeftLinear
+    if settings["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(model, recipe)
+    set_learning_rates(optimizer, 1.0)
+    dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
+    order = torch.randperm(dataset.num_records, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = []
+    for step in range(min(chosen.steps, dataset.num_records // batch_size)):
+        batch = dataset.batch(order[step * batch_size : (step + 1) * batch_size])
+        ids, labels = rows(batch)
+        batches.append((batch.to(device), ids, labels))
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    seconds, steps = [], []
+    padding = built.tokenizer.pad_token_id
+    for batch, ids, labels in batches:
+        began = time.perf_counter()
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(
+                input_ids=pad_sequence(ids, batch_first=True, padding_value=padding).to(device),
+                attention_mask=mask,
+                labels=pad_sequence(labels, batch_first=True, padding_value=-100).to(device),
+                pixel_values=batch.pixel_values,
+                use_cache=False,
+            ).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert norm.item() > 0
+        seconds.append(time.perf_counter() - began)
+        steps.append({"loss": loss.item()})
+    return summary(chosen, stage, batch_size, seconds[chosen.warm_up :], steps) | settings
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
