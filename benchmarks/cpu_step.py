@@ -40,8 +40,9 @@ from dianjing.tinyworld.grammar import LANGUAGES, ask_several
 from dianjing.tinyworld.render import render
 from dianjing.tinyworld.scene import sample_distinct
 from dianjing.tinyworld.wording import FORMS, describe
+from dianjing.train.engine import start_engine
 from dianjing.train.optim import learning_rate_factor, make_optimizer, set_learning_rates
-from dianjing.train.step import Losses, Parts, take_step
+from dianjing.train.step import Parts, take_step
 from dianjing.train.watch import Watch
 
 RECIPE = "tinyworld_finetune"
@@ -88,10 +89,9 @@ def packed(recipe: Recipe, built: Built, dataset: Dataset) -> Step:
         recipe=recipe,
         accelerator=accelerator,
         model=model,
-        losses=accelerator.prepare_model(Losses(model)),
-        optimizer=make_optimizer(model, recipe),
+        engine=start_engine(recipe, accelerator, model),
         dataset=dataset,
-        watch=Watch(model.model.multi_modal_projector),
+        watch=Watch(),
     )
 
     def step(indices: list[int]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dianjing.config.schema import DataConfig, LanguageModelConfig, Recipe, TrainConfig, VisionTowerConfig
-from tests.tiny import TinyDataset, write_clip, write_dataset, write_llm
+from tests.tiny import TinyDataset, write_clip, write_dataset, write_llm, write_siglip
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -25,6 +25,12 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random CLIP vision tower."""
     return write_clip(tmp_path_factory.mktemp("tiny_clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random SigLIP vision tower."""
+    return write_siglip(tmp_path_factory.mktemp("tiny_siglip"))
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from dianjing.model.language import INTERNLM2_TO_LLAMA
 from tests.tiny import IMAGE_SIZE, PATCH_SIZE, write_tokenizer
 
-LLAMA3_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHATML = ("<|im_start|>", "<|im_end|>")
+MARKS = {"llama": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "vicuna": ()}
+"""The chat marks that the tokenizer of a family knows, when they are not ChatML's."""
 SHAPES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -28,6 +38,7 @@ SHAPES = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "internlm2": {},
     "llama": {},
+    "vicuna": {},
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
@@ -38,18 +49,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_family(folder: Path, kind: str, **more: Any) -> Path:
-    """Save a random LLM of a family; its tokenizer knows the chat marks of InternLM2, Qwen and Llama 3."""
-    tokenizer = write_tokenizer(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(LLAMA3_MARKS)}, replace_extra_special_tokens=False)
-    tokenizer.save_pretrained(folder)
+    """Save a random LLM of a family, with a tokenizer that knows the family's chat marks."""
+    tokenizer = _write_tokenizer(folder, MARKS.get(kind, CHATML))
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     settings = {**SHAPES, **FAMILIES.get(kind, {}), **more, **ids, "vocab_size": len(tokenizer)}
     torch.manual_seed(0)
     if kind == "internlm2":
         _write_internlm2(folder, settings)
     else:
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(folder)
+        config = AutoConfig.for_model("llama" if kind == "vicuna" else kind, **settings)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def _write_tokenizer(folder: Path, marks: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Save the tiny tokenizer with other chat marks than ChatML's two, whose places mean nothing then."""
+    tokenizer = write_tokenizer(folder)
+    if marks != CHATML:
+        for path in folder.glob("*.json"):
+            text = path.read_text(encoding="utf-8")
+            for mark in CHATML:
+                text = text.replace(mark, f"[UNUSED_{CHATML.index(mark)}]")
+            path.write_text(text, encoding="utf-8")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": [*marks]})
+        tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def _write_internlm2(folder: Path, settings: dict[str, Any]) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 IMAGE_SIZE = 28
@@ -109,6 +117,37 @@ def write_clip(folder: Path, *, seed: int = 1, **settings: Any) -> Path:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing), encoding="utf-8")
+    return folder
+
+
+def write_siglip(folder: Path, *, seed: int = 2, **settings: Any) -> Path:
+    """Save a SigLIP vision tower with its pooling head: three layers, 24 wide; its patches do not divide a picture."""
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(
+        **{
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 30,
+            "patch_size": 8,
+            **settings,
+        }
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    preprocessing = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": None,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing), encoding="utf-8")
     return folder

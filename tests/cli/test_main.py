@@ -108,7 +108,7 @@ def test_recipes_are_listed_and_copied(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tinyworld_pretain"], "no such shipped recipe; there are course_photo, tinyworld_finetune"),
+        (["tinyworld_pretain"], "no such shipped recipe; there are course_photo, "),
         ([], "copy which recipe?; there are course_photo"),
         (["tinyworld_pretain"], "did you mean 'tinyworld_pretrain'?"),
         (["tinyworld_pretrain", "there.toml"], "there.toml: it already exists"),

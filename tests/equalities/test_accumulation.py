@@ -63,7 +63,7 @@ def test_a_mean_of_means_would_be_seen(recipe: Recipe, tmp_path: Path, monkeypat
     rows, _ = outcome(recipe, tmp_path / "1x8")
 
     def mean_of_means(parts: Any, batches: Any, tokens: int) -> list[float]:
-        shares = [parts.losses(batch) / batch.num_supervised / len(batches) for batch in batches]
+        shares = [parts.engine._losses(batch) / batch.num_supervised / len(batches) for batch in batches]
         torch.stack(shares).sum().backward()
         return [share.item() for share in shares]
 

@@ -7,26 +7,22 @@ States: the adapters and the projector as a run began, and after ten steps of `x
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageChops
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dianjing.config.schema import Recipe
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Example
 from dianjing.data.image import load_image
-from dianjing.model.build import Built, build
+from dianjing.formats.run import Wishes, import_run
+from dianjing.formats.source import open_foreign
 from dianjing.model.forward import embed, forward_loss, image_features
-from dianjing.model.language import internlm2_to_llama
-from dianjing.model.stage import apply_stage
-from dianjing.model.weights import load_trainable_state
-from tests.conftest import MakeRecipe
+from dianjing.use.generate import Seer
+from dianjing.use.load import load_for_use
 from tests.xtuner import IMAGES, XTUNER, XTUNER_IMAGE_ID
 
 TINY = XTUNER / "tiny"
@@ -34,7 +30,7 @@ EXPECTED: dict[str, Any] = json.loads((TINY / "expected.json").read_text(encodin
 STATES = ("pretrain_init", "pretrain_iter_10", "finetune_init", "finetune_iter_10")
 SIZES = {"0": (97, 31), "1": (29, 113), "3": (40, 57)}
 """Record -> width and height of its picture; record 5 has none."""
-DEAD_LAYER = ".layers.2."
+LLM, TOWER = TINY / "tiny_internlm2", TINY / "tiny_clip"
 
 
 def pattern(width: int, height: int) -> Image.Image:
@@ -47,66 +43,31 @@ def pattern(width: int, height: int) -> Image.Image:
     return picture
 
 
-def live_names(stored: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Return XTuner's tensors under the names of the live model; its LoRA on a tower layer that is dead is left out."""
-    found = {}
-    for name, weight in stored.items():
-        part, _, rest = name.partition(".")
-        rest = rest.removeprefix("base_model.model.")
-        if part == "projector":
-            number = {"0": "1", "2": "2"}[rest.split(".")[1]]
-            found[f"model.multi_modal_projector.linear_{number}.{rest.split('.')[2]}"] = weight
-        elif part == "visual_encoder":
-            if DEAD_LAYER not in rest:
-                found[rest.replace("vision_model.", "model.vision_tower.")] = weight
-        elif "wqkv.lora_A" in rest:  # q, k and v share it
-            found[rest.replace("attention.wqkv", "self_attn.q_proj")] = weight
-        else:
-            found |= internlm2_to_llama(rest, weight, config)
-    return {name.replace("model.layers.", "model.language_model.layers."): found[name] for name in found}
+@pytest.fixture(scope="module")
+def restore(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a maker of models in one of the STATES, imported as a user would."""
+    folder = tmp_path_factory.mktemp("xtuner")
 
-
-def recipe_of(stage: str, recipe: Recipe) -> Recipe:
-    tuning = "lora" if stage == "finetune" else "frozen"
-    return replace(
-        recipe,
-        language_model=replace(
-            recipe.language_model,
-            folder=str(TINY / "tiny_internlm2"),
-            tuning=tuning,
-            lora_rank=4,
-            lora_alpha=2,
-            lora_head=True,
-            lora_share_qkv=True,
-        ),
-        vision_tower=replace(
-            recipe.vision_tower, folder=str(TINY / "tiny_clip"), tuning=tuning, lora_rank=2, lora_alpha=1
-        ),
-        data=replace(recipe.data, aspect="pad" if stage == "finetune" else "crop"),
-    )
-
-
-@pytest.fixture
-def restore(make_recipe: MakeRecipe) -> Any:
-    """Return a maker of models in one of the STATES."""
-
-    def make(state: str) -> Built:
-        recipe = recipe_of(state.split("_")[0], make_recipe(state.split("_")[0]))
-        built = build(recipe)
-        apply_stage(built.model, recipe)
-        stored = load_file(TINY / f"{state}.safetensors")
-        load_trainable_state(built.model, live_names(stored, built.model.config.text_config))
-        return built
+    def make(state: str) -> Seer:
+        run = folder / state
+        if not run.exists():
+            stage = state.split("_")[0]
+            config = folder / f"{stage}.py"
+            checkpoint = open_foreign(TINY / f"{stage}_iter_10.pth")
+            config.write_text(checkpoint.config, encoding="utf-8")
+            source = TINY / f"{state}.{'safetensors' if state.endswith('init') else 'pth'}"
+            import_run(source, run, Wishes(config=config, llm=str(LLM), vision_tower=str(TOWER)))
+        return load_for_use(str(run), "cpu")
 
     return make
 
 
-def batch_of(built: Built, *records: str, sizes: dict[str, tuple[int, int]] = SIZES) -> Batch:
+def batch_of(seer: Seer, *records: str, sizes: dict[str, tuple[int, int]] = SIZES) -> Batch:
     examples, pixels = [], []
     for record in records:
         images = (record,) * (record in sizes)
-        pixels += [built.image_processor.pixels(pattern(*sizes[image])) for image in images]
-        input_ids, labels = expanded(built, **EXPECTED["records"][record])
+        pixels += [seer.image_processor.pixels(pattern(*sizes[image])) for image in images]
+        input_ids, labels = expanded(seer, **EXPECTED["records"][record])
         examples.append(
             Example(
                 id=record,
@@ -119,29 +80,29 @@ def batch_of(built: Built, *records: str, sizes: dict[str, tuple[int, int]] = SI
                 index=0,
             )
         )
-    image_id = built.encoder.image_token_id
-    return collate(examples, pixels, image_token_id=image_id, image_processor=built.image_processor)
+    image_id = seer.encoder.image_token_id
+    return collate(examples, pixels, image_token_id=image_id, image_processor=seer.image_processor)
 
 
-def expanded(built: Built, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+def expanded(seer: Seer, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
     ours: tuple[list[int], list[int]] = ([], [])
     for token, label in zip(input_ids, labels, strict=True):
         pictured = token == XTUNER_IMAGE_ID
-        times = built.encoder.num_image_tokens if pictured else 1
-        ours[0].extend([built.encoder.image_token_id if pictured else token] * times)
+        times = seer.encoder.num_image_tokens if pictured else 1
+        ours[0].extend([seer.encoder.image_token_id if pictured else token] * times)
         ours[1].extend([label] * times)
     return ours
 
 
-def logits_of(built: Built, batch: Batch) -> Tensor:
-    features = image_features(built.model, batch.pixel_values)
-    embeddings = embed(built.model, batch.input_ids, batch.image_positions, features)
-    hidden = built.model.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state
-    return built.model.lm_head(hidden)[0]
+def logits_of(seer: Seer, batch: Batch) -> Tensor:
+    features = image_features(seer.model, batch.pixel_values)
+    embeddings = embed(seer.model, batch.input_ids, batch.image_positions, features)
+    hidden = seer.model.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state
+    return seer.model.lm_head(hidden)[0]
 
 
-def mean_loss(built: Built, batch: Batch) -> float:
-    return forward_loss(built.model, batch).item() / batch.num_supervised
+def mean_loss(seer: Seer, batch: Batch) -> float:
+    return forward_loss(seer.model, batch).item() / batch.num_supervised
 
 
 @pytest.mark.parametrize("name", ["wide_97x31.png", "tall_29x113.png"])
@@ -154,8 +115,8 @@ def test_the_pattern_is_that_of_the_pictures(name: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("record", ["0", "1", "3", "5"])
 def test_logits_are_xtuners(restore: Any, state: str, record: str) -> None:
-    built, expected = restore(state), EXPECTED["states"][state]
-    logits = logits_of(built, batch_of(built, record))
+    seer, expected = restore(state), EXPECTED["states"][state]
+    logits = logits_of(seer, batch_of(seer, record))
     assert logits.argmax(-1).tolist() == expected["predictions"][record]
     torch.testing.assert_close(logits[-1, :16], torch.tensor(expected["last_logits"][record]), rtol=0, atol=3e-5)
 
@@ -163,8 +124,8 @@ def test_logits_are_xtuners(restore: Any, state: str, record: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("state", STATES)
 def test_the_loss_of_a_pack_is_xtuners(restore: Any, state: str) -> None:
-    built = restore(state)
-    assert mean_loss(built, batch_of(built, "0", "5", "1", "3")) == pytest.approx(
+    seer = restore(state)
+    assert mean_loss(seer, batch_of(seer, "0", "5", "1", "3")) == pytest.approx(
         EXPECTED["states"][state]["loss"], abs=2e-6
     )
 
@@ -172,20 +133,20 @@ def test_the_loss_of_a_pack_is_xtuners(restore: Any, state: str) -> None:
 @torch.no_grad()
 def test_losses_logged_in_training_are_ours(restore: Any) -> None:
     """Steps of the logged runs whose pictures are known, taken before the weights have moved."""
-    built = restore("finetune_init")
+    seer = restore("finetune_init")
     # The second step's two records, less the first step's: record 0 with the tall picture.
-    assert mean_loss(built, batch_of(built, "0", sizes={"0": (29, 113)})) == pytest.approx(
+    assert mean_loss(seer, batch_of(seer, "0", sizes={"0": (29, 113)})) == pytest.approx(
         2 * 6.911591 - 6.854129, abs=3e-6
     )
 
 
 def test_a_step_without_pictures_is_xtuners(restore: Any) -> None:
     """The third step of its pretrain run: two text-only records, loss 7.179591, gradient norm 0."""
-    built = restore("pretrain_init")
-    loss = forward_loss(built.model, batch_of(built, "5", "5"))
+    seer = restore("pretrain_init")
+    loss = forward_loss(seer.model, batch_of(seer, "5", "5"))
     loss.backward()
     assert loss.item() / 38 == pytest.approx(7.179591, abs=2e-6)
-    assert all((weight.grad == 0).all() for weight in built.model.model.multi_modal_projector.parameters())
+    assert all((weight.grad == 0).all() for weight in seer.model.model.multi_modal_projector.parameters())
 
 
 def test_labels_of_the_samples_are_supervised(restore: Any) -> None:

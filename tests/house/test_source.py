@@ -35,7 +35,8 @@ def unsafe(module: Module) -> Iterator[str]:
                 constant = given.get(name)
                 if isinstance(constant, ast.Constant) and constant.value is value and not is_zip(node):
                     yield f"line {node.lineno}: {name}={value}"
-            if ast.unparse(node.func) in {"torch.load", "eval", "exec"}:
+            restricted = isinstance(only := given.get("weights_only"), ast.Constant) and only.value is True
+            if ast.unparse(node.func) in {"eval", "exec", *([] if restricted else ["torch.load"])}:
                 yield f"line {node.lineno}: {ast.unparse(node.func)}"
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]

@@ -16,12 +16,16 @@ from dianjing.errors import ConfigError, DianjingError
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
     "recipes": "list the shipped recipes, or copy one to edit",
+    "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
     "show": "show what the model sees of each record, and what it learns from it",
+    "check": "find everything that is wrong with a data set, and put right what is certain",
     "train": "train what a recipe says",
+    "import": "make a run of a checkpoint of XTuner or LLaVA",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",
     "compare": "put the answers of several models beside the pictures, on one HTML page",
     "export": "write a run as a Hugging Face LLaVA folder that equals it",
+    "serve": "answer over HTTP as OpenAI's API does, on this machine",
 }
 """Each is the module of that name here, imported only when it is called; the text is its SUMMARY."""
 
@@ -58,8 +62,11 @@ def _run(verb: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         offer = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(VERBS)}"
         raise ConfigError(f"unknown verb '{verb}'{offer}")
-    # Models are folders on this machine; nothing is looked for elsewhere, whatever they name.
+    # Models are folders on this machine. No library looks elsewhere by itself, whatever a folder names; a model of the
+    # hub that the user names is downloaded in the open (model/hub.py), unless HF_HUB_OFFLINE was set before.
+    os.environ.setdefault("DIANJING_ONLINE", "0" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars

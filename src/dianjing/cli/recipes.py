@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +37,7 @@ def run(arguments: list[str]) -> int:
     """List the recipes, or copy one."""
     given = parse(Arguments, arguments, NAME, SUMMARY)
     if given.action == "copy":
-        print(_copy(given.name, given.dest))
+        print(copy_shipped(shipped_recipes(), given.name, given.dest, "recipe"))
     else:
         _list()
     return 0
@@ -50,13 +51,17 @@ def _list() -> None:
         console.print(Padding(purpose, (0, 0, 0, 4)))
 
 
-def _copy(name: str, destination: Path) -> Path:
-    shipped = shipped_recipes()
+def copy_shipped(shipped: Mapping[str, Path], name: str, destination: Path, noun: str) -> Path:
+    """Copy a file that comes with the package to a file or a folder, and return where it now is.
+
+    Raises:
+        ConfigError: there is no such file, or none may be written there.
+    """
     if name not in shipped:
-        wrong = f"{name}: no such shipped recipe" if name else "copy which recipe?"
+        wrong = f"{name}: no such shipped {noun}" if name else f"copy which {noun}?"
         offer = "".join(f"; did you mean '{other}'?" for other in nearest(name, shipped))
         raise ConfigError(f"{wrong}; there are {', '.join(shipped)}{offer}")
-    target = destination / f"{name}.toml" if destination.is_dir() else destination
+    target = destination / shipped[name].name if destination.is_dir() else destination
     if target.exists():
         raise ConfigError(f"{target}: it already exists; remove it, or name another file")
     if not target.parent.is_dir():

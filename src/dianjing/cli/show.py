@@ -25,7 +25,7 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data.dataset import Dataset, image_folder, open_dataset
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor, load_image
-from dianjing.data.template import TEMPLATES, choose_template, get_template, special_strings_missing
+from dianjing.data.template import OWN, TEMPLATES, doubts, template_for
 from dianjing.errors import ConfigError
 from dianjing.tinyworld.folders import resolve
 
@@ -46,7 +46,7 @@ class Arguments:
     """Folder of the pictures; the data file's own if not given."""
     llm: str
     """Folder of the LLM, or "tinyworld"; only its tokenizer is read."""
-    template: Annotated[str, tyro.conf.arg(help=f"Chat template: {', '.join(TEMPLATES)}.")] = ""
+    template: Annotated[str, tyro.conf.arg(help=f"Chat template: {', '.join((*TEMPLATES, OWN))}.")] = ""
     vision_tower: str = ""
     """Folder of the vision tower, or "tinyworld"; without it a picture is one image token."""
     max_tokens: int = DataConfig.max_tokens
@@ -70,11 +70,11 @@ def run(arguments: list[str]) -> int:
     )
     if chosen.out and not chosen.vision_tower:
         raise ConfigError("--out shows the pictures after preprocessing: say which --vision-tower does it")
-    dataset = open_records(chosen)
+    dataset, how = open_records(chosen)
     limit = chosen.limit if chosen.limit is not None else dataset.num_records if chosen.json else RECORDS_SHOWN
     shown = range(min(limit, dataset.num_records))
     notices = Console(stderr=True, highlight=False)
-    for line in report_lines(dataset):
+    for line in (how, *report_lines(dataset)):
         notices.print(line, markup=False, soft_wrap=True)
     for i in shown:
         print_record(dataset.example(i), dataset.encoder, as_json=chosen.json)
@@ -84,31 +84,28 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def open_records(chosen: Arguments) -> Dataset:
-    """Return the records as a run with these settings would read them, cut where they are too long."""
-    tokenizer = load_tokenizer(resolve(chosen.llm, "language_model"))
-    tower = resolve(chosen.vision_tower, "vision_tower") if chosen.vision_tower else None
+def open_records(chosen: Arguments) -> tuple[Dataset, str]:
+    """Return the records as a run with these settings would read them, cut where they are too long, and how the
+    template was chosen."""
+    tokenizer = load_tokenizer(resolve(chosen.llm, "language_model", weights=False))
+    template, how = template_for(tokenizer, chosen.template)
+    tower = resolve(chosen.vision_tower, "vision_tower", weights=False) if chosen.vision_tower else None
     encoder = Encoder(
         tokenizer=tokenizer,
-        template=get_template(chosen.template or choose_template(tokenizer)),
+        template=template,
         num_image_tokens=_num_image_tokens(tower) if tower else 1,
         max_tokens=chosen.max_tokens,
         on_long_record="truncate",
         image_token_id=image_token_id(tokenizer),
     )
     config = DataConfig(path=chosen.data, images=chosen.images, max_tokens=chosen.max_tokens, pack_tokens=sys.maxsize)
-    return open_dataset(config, encoder, ImageProcessor.from_folder(tower) if tower else None)
+    return open_dataset(config, encoder, ImageProcessor.from_folder(tower) if tower else None), how
 
 
 def report_lines(dataset: Dataset) -> Iterator[str]:
     """Yield what is worth knowing about the whole set."""
     yield counts(dataset)
-    template = dataset.encoder.template
-    if missing := special_strings_missing(template, dataset.encoder.tokenizer):
-        yield (
-            f'warning: the tokenizer reads {len(missing)} special strings of the template "{template.name}" as '
-            f"plain text ({', '.join(missing)}): is it the LLM's own template?"
-        )
+    yield from doubts(dataset.encoder.template, dataset.encoder.tokenizer)
     if cut := dataset.report["truncated"]:
         yield f"warning: records cut to {dataset.encoder.max_tokens} tokens (--max-tokens): {cut}"
 
@@ -196,10 +193,7 @@ def _inline(image: Image) -> str:
 
 def _num_image_tokens(tower: Path) -> int:
     # Imported here because it takes seconds, and only a tower needs it.
-    from transformers import CLIPVisionConfig
+    from dianjing.model.vision import num_image_tokens, select_strategy, vision_config
 
-    from dianjing.model.build import SELECT, num_image_tokens
-    from dianjing.model.language import read_config
-
-    config = read_config(tower)
-    return num_image_tokens(CLIPVisionConfig(**config.get("vision_config", config)), SELECT)
+    config = vision_config(tower)
+    return num_image_tokens(config, select_strategy(config))

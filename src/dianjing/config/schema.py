@@ -9,7 +9,9 @@ Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
 Frozen = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
+Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
+EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ class DataConfig:
     on_bad_record: OnBad = "error"
     pack_tokens: int = 4096
     """Most positions (pictures expanded) in one forward pass; records share a pack without seeing each other."""
-    order: Literal["shuffle", "sequential"] = "shuffle"
+    order: Order = "shuffle"
+    """"length_grouped": batches of like length, with and without pictures apart (XTuner's finetune)."""
     workers: int = -1
     """Processes that decode pictures beside the training process; -1 = as the machine has cores when it trains on
     a GPU, none on a CPU."""
@@ -102,6 +105,9 @@ class TrainConfig:
     """Records in one optimizer step, over all ranks and packs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; "auto" = bf16 on a GPU that has it, fp32 elsewhere."""
+    engine: EngineName = "ddp"
+    """How several GPUs share the work: "ddp" = a whole model on each; "fsdp2", "deepspeed_zero3" = a shard on each;
+    "deepspeed_zero2" = whole weights, sharded gradients and optimizer. Needs of memory differ, results do not."""
     gradient_checkpointing: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the layers when the run starts (about a minute); "auto" = on a GPU."""

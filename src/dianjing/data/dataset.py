@@ -41,6 +41,8 @@ class Dataset:
     records: tuple[Record, ...]
     lengths: tuple[int, ...]
     """Positions of each record, pictures expanded."""
+    modality_lengths: tuple[int, ...]
+    """Tokens of each record, a picture counted as one; negative for a record without pictures (XTuner's)."""
     report: dict[str, int]
     """What was found -> how often, for printing."""
     skipped: tuple[str, ...]
@@ -103,6 +105,7 @@ def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImagePro
     problems, too_long = list(loaded.skipped), list[str]()
     records: list[Record] = []
     lengths: list[int] = []
+    modality_lengths: list[int] = []
     counts: Counter[str] = Counter()
     digest = hashlib.sha256()
     file_size = lru_cache(maxsize=None)(check_image)
@@ -118,6 +121,8 @@ def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImagePro
         else:
             records.append(record)
             lengths.append(len(example.input_ids))
+            tokens = len(example.input_ids) - example.num_images * (encoder.num_image_tokens - 1)
+            modality_lengths.append(tokens if record.images else -tokens)
             counts.update(_counted(record, example))
             digest.update(array("q", [*example.input_ids, *example.labels, *sizes]).tobytes())
             digest.update(repr(record.images).encode())
@@ -134,6 +139,7 @@ def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImagePro
         image_processor=image_processor,
         records=tuple(records),
         lengths=tuple(lengths),
+        modality_lengths=tuple(modality_lengths),
         report={"records": len(records), **counts, "skipped": len(skipped), **loaded.notices},
         skipped=skipped,
         fingerprint=digest.hexdigest(),

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from dianjing.config.schema import OnLong
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.record import Record, Turn
+from dianjing.data.sentencepiece import load_sentencepiece
 from dianjing.data.template import Span, Template, prompt, spans, text_ids
 from dianjing.errors import DataError, ModelError
 
@@ -108,32 +110,41 @@ class Encoder:
         """Return ids and labels with one image token a picture."""
         input_ids: list[int] = []
         labels: list[int] = []
+        before = ""
         for span in spans:
-            ids = self._answer(span.text) if span.supervised else self._question(span.text)
+            ids = self._answer(span.text, before) if span.supervised else self._question(span.text, before)
             if span.bos:
                 ids = [*_one_id(self.tokenizer.bos_token_id), *ids]
             if span.eos:
                 ids = [*ids, *_one_id(self.tokenizer.eos_token_id)]
             input_ids += ids
             labels += ids if span.supervised else [IGNORE_INDEX] * len(ids)
+            if self.template.joined and span.text:
+                before = span.text if span.supervised else span.text.rpartition(IMAGE_MARKER)[-1]
         return input_ids, labels
 
-    def _question(self, text: str) -> list[int]:
+    def _question(self, text: str, before: str) -> list[int]:
         # The pieces around a picture are tokenised apart, as XTuner does: their ids depend on it.
         first, *others = text.split(IMAGE_MARKER)
-        ids = self._text(first)
+        ids = self._text(first, before)
         for piece in others:
             ids += [self.image_token_id, *self._text(piece)]
         return ids
 
-    def _answer(self, text: str) -> list[int]:
-        ids = self._text(text)
+    def _answer(self, text: str, before: str) -> list[int]:
+        ids = self._text(text, before)
         if self.image_token_id not in ids:
             return ids
         # A tokenizer that knows the marker would make a picture of it; split, it stays the text it is.
-        return [token for half in re.split("(?<=<)(?=image>)", text) for token in self._text(half)]
+        first, *others = re.split("(?<=<)(?=image>)", text)
+        return [*self._text(first, before), *(token for half in others for token in self._text(half))]
 
-    def _text(self, text: str) -> list[int]:
+    def _text(self, text: str, before: str = "") -> list[int]:
+        """Return the ids of a text, as they are after the text `before` where no token reaches over the cut."""
+        if before:
+            head, whole = text_ids(self.tokenizer, before), text_ids(self.tokenizer, before + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
         return text_ids(self.tokenizer, text)
 
     def _expand(self, input_ids: Sequence[int], values: Sequence[int]) -> list[int]:
@@ -156,27 +167,29 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that a folder's tokenizer.json describes; no code of the folder is run.
+    """Return the tokenizer of a folder, from its tokenizer.json, else its tokenizer.model; none of its code is run.
 
     Raises:
-        ModelError: there is no tokenizer.json, or it cannot be read.
+        ModelError: it has neither, or they cannot be read.
     """
-    folder = os.fspath(folder)
-    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        old = os.path.isfile(os.path.join(folder, "tokenizer.model"))
-        found = "only tokenizer.model is there, which is not read" if old else "there is no tokenizer.json"
-        raise ModelError(f"{folder}: {found}; save the tokenizer in the fast format (tokenizer.json) first")
+    folder = Path(folder)
     try:
+        config = _tokenizer_config(folder)
         # XTuner gives a Qwen tokenizer no BOS, whatever its settings say.
-        settings: dict[str, Any] = {"bos_token": None} if _declared_class(folder).startswith("qwen") else {}
-        return cast(Any, PreTrainedTokenizerFast).from_pretrained(folder, local_files_only=True, **settings)
+        qwen = str(config.get("tokenizer_class")).lower().startswith("qwen")
+        settings: dict[str, Any] = {"bos_token": None} if qwen else {}
+        if (folder / "tokenizer.json").is_file():
+            loader = cast(Any, PreTrainedTokenizerFast)
+            return loader.from_pretrained(os.fspath(folder), local_files_only=True, **settings)
+        if (folder / "tokenizer.model").is_file():
+            return load_sentencepiece(folder, config, **settings)
+    except ModelError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception for what it cannot read
         raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    raise ModelError(f"{folder}: there is no tokenizer.json and no tokenizer.model; copy the LLM's tokenizer there")
 
 
-def _declared_class(folder: str) -> str:
-    path = os.path.join(folder, "tokenizer_config.json")
-    if not os.path.isfile(path):
-        return ""
-    with open(path, encoding="utf-8") as file:
-        return str(json.load(file).get("tokenizer_class")).lower()
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

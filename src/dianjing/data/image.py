@@ -1,10 +1,9 @@
-"""Path -> pixel_values (3, height, width): safe opening, pad to a square or crop, the tower's own numbers."""
+"""Picture -> pixel_values (3, height, width): pad to a square or crop, the tower's own numbers."""
 
 from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,109 +12,14 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from dianjing.errors import DataError, ModelError
+from dianjing.data.picture import check_image as check_image
+from dianjing.data.picture import load_image as load_image
+from dianjing.errors import ModelError
 
 Aspect = Literal["pad", "crop"]
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-"""How a complete file of a format ends."""
-MAX_PIXELS = 50_000_000
-MAX_SIDE = 16_384
-"""A picture is padded to the square of its longer side: this bounds the memory."""
-MAX_RATIO = 200
-"""Longer to shorter side: the crop first enlarges the shorter side to the tower's."""
-
-
-def load_image(root: str, name: str) -> Image.Image:
-    """Return the picture `name` of the folder `root` as RGB, upright, transparency on white.
-
-    Raises:
-        DataError: the name leads out of the folder, or the file is missing, broken, too large or no picture.
-    """
-    path = _path(root, name)
-    try:
-        with _open(path, name) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), name)
-    except DataError:
-        raise
-    except Exception as error:  # what Pillow raises for a broken file depends on where it is broken
-        raise DataError(f'picture "{name}": the file is broken ({error}); replace it') from error
-
-
-def check_image(root: str, name: str) -> int:
-    """Return the size of a picture's file in bytes, after a look at its header and its end.
-
-    Raises:
-        DataError: as `load_image` does; a file that looks complete is not decoded, which keeps this fast.
-    """
-    path = _path(root, name)
-    with _open(path, name) as image, open(path, "rb") as file:
-        ending = ENDINGS.get(image.format or "", b"")
-        file.seek(0, os.SEEK_END)
-        size = file.tell()
-        file.seek(max(size - len(ending), 0))
-        complete = bool(ending) and file.read() == ending
-    if not complete:
-        load_image(root, name)
-    return size
-
-
-def _path(root: str, name: str) -> str:
-    shown = f'picture "{name[:80]}"'
-    if "\0" in name or "://" in name or name.startswith("data:") or os.path.isabs(name):
-        raise DataError(f"{shown}: not a path inside the image folder; write one relative to it")
-    folder = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(folder, name))
-    if os.path.commonpath([folder, path]) != folder:
-        raise DataError(f"{shown}: it leads out of the image folder {root}; put the picture inside")
-    if not os.path.isfile(path):
-        raise DataError(f"{shown}: no such file in {root}; add the picture, or name its folder (data.images)")
-    return path
-
-
-def _open(path: str, name: str) -> Image.Image:
-    """Open a picture of an allowed format and size; nothing is decoded yet."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(_too_large(name)) from None
-    except Exception as error:  # as above
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not one, or broken"
-        raise DataError(f'picture "{name}": cannot be opened as {", ".join(FORMATS)} ({reason})') from None
-    shorter, longer = sorted(image.size)
-    if shorter * longer > MAX_PIXELS or longer > MAX_SIDE or longer > MAX_RATIO * shorter:
-        image.close()
-        raise DataError(_too_large(name, image.size))
-    return image
-
-
-def _too_large(name: str, size: tuple[int, int] | None = None) -> str:
-    measured = f"{size[0]}x{size[1]} pixels are" if size else "it is"
-    return (
-        f'picture "{name}": {measured} too large or too narrow; at most {MAX_PIXELS // 1_000_000} '
-        f"megapixels, {MAX_SIDE} pixels a side and {MAX_RATIO}:1 are read; scale or cut it"
-    )
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise DataError(f'picture "{name}": 32-bit pixels have no known white; save it with 8 or 16 bits')
-    if image.mode.startswith("I;16"):
-        # Pillow would clip all above 255 to white.
-        wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,15 +5,34 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ParamSpec, TypeVar, cast
 
 from dianjing.config.schema import OnBad
 from dianjing.constants import IMAGE_MARKER
 from dianjing.errors import DataError
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
 PROBLEMS_SHOWN = 20
+NOTICES: Mapping[str, str] = {
+    "conversation_key": 'records with "conversation" for "conversations"',
+    "answer_first": "answers before the first question dropped",
+    "answer_twice": "answers after an answer, to an empty question",
+    "question_unanswered": "unanswered last questions dropped",
+}
+"""What is accepted but is worth saying, by its code."""
+
+
+class RecordError(DataError):
+    """What is wrong with one field of a record; the message does not name the record."""
+
+    def __init__(self, code: str, field: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.field = field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,29 +180,60 @@ def parse_record(value: object, place: Place) -> tuple[Record, Counter[str]]:
     Raises:
         DataError: the value is no usable record.
     """
+    examined = examine(value, place)
+    if examined.record is None:
+        name = f' ("{examined.id}")' if isinstance(value, dict) else ""
+        raise DataError(f"{place}{name}: {examined.problems[0]}")
+    return examined.record, Counter({NOTICES[code]: number for code, number in examined.noticed.items()})
+
+
+@dataclass(kw_only=True)
+class Examined:
+    """A JSON value, held against all rules for a record."""
+
+    id: str
+    record: Record | None = None
+    """None when there is a problem."""
+    noticed: Counter[str] = field(default_factory=Counter[str])
+    """Code of NOTICES -> how often."""
+    problems: list[RecordError] = field(default_factory=list[RecordError])
+
+    def attempt(self, read: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result | None:
+        """Return what `read` makes of a part of the record; None, and one problem more, where it cannot."""
+        try:
+            return read(*given, **named)
+        except RecordError as error:
+            self.problems.append(error)
+            return None
+
+
+def examine(value: object, place: Place) -> Examined:
+    """Return the record that a JSON value describes, or everything that keeps it from being one."""
+    found = Examined(id=str(place.index))
     if not isinstance(value, dict):
-        raise DataError(f'{place}: {_kind(value)}, not a record {{"image": ..., "conversations": [...]}}')
+        text = f'{_kind(value)}, not a record {{"image": ..., "conversations": [...]}}'
+        found.problems.append(RecordError("not_a_record", "", text))
+        return found
     fields = cast(dict[str, object], value)
-    noticed: Counter[str] = Counter()
-    record_id = str(place.index)
-    try:
-        record_id = _id(fields, place)
-        images = _images(fields.get("image"))
-        turns = _turns(_messages(fields, noticed), noticed)
-        _check_markers(turns, images, fields)
-        types = _types(fields.get("types"), len(turns))
-    except DataError as error:
-        raise DataError(f'{place} ("{record_id}"): {error}') from None
-    record = Record(
-        id=record_id,
-        images=images,
-        turns=turns,
-        types=types,
-        source=place.source,
-        index=place.index,
-        line=place.line,
-    )
-    return record, noticed
+    name = found.attempt(_id, fields, place)
+    found.id = found.id if name is None else name
+    images = found.attempt(_images, fields.get("image"))
+    turns = found.attempt(_turns, fields, found)
+    if images is None or not turns or found.problems:
+        return found
+    found.attempt(_check_markers, turns, images, fields)
+    types = found.attempt(_types, fields.get("types"), len(turns))
+    if types is not None and not found.problems:
+        found.record = Record(
+            id=found.id,
+            images=images,
+            turns=tuple(turns),
+            types=types,
+            source=place.source,
+            index=place.index,
+            line=place.line,
+        )
+    return found
 
 
 def _id(fields: Mapping[str, object], place: Place) -> str:
@@ -191,7 +241,7 @@ def _id(fields: Mapping[str, object], place: Place) -> str:
     if value is None:
         return str(place.index)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"id is {_kind(value)}; write a string or a whole number")
+        raise RecordError("id_type", "id", f"id is {_kind(value)}; write a string or a whole number")
     return str(value)
 
 
@@ -202,64 +252,79 @@ def _images(value: object) -> tuple[str, ...]:
     for name in values:
         if not isinstance(name, str) or not name:
             kind = "an empty string" if name == "" else _kind(name)
-            raise DataError(f"image is {kind}; write a path, a list of paths, or null for a text-only record")
+            text = f"image is {kind}; write a path, a list of paths, or null for a text-only record"
+            raise RecordError("image_type", "image", text)
+        _check_characters(name, "image")
     return tuple(cast(list[str], values))
 
 
-def _messages(fields: Mapping[str, object], noticed: Counter[str]) -> list[tuple[str, str]]:
-    """Return (role, text) of each message."""
+def _messages(fields: Mapping[str, object], found: Examined) -> list[tuple[str, str]]:
+    """Return (role, text) of each message; what is wrong with single ones is added to the problems."""
     key = "conversations"
     if key not in fields and "conversation" in fields:
         key = "conversation"
-        noticed['records with "conversation" for "conversations"'] += 1
+        found.noticed["conversation_key"] += 1
     if key not in fields:
-        raise DataError(f'there is no "conversations" among its keys ({", ".join(fields) or "none"})')
+        text = f'there is no "conversations" among its keys ({", ".join(fields) or "none"})'
+        raise RecordError("conversations_missing", "conversations", text)
     values = fields[key]
     if not isinstance(values, list):
-        raise DataError(f'{key} is {_kind(values)}; write a list of {{"from": ..., "value": ...}}')
+        text = f'{key} is {_kind(values)}; write a list of {{"from": ..., "value": ...}}'
+        raise RecordError("conversations_type", key, text)
     if not values:
-        raise DataError(f"{key} is empty; add a question and its answer, or remove the record")
-    return [_message(value, f"{key}[{i}]") for i, value in enumerate(cast(list[object], values))]
+        text = f"{key} is empty; add a question and its answer, or remove the record"
+        raise RecordError("conversations_empty", key, text)
+    read = [found.attempt(_message, value, f"{key}[{i}]") for i, value in enumerate(cast(list[object], values))]
+    return [message for message in read if message]
 
 
 def _message(value: object, name: str) -> tuple[str, str]:
     if not isinstance(value, dict):
-        raise DataError(f'{name} is {_kind(value)}; write {{"from": ..., "value": ...}}')
+        raise RecordError("message_type", name, f'{name} is {_kind(value)}; write {{"from": ..., "value": ...}}')
     fields = cast(dict[str, object], value)
     role, text = fields.get("from"), fields.get("value")
     if role not in ("human", "gpt"):
         said = f'is from "{role}"' if isinstance(role, str) else 'has no "from"'
-        raise DataError(f'{name} {said}; only "human" and "gpt" are known: rename its role or remove the message')
+        text = f'{name} {said}; only "human" and "gpt" are known: rename its role or remove the message'
+        raise RecordError("role_unknown", f"{name}.from", text)
     if not isinstance(text, str):
-        raise DataError(f"{name}.value is {_kind(text)}; write a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{name}.value holds half a character (a lone surrogate \\ud8..); remove it") from None
+        raise RecordError("value_type", f"{name}.value", f"{name}.value is {_kind(text)}; write a string")
+    _check_characters(text, f"{name}.value")
     return str(role), text
 
 
-def _turns(messages: Sequence[tuple[str, str]], noticed: Counter[str]) -> tuple[Turn, ...]:
+def _check_characters(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = f"{name} holds half a character (a lone surrogate \\ud8..); remove it"
+        raise RecordError("text_surrogate", name, message) from None
+
+
+def _turns(fields: Mapping[str, object], found: Examined) -> list[Turn]:
     """Join messages to turns as XTuner does: human messages with nothing between, up to an answer."""
+    messages = _messages(fields, found)
     turns: list[Turn] = []
     asked: list[str] = []
     for role, text in messages:
         if role == "human":
             asked.append(place_marker(text))
         elif not asked and not turns:
-            noticed["answers before the first question dropped"] += 1
+            found.noticed["answer_first"] += 1
         else:
             if not asked:
-                noticed["answers after an answer, to an empty question"] += 1
+                found.noticed["answer_twice"] += 1
             if not text.strip():
-                raise DataError(f"the answer of turn {len(turns)} is empty; write it or remove the turn")
+                message = f"the answer of turn {len(turns)} is empty; write it or remove the turn"
+                found.problems.append(RecordError("answer_empty", "conversations", message))
             turns.append(Turn(question="".join(asked), answer=text))
             asked = []
-    if not turns:
-        raise DataError('no human message has an answer; add a message from "gpt", or remove the record')
+    if not turns and not found.problems:
+        message = 'no human message has an answer; add a message from "gpt", or remove the record'
+        raise RecordError("no_answer", "conversations", message)
     if asked:
-        noticed["unanswered last questions dropped"] += 1
-    return tuple(turns)
+        found.noticed["question_unanswered"] += 1
+    return turns
 
 
 def place_marker(text: str) -> str:
@@ -275,14 +340,16 @@ def _check_markers(turns: Sequence[Turn], images: Sequence[str], fields: Mapping
     if markers == len(images):
         return
     if not markers:
-        raise DataError(
+        raise RecordError(
+            "marker_missing",
+            "conversations",
             f"{_count(len(images), 'image')} but no {IMAGE_MARKER} marker in an answered human message; "
-            f"write {IMAGE_MARKER} where the picture belongs, or remove it"
+            f"write {IMAGE_MARKER} where the picture belongs, or remove it",
         )
     hint = ' (the key is "image", not "images")' if "images" in fields and not images else ""
     way_out = "add the image or remove a marker" if markers > len(images) else "add a marker or remove an image"
     found = f"{_count(markers, f'{IMAGE_MARKER} marker')} but {_count(len(images), 'image')}"
-    raise DataError(f"{found}{hint}; {way_out}")
+    raise RecordError("marker_count", "conversations" if images else "image", f"{found}{hint}; {way_out}")
 
 
 def _types(value: object, turns: int) -> tuple[str, ...]:
@@ -290,7 +357,9 @@ def _types(value: object, turns: int) -> tuple[str, ...]:
         return ()
     values = cast(list[object], value) if isinstance(value, list) else []
     if len(values) != turns or not all(isinstance(name, str) for name in values):
-        raise DataError(f"types must be a list of {turns} strings, one for each answered turn")
+        raise RecordError(
+            "types_count", "types", f"types must be a list of {turns} strings, one for each answered turn"
+        )
     return tuple(cast(list[str], values))
 
 
@@ -299,9 +368,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _kind(value: object) -> str:
-    kinds = ((dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"))
-    found = next((name for kind, name in kinds if isinstance(value, kind)), "a number")
-    return "null" if value is None else found
+    kinds = ((type(None), "null"), (dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "a number")
 
 
 def turns_alone(record: Record) -> list[Record]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,8 +12,12 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from dianjing.data.chat_template import Turns, TurnsError, read_turns, special_tokens
 from dianjing.data.record import Turn
 from dianjing.errors import ModelError
+
+OWN = "own"
+"""Names the chat template that comes with the tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,14 @@ class Template:
     """End an answer when the model writes one of them."""
     special_strings: tuple[str, ...]
     """Strings of the template that are each one token of the LLM it was made for."""
+    joined: bool = False
+    """The spans are tokenised as the one text they are, and that text has BOS where the template wants it."""
+    begin: str = ""
+    """Stands before the first question."""
+    lead: str = ""
+    """Begins an answer and is learned with it."""
+    trims_questions: bool = False
+    trims_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,38 +83,144 @@ def get_template(name: str) -> Template:
         ModelError: there is none of this name.
     """
     if name not in TEMPLATES:
-        close = difflib.get_close_matches(name, TEMPLATES, n=1)
+        close = difflib.get_close_matches(name, (*TEMPLATES, OWN), n=1)
         hint = f'did you mean "{close[0]}"? ' if close else ""
-        raise ModelError(f'unknown template "{name}"; {hint}There are: {", ".join(TEMPLATES)}')
+        raise ModelError(f'unknown template "{name}"; {hint}There are: {", ".join((*TEMPLATES, OWN))}')
     return TEMPLATES[name]
 
 
+def own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Return the tokenizer's own chat template, its answers learned up to the token that ends them.
+
+    Raises:
+        ModelError: there is none, or its answers cannot be separated.
+    """
+    try:
+        turns = read_turns(tokenizer)
+        specials = special_tokens(tokenizer)
+        end = re.match(r".*?(?:" + "|".join(map(re.escape, specials)) + ")", turns.rest, re.DOTALL)
+        if not specials or not end or not turns.ending.startswith(end[0]):
+            raise TurnsError("its chat template writes no special token after an answer: no end would be learned")
+        if re.search("[{}]", turns.before + turns.after):
+            raise TurnsError("its chat template has braces around questions")
+    except TurnsError as error:
+        raise ModelError(
+            f'template "{OWN}" cannot be used: {error}; name another (language_model.template, or --template), '
+            f"one of: {', '.join(TEMPLATES)}"
+        ) from None
+    instruction = f"{turns.before}{{input}}{turns.after}"
+    return Template(
+        name=OWN,
+        instruction=instruction,
+        suffix=end[0],
+        suffix_as_eos=True,
+        sep=turns.rest.removeprefix(end[0]),
+        stop_words=tuple(special for special in specials if end[0].endswith(special)),
+        special_strings=tuple(special for special in specials if special in instruction + end[0]),
+        joined=True,
+        begin=turns.begin,
+        lead=turns.lead,
+        trims_questions=turns.trims_questions,
+        trims_answers=turns.trims_answers,
+    )
+
+
+def template_for(tokenizer: PreTrainedTokenizerBase, name: str = "") -> tuple[Template, str]:
+    """Return the template of a name ("own" is the tokenizer's), or without one the LLM's, and how it was chosen.
+
+    Raises:
+        ModelError: there is none of this name; or no template, or more than one, fits.
+    """
+    why = f"template: {name} (as named)"
+    if not name:
+        name, reason = _choose(tokenizer)
+        why = f"template: {name} ({reason})"
+    return (own_template(tokenizer) if name == OWN else get_template(name)), why
+
+
 def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the name of the template whose special strings and stop words the tokenizer knows; of several
-    the one with most of them.
+    """Return the name of the template that the LLM was taught with: the one that its own chat template writes, and
+    without one that whose special strings and stop words the tokenizer knows ("own" if none is like its own).
 
     Raises:
         ModelError: no template, or more than one, fits best.
     """
+    return _choose(tokenizer)[0]
+
+
+def _choose(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    fits = _fitting(tokenizer)
+    problem = ""
+    if cast(Any, tokenizer).chat_template:
+        try:
+            turns = read_turns(tokenizer)
+            alike = _alike(turns, str(tokenizer.bos_token or ""))
+            fits = {name: known for name, known in fits.items() if name in alike} or dict.fromkeys(alike, 0)
+            if not fits:
+                own_template(tokenizer)
+                return OWN, "the tokenizer's own chat template, which is like no other"
+        except TurnsError as error:
+            problem = str(error)
+            # What it writes is unknown, but it must name the marks of the turns.
+            fits = {name: known for name, known in fits.items() if _named_in(tokenizer, TEMPLATES[name])}
+    best = [name for name, known in fits.items() if known == max(fits.values())]
+    if len(best) != 1:
+        found = f"more than one fits ({', '.join(best)})" if best else "its tokens are those of no known one"
+        raise ModelError(
+            f"the chat template of this LLM is unclear: {'; '.join(filter(None, (found, problem)))}; name it "
+            f"(language_model.template, or --template), one of: {', '.join(best or TEMPLATES)}"
+        )
+    return best[0], "chosen from the tokenizer" + (f"; {problem}" if problem else "")
+
+
+def _fitting(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the templates whose turns are marked by tokens of this tokenizer, and how many of those each has."""
     fits: dict[str, int] = {}
     for template in TEMPLATES.values():
         marks_turns = any(string in template.instruction for string in template.special_strings)
         strings = {*template.special_strings, *template.stop_words}
         if marks_turns and all(_is_one_token(string, tokenizer) for string in strings):
             fits[template.name] = len(strings)
-    best = [name for name, known in fits.items() if known == max(fits.values())]
-    if len(best) != 1:
-        found = f"more than one fits ({', '.join(best)})" if best else "its tokens are those of no known one"
-        raise ModelError(
-            f"the chat template of this LLM is unclear: {found}; name it "
-            f"(language_model.template, or --template), one of: {', '.join(best or TEMPLATES)}"
-        )
-    return best[0]
+    return fits
+
+
+def _alike(turns: Turns, bos: str) -> list[str]:
+    """Return the templates that write the same around a question, blanks aside."""
+
+    def bare(text: str) -> str:
+        return re.sub(r"\s+", "", text)
+
+    repeats_bos = bool(bos) and turns.before.startswith(bos)
+    own = bare(turns.before.removeprefix(bos) + "{input}" + turns.after)
+    names = [template.name for template in TEMPLATES.values() if bare(template.instruction) == own]
+    # Some of XTuner's templates are the same under several names.
+    known = {"vicuna": True, "llama2_chat": repeats_bos, "mistral": not repeats_bos, "deepseek_coder": True}
+    return [name for name in names if known.get(name)] or names
+
+
+def _named_in(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
+    return all(string in str(cast(Any, tokenizer).chat_template) for string in template.special_strings)
 
 
 def special_strings_missing(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the special strings of the template that the tokenizer would split into plain text."""
     return [string for string in template.special_strings if not _is_one_token(string, tokenizer)]
+
+
+def doubts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what speaks against a template being the LLM's own, a sentence each."""
+    found: list[str] = []
+    if missing := special_strings_missing(template, tokenizer):
+        found.append(
+            f'warning: the tokenizer reads {len(missing)} special strings of the template "{template.name}" as '
+            f"plain text ({', '.join(missing)}): is it the LLM's own template?"
+        )
+    if not template.special_strings and not template.joined and (others := _fitting(tokenizer)):
+        found.append(
+            f'warning: the template "{template.name}" marks turns by plain text, but the tokenizer has the chat marks '
+            f"of {', '.join(others)}: is it the LLM's own template?"
+        )
+    return found
 
 
 def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,10 +250,14 @@ def spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
     """Return three spans a turn: what stands before the answer, the answer (supervised), the separator."""
     found: list[Span] = []
     for i, turn in enumerate(turns):
-        asked = template.instruction.format(input=turn.question, round=i + 1)
+        question = turn.question.strip() if template.trims_questions else turn.question
+        answer = turn.answer.strip() if template.trims_answers else turn.answer
+        asked = ("" if i else template.begin) + template.instruction.format(input=question, round=i + 1)
         # XTuner begins a record, and every turn after an EOS, with BOS.
-        found.append(Span(asked, supervised=False, bos=i == 0 or not template.suffix_as_eos))
-        found.append(Span(turn.answer + template.suffix, supervised=True, eos=not template.suffix_as_eos))
+        bos = not template.joined and (i == 0 or not template.suffix_as_eos)
+        found.append(Span(asked, supervised=False, bos=bos))
+        learned = template.lead + answer + template.suffix
+        found.append(Span(learned, supervised=True, eos=not template.suffix_as_eos))
         found.append(Span(template.sep, supervised=False))
     return found
 

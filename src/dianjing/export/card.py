@@ -34,7 +34,7 @@ def write_card(seer: Seer, folder: Path, format: str, loading: str, proof: Proof
         name=Path(seer.name).name,
         version=__version__,
         format=format,
-        what=", only what was learned" if format == "adapter" else ", adapters merged into the weights",
+        what=", only what was learned" if format in ("adapter", "xtuner") else ", adapters merged into the weights",
         recipe=recipe,
         bases=bases,
         base_models=[name for name in bases.values() if _on_hub(name)],

@@ -22,7 +22,7 @@ _JINJA = string.Template("""\
 {%- set state = namespace(round=0, begin=true) -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
-{{- render(message['content']) ~ $end -}}
+{{- $lead ~ $answer ~ $end -}}
 {%- set state.begin = $ends_with_eos -%}
 {%- elif message['role'] != 'user' -%}
 {{- raise_exception("This model was trained without " ~ message['role'] ~ " messages; use user and assistant.") -}}
@@ -41,12 +41,17 @@ def jinja(template: Template, bos: str, eos: str) -> str:
     where the answer begins: in these templates the assistant's header belongs to the user's turn.
     """
     content = "render(message['content'])"
+    question, answer = (
+        f"({content} | trim)" if trims else content for trims in (template.trims_questions, template.trims_answers)
+    )
     return _JINJA.substitute(
         image=_literal(IMAGE_MARKER),
-        bos=_literal(bos),
+        bos=_literal(template.begin if template.joined else bos),
+        lead=_literal(template.lead),
+        answer=answer,
         end=_literal(template.suffix + ("" if template.suffix_as_eos else eos) + template.sep),
         ends_with_eos="false" if template.suffix_as_eos else "true",
-        instruction=_expression(template.instruction, {"{input}": content, "{round}": "state.round"}),
+        instruction=_expression(template.instruction, {"{input}": question, "{round}": "state.round"}),
     )
 
 

@@ -70,7 +70,7 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
         raise ExportError(f"{seer.name} is a text-only model; train it first, then export the run")
     text_config = cast(Any, model.config.text_config)
     weights = hub_state(_merged(seer), DTYPES[options.dtype])
-    _save_weights(weights, folder)
+    save_weights(weights, folder)
 
     chat_template = jinja(encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
     max_length = text_config.max_position_embeddings
@@ -84,10 +84,10 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
         image_token_id=encoder.image_token_id,
         dtype=DTYPES[options.dtype],
     )
-    _write_json(folder / "config.json", config | {TEMPLATE_KEY: encoder.template.name})
-    _write_json(folder / "generation_config.json", _generation_config(seer))
-    _write_json(folder / "preprocessor_config.json", preprocessor_config(seer.image_processor))
-    _write_json(folder / "processor_config.json", _processor_config(model.config))
+    write_json(folder / "config.json", config | {TEMPLATE_KEY: encoder.template.name})
+    write_json(folder / "generation_config.json", _generation_config(seer))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(seer.image_processor))
+    write_json(folder / "processor_config.json", _processor_config(model.config))
 
 
 def _merged(seer: Seer) -> dict[str, Tensor]:
@@ -256,15 +256,17 @@ def _generation_config(seer: Seer) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write weights as safetensors, in several files and an index where they are large."""
     require_space(folder, sum(weight.nbytes for weight in weights.values()))
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

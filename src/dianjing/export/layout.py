@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig
 
 from dianjing.errors import ExportError
-from dianjing.model.build import num_image_tokens
+from dianjing.model.vision import num_image_tokens
 
 VOCAB_MULTIPLE = 64
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -89,7 +89,7 @@ def hub_config(
     """Return config.json; both spellings where the two generations of readers differ."""
     text_config, vision_config = cast(Any, config.text_config), cast(Any, config.vision_config)
     kind = str(dtype).removeprefix("torch.")
-    text = _part_config(text_config, kind) | {"vocab_size": vocab_size, "tie_word_embeddings": tied}
+    text = part_config(text_config, kind) | {"vocab_size": vocab_size, "tie_word_embeddings": tied}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -103,12 +103,12 @@ def hub_config(
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "tie_word_embeddings": tied,
         "text_config": text,
-        "vision_config": _part_config(vision_config, kind),
+        "vision_config": part_config(vision_config, kind),
     }
 
 
-def _part_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """Return a part's configuration as 4.x writes it: rope_theta and rope_scaling apart, torch_dtype."""
+def part_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
+    """Return the configuration of the LLM or the tower as 4.x writes it: rope_theta and rope_scaling apart, torch_dtype."""
     values = config.to_dict()
     for name in ("dtype", "transformers_version", "_name_or_path", "architectures", "quantization_config"):
         values.pop(name, None)

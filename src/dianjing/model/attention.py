@@ -55,24 +55,50 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
         )
-    window = settings.get("sliding_window")
-    if settings.get("softcap") is not None or settings.get("s_aux") is not None or max_seqlen > (window or max_seqlen):
-        raise ModelError(
-            f"{type(module).__name__}: soft-capped attention, attention sinks, and records longer than the sliding "
-            f"window ({window}) are not supported; lower data.max_tokens, or choose another LLM"
-        )
+    _require_supported(module, settings, max_seqlen)
+    window = settings.get("sliding_window") or max_seqlen
     if query.is_cuda and dropout == 0 and (dtype := _arithmetic(query)) != torch.float32:
         query, key, value = (states.to(dtype) for states in (query, key, value))
-        return _on_gpu(query, key, value, cu_seqlens, max_seqlen, scaling), None
+        return _on_gpu(query, key, value, cu_seqlens, max_seqlen, scaling, window), None
     lengths = cu_seqlens.diff().tolist()
     # Measured: on a CPU a loop over documents beats padding them to one rectangle, and it needs no copies.
     outputs = [
         scaled_dot_product_attention(
-            *document, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            *document,
+            attn_mask=(mask := _window_mask(document[0], window)),
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         for document in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _require_supported(module: nn.Module, settings: dict[str, Any], max_seqlen: int) -> None:
+    """Refuse attention that is not computed here, and positions that depend on the longest record of a pack."""
+    if settings.get("softcap") is not None or settings.get("s_aux") is not None:
+        raise ModelError(
+            f"{type(module).__name__}: soft-capped attention and attention sinks are not supported; choose another LLM"
+        )
+    config: Any = getattr(module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if max_seqlen > limit:
+            raise ModelError(
+                f"a record has {max_seqlen} positions, pictures included, but beyond {limit} this LLM's positions "
+                f"({rope['rope_type']}) would change with the records beside it; lower data.max_tokens"
+            )
+
+
+def _window_mask(query: Tensor, window: int) -> Tensor | None:
+    """Return which keys of a document each of its tokens sees; None where the window holds the whole of it."""
+    size = query.shape[-2]
+    if size <= window:
+        return None
+    return torch.ones(size, size, dtype=torch.bool, device=query.device).tril().triu(1 - window)
 
 
 def _arithmetic(states: Tensor) -> torch.dtype:
@@ -82,11 +108,12 @@ def _arithmetic(states: Tensor) -> torch.dtype:
 
 
 def _on_gpu(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None, window: int
 ) -> Tensor:
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, size)
     spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    output = varlen_attn(q, k, v, *spans, scale=scaling, window_size=(-1, 0), **SHARED_HEADS)
+    reach = window - 1 if window < max_seqlen else -1
+    output = varlen_attn(q, k, v, *spans, scale=scaling, window_size=(reach, 0), **SHARED_HEADS)
     assert isinstance(output, Tensor)
     return output[None]
 

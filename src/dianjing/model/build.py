@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -18,18 +19,18 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
-from dianjing.data.template import check_template, choose_template, get_template
+from dianjing.data.template import check_template, doubts, template_for
 from dianjing.errors import ModelError
-from dianjing.model.attention import PACKED
+from dianjing.model.attention import PACKED, UNREAD_MASK
 from dianjing.model.fp8 import quantize_layers_to_fp8, require_fp8
 from dianjing.model.frozen import quantize_layers, require_bitsandbytes
 from dianjing.model.language import LoadReport, count, load_language_model
-from dianjing.model.vision import load_vision_tower
+from dianjing.model.vision import load_vision_tower, num_image_tokens, select_strategy
 from dianjing.model.weights import load_projector
 from dianjing.tinyworld.folders import resolve
 
-SELECT = "default"
-"""CLIP's first feature is the class token, which is left out."""
+PROBE = ((0, 1, 2, 3, 4), (2, 1, 0), (3, 0, 3, 2, 2))
+"""Records of token ids that show whether an LLM keeps records apart; the last changes places with the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,13 @@ class Built:
     report: LoadReport
 
 
-def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector: bool = False) -> Built:
+def build(
+    recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector: bool = False, move: bool = True
+) -> Built:
     """Return the model of a recipe before anything in it is frozen or adapted.
 
-    `fresh_projector` leaves projector.init_from unread: the weights of a checkpoint follow.
+    `fresh_projector` leaves projector.init_from unread: the weights of a checkpoint follow. Without `move` the model
+    stays in the CPU's memory, for a device that can only hold a shard of it.
 
     Raises:
         ModelError: a folder, a template or the projector's checkpoint does not fit.
@@ -62,7 +66,7 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     llm_folder = resolve(recipe.language_model.folder, "language_model")
     tower_folder = resolve(recipe.vision_tower.folder, "vision_tower")
     tokenizer = load_tokenizer(llm_folder)
-    template = get_template(recipe.language_model.template or choose_template(tokenizer))
+    template, chosen = template_for(tokenizer, recipe.language_model.template)
     check_template(template, tokenizer)
     image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect)
 
@@ -73,7 +77,9 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     image_id = image_token_id(tokenizer)
     _require_rows(llm, tokenizer, image_id)
     model: Any = assemble(llm, tower, image_id, recipe.vision_tower.feature_layer, recipe.seed)
-    model.to(device)
+    if move:
+        model.to(device)
+    prove_isolation(llm)
     if image_processor.size != tower.config.image_size:
         raise ModelError(
             f"{tower_folder}: the tower takes pictures of {tower.config.image_size} pixels, but "
@@ -86,7 +92,7 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template,
-        num_image_tokens=num_image_tokens(tower.config, SELECT),
+        num_image_tokens=num_image_tokens(tower.config, model.config.vision_feature_select_strategy),
         max_tokens=recipe.data.max_tokens,
         on_long_record=recipe.data.on_long_record,
         image_token_id=image_id,
@@ -96,14 +102,8 @@ def build(recipe: Recipe, device: str | torch.device = "cpu", *, fresh_projector
         tokenizer=tokenizer,
         encoder=encoder,
         image_processor=image_processor,
-        report=llm_report + tower_report + projector,
+        report=LoadReport((*llm_report.lines, chosen, *doubts(template, tokenizer))) + tower_report + projector,
     )
-
-
-def num_image_tokens(vision_config: Any, strategy: str) -> int:
-    """Return how many features one picture has; "default" leaves the class token out."""
-    patches = (vision_config.image_size // vision_config.patch_size) ** 2
-    return patches if strategy == "default" else patches + 1
 
 
 def assemble(
@@ -121,13 +121,14 @@ def assemble(
             f"vision_tower.feature_layer is {feature_layer}, but the tower has {depth} layers: "
             f"{-depth - 1} to {depth}, -2 being LLaVA's choice"
         )
+    strategy = select_strategy(tower.config)
     settings: dict[str, Any] = {
         "vision_config": tower.config,
         "text_config": llm.config,
         "image_token_id": image_token_id,
-        "image_seq_length": num_image_tokens(tower.config, SELECT),
+        "image_seq_length": num_image_tokens(tower.config, strategy),
         "vision_feature_layer": feature_layer,
-        "vision_feature_select_strategy": SELECT,
+        "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": llm.config.tie_word_embeddings,
         "dtype": llm.config.dtype,
     }
@@ -150,12 +151,63 @@ def new_projector(config: LlavaConfig, seed: int) -> nn.Module:
 
 
 def _require_isolation(llm: Any) -> None:
-    """Refuse an LLM in which one record of a pack could see another."""
-    if not llm._supports_attention_backend or getattr(llm, "_is_stateful", False):
+    """Refuse an LLM in which one record of a pack could see another, by what its class says."""
+    last: Any = next(reversed(getattr(llm.get_decoder(), "layers", [None])), None)
+    parts = all(hasattr(last, part) for part in ("self_attn", "mlp")) and hasattr(last.self_attn, "o_proj")
+    if not parts or not llm._supports_attention_backend or getattr(llm, "_is_stateful", False):
         raise ModelError(
             f"{type(llm).__name__} is not supported: records share a forward pass without seeing each other, which "
             "needs an LLM whose layers mix tokens by attention only, through transformers' attention interface"
         )
+    config = llm.config
+    for setting in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, setting, None):
+            raise ModelError(
+                f"{type(llm).__name__} is not supported: it caps its logits ({setting} {getattr(config, setting):g}), "
+                "which neither a LLaVA nor the attention used here does; choose another LLM"
+            )
+
+
+@torch.no_grad()
+def prove_isolation(llm: Any) -> None:
+    """Run records through the LLM, packed and alone.
+
+    Raises:
+        ModelError: a record is changed by its neighbour, or is not what the LLM makes of it by itself.
+    """
+    device, dtype = llm.device, llm.config.dtype
+    first, second, other = (torch.tensor(ids, device=device) for ids in PROBE)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        own = llm(input_ids=second[None], use_cache=False).logits[0].float()
+        hidden = llm.get_decoder()(input_ids=second[None], use_cache=False).last_hidden_state[0]
+        plain = llm.get_output_embeddings()(hidden).float()
+        packed = [_packed_logits(llm, [before, second])[len(before) :].float() for before in (first, other)]
+    # The same shapes give the same bits, whatever the precision; a record alone has another shape than in a pack.
+    rounding = 1e-3 if dtype == torch.float32 else 0.25
+    for what, one, two, tolerance in (
+        ("it changes what its output head computes, which a LLaVA does not do", own, plain, 1e-5),
+        ("a record is changed by the one before it in a pack", *packed, 1e-5),
+        ("a record in a pack is not what it is alone", packed[0], plain, rounding),
+    ):
+        gap = float((one - two).abs().max() / two.abs().max().clamp(min=1e-6))
+        if not gap <= tolerance:
+            raise ModelError(
+                f"{type(llm).__name__} is not supported: {what} (logits differ by {gap:.1%}); choose another LLM"
+            )
+
+
+def _packed_logits(llm: Any, records: list[Tensor]) -> Float[Tensor, "tokens vocab"]:
+    """Return the logits that training would see."""
+    lengths = [len(record) for record in records]
+    hidden = llm.get_decoder()(
+        inputs_embeds=llm.get_input_embeddings()(torch.cat(records))[None],
+        position_ids=torch.cat([torch.arange(length, device=llm.device) for length in lengths])[None],
+        attention_mask=UNREAD_MASK,
+        use_cache=False,
+        cu_seqlens=torch.tensor([0, *lengths], device=llm.device).cumsum(0).to(torch.int32),
+        max_seqlen=max(lengths),
+    ).last_hidden_state[0]
+    return llm.get_output_embeddings()(hidden)
 
 
 def _require_rows(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, image_id: int) -> None:

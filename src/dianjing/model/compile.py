@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from dianjing.model.fp8 import fp8_product
 from dianjing.model.forward import num_tower_layers
 
 VARIANTS = 64
@@ -18,10 +22,23 @@ def compile_layers(model: LlavaForConditionalGeneration) -> None:
 
     Not the last decoder layer: it computes other rows after its attention than before (see forward.py).
     """
+    # The compiler's front end takes this as one step; within, it mistakes the scopes of the product's two passes.
+    torch.compiler.allow_in_graph(fp8_product)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     layers: Any = [
         *model.model.vision_tower.encoder.layers[: num_tower_layers(model)],
         *model.model.language_model.layers[:-1],
     ]
     for layer in layers:
-        layer.compile(dynamic=True)
+        # Whether the weights are still the same modules is not asked at each call: nobody changes them.
+        layer.compile(dynamic=True, options={"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe})
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let the layers run as they are written: an answer grows word by word, and each length would be compiled."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield

@@ -21,8 +21,12 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
     """Return the cross-entropy of the batch's targets, summed, in fp32."""
     with arithmetic(model):
         features = image_features(model, batch.pixel_values)
+        # Here, not at the loss: ranks that share weights go through them in one order, pictures or not.
+        unseen = None if batch.num_images else _unseen_picture(model, batch)
     with _arithmetic_of(model, model.model.language_model.layers):
         embeddings = embed(model, batch.input_ids, batch.image_positions, features)
+        if unseen is not None:
+            embeddings = embeddings + unseen.to(embeddings.dtype)
         with _last_layer_at(model, batch.target_rows, batch.num_tokens):
             hidden = model.model.language_model(
                 inputs_embeds=embeddings[None],
@@ -35,8 +39,7 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
         logits = model.lm_head(hidden[batch.target_rows])  # (supervised, vocab)
     # Compiled, it needs no logits in fp32.
     loss_of = _compiled(_summed_cross_entropy) if logits.is_cuda else _summed_cross_entropy
-    loss = loss_of(logits, batch.targets)
-    return loss if batch.num_images else loss + _unseen_picture(model, batch)
+    return loss_of(logits, batch.targets)
 
 
 def _summed_cross_entropy(
@@ -74,7 +77,9 @@ def image_features(
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
     pixel_values = pixel_values.to(config.dtype)
     with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        hidden = tower.embeddings(pixel_values)
+        if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
+            hidden = tower.pre_layrnorm(hidden)
         for layer in tower.encoder.layers[: num_tower_layers(model)]:
             hidden = layer(hidden, None)
     if config.vision_feature_select_strategy == "default":

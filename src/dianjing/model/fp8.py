@@ -6,7 +6,7 @@ gradient. What is multiplied with it is rounded to 8 bits too, row by row, each 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -36,9 +36,7 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         """Return the product in the precision of `x`."""
-        product = _Fp8Product.apply(x.flatten(0, -2), self.rows, self.scale)
-        assert isinstance(product, Tensor)
-        product = product.unflatten(0, x.shape[:-1])
+        product = fp8_product(x.reshape(-1, x.shape[-1]), self.rows, self.scale).view(*x.shape[:-1], -1)
         return product if self.bias is None else product + self.bias
 
     def dequantized(self) -> Float[Tensor, "outputs inputs"]:
@@ -87,6 +85,11 @@ class _Fp8Product(torch.autograd.Function):
         # The units want the second matrix by columns: a copy of one layer, made and dropped.
         columns = rows.view(torch.uint8).T.contiguous().view(FP8).T
         return _product(gradient * scale.T, columns, torch.ones_like(rows[:1], dtype=torch.float32)), None, None
+
+
+def fp8_product(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """Return x @ (rows * scale).T, with x rounded to FP8; the gradient of x alone."""
+    return cast(Tensor, _Fp8Product.apply(x, rows, scale))
 
 
 def _product(x: Tensor, columns: Tensor, scale: Float[Tensor, "one columns"]) -> Tensor:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickletools
+import re
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dianjing.errors import ModelError
@@ -47,6 +52,9 @@ INTERNLM2_SETTINGS = (
     "tie_word_embeddings",
 )
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""The first that is there is read, whole or in the shards that its index names."""
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -62,21 +70,20 @@ class LoadReport:
 
 
 def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LoadReport]:
-    """Return the causal LM of a folder, its weights in `dtype`, and what was read.
-
-    Only safetensors are read and no code of the folder is run.
+    """Return the causal LM of a folder, its weights in `dtype`, and what was read; no code of the folder is run.
 
     Raises:
         ModelError: the folder is no causal LM that can be read, or its weights are not exactly the model's.
     """
     folder = Path(folder)
     config = read_config(folder)
-    require_safetensors(folder)
     kind = config.get("model_type")
+    _require_text_only(folder, config)
+    weight_files(folder)
     if kind == "internlm2":
         model = _load_internlm2(folder, config, dtype)
     elif kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        model = load_exactly(AutoModelForCausalLM, folder, dtype=dtype)
+        model = load_exactly(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]), folder, dtype=dtype)
     else:
         raise ModelError(
             f'{folder}: model_type "{kind}" is no text LLM that can be read; give the folder of a causal LM whose '
@@ -86,6 +93,24 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrai
     return model, LoadReport((f"language model: {how}, {count(model)} from {folder}",))
 
 
+def _require_text_only(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model that has eyes or ears already, and one whose weights are packed into fewer bits."""
+    parts = [name for name in ("text_config", "vision_config", "audio_config") if name in config]
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""), "")
+    if parts or "ConditionalGeneration" in architecture:
+        found = f"it has {parts[-1]}" if parts else f"transformers reads it as {architecture}"
+        raise ModelError(
+            f'{folder}: model_type "{config.get("model_type")}" is multimodal already ({found}); '
+            "give a text-only LLM, which gets its eyes here"
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
+        raise ModelError(
+            f"{folder}: its weights are quantized ({method}), which loses what training needs; give the folder of the "
+            "original weights"
+        )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a model folder.
 
@@ -93,28 +118,46 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: it is missing, or is not a JSON object.
     """
     path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: there is no config.json; give the folder of a Hugging Face model")
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: there is no config.json; give the folder of a Hugging Face model") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: a JSON object is needed, not a {type(config).__name__}")
-    return config
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: a JSON object is needed, not a {type(content).__name__}")
+    return content
 
 
-def require_safetensors(folder: Path) -> None:
-    """Refuse a folder whose weights are not in safetensors.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a folder: safetensors, and only without them pytorch_model*.bin.
 
     Raises:
-        ModelError: there is no *.safetensors file.
+        ModelError: there are none, or their index names files that are not there or not in the folder.
     """
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
-    found = f"its weights are in {pickled[0]}, which can run code when read" if pickled else "it has no weights"
-    raise ModelError(f"{folder}: {found}; put the weights there as *.safetensors")
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return _shards(index)
+    raise ModelError(f"{folder}: it has no weights; put {' or '.join(WEIGHT_FILES)} there, or shards with their index")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: it has no weight_map from tensors to files; copy it again")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ModelError(f"{index}: {outside[0]!r} is no file of this folder; files elsewhere are not read")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise ModelError(f"{index}: {name_some(missing)} not there; copy the folder again")
+    return [index.parent / name for name in names]
 
 
 def load_exactly(
@@ -125,12 +168,16 @@ def load_exactly(
     Raises:
         ModelError: the weights are not exactly those that the configuration asks for, or cannot be read.
     """
-    source = {"pretrained_model_name_or_path": None if weights else folder, "state_dict": weights, **settings}
     try:
+        if weights is None and weight_files(folder)[0].suffix == ".bin":
+            # Read here, where a pickle can do no harm, not by transformers.
+            weights = dict(read_weights(folder))
+            settings["config"] = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        source = {"pretrained_model_name_or_path": None if weights else folder, "state_dict": weights, **settings}
         model, info = model_class.from_pretrained(
             **source, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
     faults = {"missing": info["missing_keys"], "left over": info["unexpected_keys"]}
     found = [f"{name_some(keys)} {fault}" for fault, keys in faults.items() if keys]
@@ -179,15 +226,60 @@ def internlm2_to_llama(name: str, weight: Tensor, config: Any) -> dict[str, Tens
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of all safetensors files of a folder.
+    """Yield the tensors of a folder's weight files.
 
     Raises:
-        ModelError: a file is damaged.
+        ModelError: a file is damaged, or is a pickle of more than tensors.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
+        if path.suffix == ".bin":
+            yield from _unpickle(path).items()
+            continue
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: damaged: {error}; copy it again") from None
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .bin file; torch's restricted unpickler calls nothing that the file names."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a pickle protocol other than torch's own
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # what torch raises for a broken file depends on where it is broken
+        if type(error).__name__ != "UnpicklingError":
+            raise ModelError(f"{path}: damaged, or no file of tensors: {error}; copy it again") from None
+        raise ModelError(
+            f"{path}: refused: to be read it asks for {_asked_for(path, str(error))}, and a file that asks for more "
+            "than tensors may run any program. Nothing was run; get safetensors, from a source you trust"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(weight, Tensor) for weight in content.values()):
+        raise ModelError(f"{path}: a table of tensors by name is needed, and something else is in it")
+    return content
+
+
+def _asked_for(path: Path, complaint: str) -> str:
+    """Return the name for which torch refused a pickle; where torch does not say it, the first one in the file."""
+    if named := re.search(r"GLOBAL ([\w.]+)", complaint):
+        return named[1]
+    names: list[str] = []
+    texts: list[str | None] = []
+    memo: list[str | None] = []
+    try:
+        for operation, argument, _ in pickletools.genops(path.read_bytes()):  # looks, and calls nothing
+            if operation.name == "MEMOIZE":
+                memo.append(texts[-1])
+                continue
+            if operation.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL":
+                module, name = [text for text in texts if text is not None][-2:]
+                names.append(f"{module}.{name}")
+            known: object = memo[int(str(argument))] if operation.name in ("BINGET", "LONG_BINGET") else argument
+            texts.append(known if isinstance(known, str) else None)
+    except (IndexError, ValueError):
+        pass
+    strange = [name for name in names if not name.startswith(("torch.", "collections."))]
+    return strange[0] if strange else "something that is no tensor"

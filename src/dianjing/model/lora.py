@@ -24,7 +24,8 @@ class LoraLinear(PeftLinear):
         """Return the layer's output for inputs of any leading shape."""
         base, dropout = self.base_layer, self.lora_dropout[ADAPTER]
         down, up, scale = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
-        if self.disable_adapters or self.merged:
+        partitioned = hasattr(down, "ds_id")  # by ZeRO-3, which gathers a weight when its own module is called
+        if partitioned or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         if self._may_sum(x):
             return _Summed.apply(x, base.weight, base.bias, down, up, scale)

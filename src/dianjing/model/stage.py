@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,10 @@ def _add_lora(model: nn.Module, targets: list[str], config: LanguageModelConfig 
         target_modules="|".join(map(re.escape, targets)),
     )
     lora._register_custom_module({nn.Linear: LoraLinear, Fp8Linear: LoraLinear})  # a four-bit layer is a Linear
-    inject_adapter_in_model(lora, model)
+    with warnings.catch_warnings():
+        # peft asks an FP8 layer for its sizes, and gets them.
+        warnings.filterwarnings("ignore", "Unsupported layer type")
+        inject_adapter_in_model(lora, model)
 
 
 def _share_qkv(decoder: nn.Module) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.errors import ModelError
+from dianjing.formats.source import open_foreign
+from dianjing.formats.xtuner import PROJECTOR as FOREIGN_PROJECTOR
+from dianjing.formats.xtuner import live_parts, require_two_layers
 from dianjing.model.language import name_some
 
+TRAINABLE = "trainable.safetensors"
 PROJECTOR = "model.multi_modal_projector."
 
 
@@ -43,41 +49,69 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_projector(model: LlavaForConditionalGeneration, run: str | Path) -> Path:
-    """Put the projector that another run has learned last into the model; return the file it was in.
+def load_projector(model: LlavaForConditionalGeneration, source: str | Path) -> Path:
+    """Put the projector that another run has learned last into the model; return the file or folder it was in.
 
-    `run` is the folder of the run or of one of its checkpoints.
+    `source` is the folder of a run or of one of its checkpoints, or a checkpoint of XTuner or LLaVA in any form that
+    `dianjing import` reads.
 
     Raises:
-        ModelError: there is no checkpoint, or its projector joins another vision tower or LLM.
+        ModelError: there is no checkpoint, it is damaged, or its projector joins another vision tower or LLM.
     """
-    path = _newest(Path(run).expanduser())
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(PROJECTOR)]  # noqa: SIM118 (it is no dict)
-            learned = {name.removeprefix(PROJECTOR): file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ModelError(f"{path}: damaged: {error}; name an earlier checkpoint in projector.init_from") from None
+    path = Path(source).expanduser()
+    checkpoint = _newest(path)
+    learned = _own_projector(checkpoint) if checkpoint else _foreign_projector(path)
     own = model.model.multi_modal_projector.state_dict()
     if learned.keys() != own.keys():
-        raise ModelError(f"{path}: there is no projector in it; projector.init_from names a pretrain run")
+        raise ModelError(f"{checkpoint or path}: there is no projector in it; projector.init_from names a pretrain run")
     there, here = _widths(learned), _widths(own)
     if there != here:
         raise ModelError(
-            f"{path}: the projector is of another vision tower or LLM: it goes {there[0]} -> {there[1]}, here "
-            f"{here[0]} -> {here[1]} is needed; pretrain with these two first"
+            f"{checkpoint or path}: the projector is of another vision tower or LLM: it goes {there[0]} -> {there[1]}, "
+            f"here {here[0]} -> {here[1]} is needed; pretrain with these two first"
         )
     for name, weight in own.items():
         weight.copy_(learned[name])
-    return path
+    return checkpoint / TRAINABLE if checkpoint else path
 
 
-def _newest(run: Path) -> Path:
-    """Return the file of what was learned in a checkpoint, or in the last checkpoint of a run."""
-    found = [*run.glob("trainable.safetensors"), *sorted(run.glob("checkpoints/step-*/trainable.safetensors"))]
-    if not found:
-        raise ModelError(f"{run}: no checkpoint of a run is there; projector.init_from names the folder of a run")
-    return found[-1]
+def _own_projector(checkpoint: Path) -> dict[str, Tensor]:
+    path = checkpoint / TRAINABLE
+    if fault := _damage(path):
+        raise ModelError(f"{path}: damaged: {fault}; name an earlier checkpoint in projector.init_from")
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(PROJECTOR)]  # noqa: SIM118 (it is no dict)
+        return {name.removeprefix(PROJECTOR): file.get_tensor(name) for name in names}
+
+
+def _foreign_projector(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
+    weights = open_foreign(path, optimizer=False).weights
+    require_two_layers(weights, path)
+    parts = [live_parts(name, weight, None) for name, weight in weights.items() if name.startswith(FOREIGN_PROJECTOR)]
+    return {name.removeprefix(PROJECTOR): weight for part in parts for name, weight in part.items()}
+
+
+def _newest(run: Path) -> Path | None:
+    """Return a checkpoint of ours, or the last one of a run; None when it is neither."""
+    if (run / TRAINABLE).is_file():
+        return run
+    found = sorted(run.glob(f"checkpoints/step-*/{TRAINABLE}"))
+    if not found and (run / "recipe.toml").is_file():
+        raise ModelError(f"{run}: no checkpoint of this run is there; train it first")
+    return found[-1].parent if found else None
+
+
+def _damage(path: Path) -> str:
+    """Return how a file differs from what the manifest beside it says was written, "" for not at all."""
+    try:
+        written = json.loads(path.with_name("manifest.json").read_text(encoding="utf-8"))["files"][path.name]
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its manifest.json cannot be read: {error!r}"
+    return "" if found == written["sha256"] else "it is not what was written"
 
 
 def _widths(projector: Mapping[str, Tensor]) -> tuple[int, int]:

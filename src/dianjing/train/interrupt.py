@@ -21,8 +21,9 @@ class Stopped(Exception):
 class Interrupt:
     """While entered, the first signal is kept in `number`; a second one ends the program as usual."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         self.number = 0
+        self._quiet = quiet
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -37,7 +38,8 @@ class Interrupt:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
-        sys.stderr.write("\nstopping after this step, with a checkpoint (once more: at once, without)\n")
+        if not self._quiet:
+            sys.stderr.write("\nstopping after this step, with a checkpoint (once more: at once, without)\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

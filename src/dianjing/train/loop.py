@@ -6,13 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from safetensors.torch import load_file
-from torch.optim import Optimizer
-from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
@@ -23,18 +22,15 @@ from dianjing.errors import ConfigError
 from dianjing.model.build import build
 from dianjing.model.compile import compile_layers
 from dianjing.model.stage import apply_stage
-from dianjing.model.weights import load_trainable_state, trainable_state
+from dianjing.model.weights import load_trainable_state
 from dianjing.train.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
+from dianjing.train.engine import SHARDS_WEIGHTS, require_engine, start_engine
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
-from dianjing.train.optim import (
-    load_optimizer_state,
-    make_optimizer,
-    optimizer_state,
-)
+from dianjing.train.ranks import SILENCE_MINUTES, one_voice
 from dianjing.train.samples import Samples
 from dianjing.train.state import TrainState, require_same_run, state_at
-from dianjing.train.step import Losses, Parts, over_ranks, take_step
+from dianjing.train.step import Parts, over_ranks, take_step
 from dianjing.train.watch import Watch, require_pictures
 
 MOST_WORKERS = 16
@@ -50,29 +46,40 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
         DianjingError: the recipe, a model, the data or the folder cannot be used, or the run went wrong.
         Stopped: SIGINT or SIGTERM came; the checkpoint is written.
     """
-    accelerator = _start_accelerator()
+    require_engine(recipe)
+    accelerator = _start_accelerator(recipe)
+    with one_voice():
+        return _train(recipe, accelerator, resume=resume, quiet=quiet)
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: bool) -> Path:
     run = Path(recipe.output).expanduser()
     log = Log(run, quiet=quiet or not accelerator.is_main_process, write=accelerator.is_main_process)
     checkpoint = newest(run, log.show) if resume else _require_new(run)
 
     with log.busy("loading the models"):
-        built = build(recipe, accelerator.device, fresh_projector=resume)
+        move = recipe.train.engine not in SHARDS_WEIGHTS
+        built = build(recipe, accelerator.device, fresh_projector=resume, move=move)
     log.show(str(built.report))
-    if recipe.stage == "finetune" and not recipe.projector.init_from:
+    if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
         log.warn("the projector starts from nothing; projector.init_from takes it from a pretrain run")
     stage = apply_stage(built.model, recipe)
     log.show(stage)
-    if recipe.train.compile == "on" or (recipe.train.compile == "auto" and accelerator.device.type == "cuda"):
+    if _compiles(recipe, accelerator):
         compile_layers(built.model)
     with log.busy("looking at every record and picture"):
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
     log.data(dataset)
     require_pictures(dataset, recipe.stage)
 
-    optimizer = make_optimizer(built.model, recipe)
     state = state_at(0, recipe, dataset)
     if checkpoint:
-        state = _restore(checkpoint, built.model, optimizer, state)
+        start, state = state, read_state(checkpoint)
+        require_same_run(state, start, checkpoint)
+        load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
+    engine = start_engine(recipe, accelerator, built.model)
+    if checkpoint:
+        engine.load_memory(load_file(checkpoint / OPTIMIZER))
         log.show(f"resumed from {checkpoint}, step {state.step} of {state.total_steps}")
     samples = Samples(recipe, built, run, state.step)
     accelerator.wait_for_everyone()
@@ -83,10 +90,9 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
         recipe=recipe,
         accelerator=accelerator,
         model=built.model.train(),
-        losses=accelerator.prepare_model(Losses(built.model)),
-        optimizer=optimizer,
+        engine=engine,
         dataset=dataset,
-        watch=Watch(built.model.model.multi_modal_projector),
+        watch=Watch(),
     )
     _take_all_steps(parts, state, log, samples, run)
     log.peak_memory(accelerator.device)
@@ -96,27 +102,30 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
 
 def _take_all_steps(parts: Parts, state: TrainState, log: Log, samples: Samples, run: Path) -> None:
     recipe, accelerator = parts.recipe, parts.accelerator
-    with Interrupt() as interrupt, log.steps(state.step, state.total_steps, recipe.train.log_every) as step_log:
+    with (
+        Interrupt(quiet=not accelerator.is_main_process) as interrupt,
+        log.steps(state.step, state.total_steps, recipe.train.log_every) as step_log,
+    ):
         if accelerator.is_main_process and state.step == 0:
             samples.answer(0)
         for step, (batches, data_wait) in enumerate(_batches(parts, state), start=state.step + 1):
             step_log.step(take_step(parts, step, state.total_steps, batches, data_wait))
             last = step == state.total_steps
             stopped_by = _on_any_rank(accelerator, interrupt.number)
-            if accelerator.is_main_process:
-                if last or stopped_by or step % recipe.train.save_every == 0:
-                    _save(parts, step, run)
-                    step_log.curve()
-                if samples.due(step, last):
-                    samples.answer(step)
+            if last or stopped_by or step % recipe.train.save_every == 0:
+                _save(parts, step, run)
+                step_log.curve()
+            if accelerator.is_main_process and samples.due(step, last):
+                samples.answer(step)
             accelerator.wait_for_everyone()
             if stopped_by and not last:
                 raise Stopped(stopped_by, f"stopped after step {step} of {state.total_steps}, with a checkpoint")
 
 
 def _save(parts: Parts, step: int, run: Path) -> None:
-    trained, memory = trainable_state(parts.model), optimizer_state(parts.optimizer)
-    save(run, trained, memory, state_at(step, parts.recipe, parts.dataset), parts.recipe.train.keep)
+    trained, memory = parts.engine.weights(), parts.engine.memory()
+    if parts.accelerator.is_main_process:
+        save(run, trained, memory, state_at(step, parts.recipe, parts.dataset), parts.recipe.train.keep)
 
 
 def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], float]]:
@@ -125,6 +134,7 @@ def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], flo
         parts.dataset.num_records,
         seed=parts.recipe.seed,
         mode=parts.recipe.data.order,
+        lengths=parts.dataset.modality_lengths,
         global_batch_size=parts.recipe.train.global_batch_size,
         rank=parts.accelerator.process_index,
         world_size=parts.accelerator.num_processes,
@@ -141,6 +151,13 @@ def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], flo
         began = time.perf_counter()
 
 
+def _compiles(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Return whether layers are compiled; where ranks share weights, each layer's come and go around its call."""
+    if recipe.train.compile == "auto":
+        return accelerator.device.type == "cuda" and recipe.train.engine not in SHARDS_WEIGHTS
+    return recipe.train.compile == "on"
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -149,14 +166,27 @@ def _processes_here(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
-def _start_accelerator() -> Accelerator:
+def _start_accelerator(recipe: Recipe) -> Accelerator:
+    """Meet the other ranks.
+
+    Raises:
+        ConfigError: the launcher's configuration chooses an engine by itself.
+    """
+    for name, kind in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"the launch asks for {kind}; launch plainly, the recipe chooses: train.engine is {recipe.train.engine}"
+            )
     accelerator = Accelerator(
         mixed_precision="no",  # forward_loss chooses the arithmetic itself
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(backend=None, timeout=timedelta(minutes=SILENCE_MINUTES)),
+        ],
     )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(f"the launch asks for {kind.value}; only plain data parallel training is supported yet")
+        raise ConfigError(f"the launch asks for {kind.value}; only CUDA GPUs and CPUs are supported")
     return accelerator
 
 
@@ -187,17 +217,6 @@ def _prepare_folder(run: Path, recipe: Recipe, trainable: int) -> None:
         save_recipe(recipe, run / "recipe.toml")
     except OSError as error:
         raise ConfigError(f"{run}: a run cannot be written there: {error.strerror}; choose another output") from None
-
-
-def _restore(
-    checkpoint: Path, model: LlavaForConditionalGeneration, optimizer: Optimizer, start: TrainState
-) -> TrainState:
-    """Put a checkpoint into model and optimizer and return where it was; `start` is the run as it is now."""
-    state = read_state(checkpoint)
-    require_same_run(state, start, checkpoint)
-    load_trainable_state(model, load_file(checkpoint / TRAINABLE))
-    load_optimizer_state(optimizer, load_file(checkpoint / OPTIMIZER))
-    return state
 
 
 def _on_any_rank(accelerator: Accelerator, number: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -60,6 +60,10 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["full_rate"] * factor
 
 
+def _beside(value: Tensor, weight: Tensor) -> Tensor:
+    return value.to(weight.device)
+
+
 def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's memory of each parameter: "<parameter>/exp_avg" and so on."""
     return {
@@ -70,8 +74,10 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_state` returned.
+def load_optimizer_state(
+    optimizer: Optimizer, state: Mapping[str, Tensor], place: Callable[[Tensor, Tensor], Tensor] = _beside
+) -> None:
+    """Put back what `optimizer_state` returned; `place` brings a value to where its parameter is.
 
     Raises:
         CheckpointError: it is of other parameters.
@@ -81,10 +87,17 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Tensor]) -> N
         for group in optimizer.param_groups
         for name, weight in zip(group["param_names"], group["params"], strict=True)
     }
-    saved = {key.rpartition("/")[0] for key in state}
-    if saved != weights.keys():
-        first = min(saved ^ weights.keys())
-        raise CheckpointError(f"the optimizer's state is not of what trains here ({first}); start a new run")
+    require_memory_of(weights, state)
     for key, value in state.items():
         name, _, kind = key.rpartition("/")
-        optimizer.state[weights[name]][kind] = value.to(weights[name].device)
+        optimizer.state[weights[name]][kind] = place(value, weights[name])
+
+
+def require_memory_of(names: Iterable[str], state: Mapping[str, Tensor]) -> None:
+    """Refuse the optimizer's memory of other parameters than these.
+
+    Raises:
+        CheckpointError: one that differs is named.
+    """
+    if other := {key.rpartition("/")[0] for key in state} ^ set(names):
+        raise CheckpointError(f"the optimizer's state is not of what trains here ({min(other)}); start a new run")

@@ -10,6 +10,7 @@ from dianjing.config.schema import Recipe
 from dianjing.data.record import load_records, without_markers
 from dianjing.eval.score import score, summarise
 from dianjing.model.build import Built
+from dianjing.model.compile import uncompiled
 from dianjing.use.ask import ask, check_pictures, load_pictures
 from dianjing.use.compare import Column, page
 from dianjing.use.generate import Seer
@@ -57,7 +58,8 @@ class Samples:
         if not self._every:
             return
         self._model.eval()
-        answers = ask(self._seer, self._questions, self._root, MAX_NEW_TOKENS)
+        with uncompiled(self._model):
+            answers = ask(self._seer, self._questions, self._root, MAX_NEW_TOKENS)
         self._model.train()
         self._rows += [
             {

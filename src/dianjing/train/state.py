@@ -21,6 +21,7 @@ FREE_TO_CHANGE = frozenset(
         "data.workers",
         "data.pack_tokens",
         "train.compile",
+        "train.engine",
         "train.gradient_checkpointing",
         "train.log_every",
         "train.save_every",
@@ -87,6 +88,8 @@ def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> 
     Raises:
         CheckpointError: all that changed is named.
     """
+    if not saved.data["fingerprint"]:
+        raise CheckpointError(f"{checkpoint}: it was imported without its data; import it again with --data FILE")
     changed = [*_changes(saved.recipe, now.recipe)]
     if saved.data["fingerprint"] != now.data["fingerprint"]:
         saved_counts, counts = ({**state.data, "fingerprint": None} for state in (saved, now))

@@ -6,39 +6,22 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import Dataset
 from dianjing.data.order import steps_per_epoch
-from dianjing.model.forward import forward_loss
+from dianjing.train.engine import Engine
 from dianjing.train.log import StepResult
 from dianjing.train.optim import learning_rate_factor, set_learning_rates
 from dianjing.train.watch import Watch
-
-
-class Losses(nn.Module):
-    """The loss as a module: distributed training hooks into a module's call."""
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch | None) -> Tensor:
-        """Return the summed loss of a batch; None, for a rank without records, is a zero with gradients."""
-        if batch is not None:
-            return forward_loss(self.model, batch)
-        trained = (weight for weight in self.parameters() if weight.requires_grad)
-        return torch.stack([weight.sum() * 0 for weight in trained]).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +31,7 @@ class Parts:
     recipe: Recipe
     accelerator: Accelerator
     model: LlavaForConditionalGeneration
-    losses: nn.Module
-    optimizer: Optimizer
+    engine: Engine
     dataset: Dataset
     watch: Watch
 
@@ -57,9 +39,9 @@ class Parts:
 def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch], data_wait: float) -> StepResult:
     """Take one optimizer step, `step` counted from 1, on this rank's packs of it."""
     began = time.perf_counter()
-    recipe, watch, optimizer = parts.recipe, parts.watch, parts.optimizer
+    recipe, watch, engine = parts.recipe, parts.watch, parts.engine
     torch.manual_seed(_seed_of(recipe.seed, step, parts.accelerator.process_index))
-    set_learning_rates(optimizer, learning_rate_factor(step - 1, total_steps, recipe.train.warmup_ratio))
+    set_learning_rates(engine.optimizer, learning_rate_factor(step - 1, total_steps, recipe.train.warmup_ratio))
     tokens, pictures = over_ranks(
         parts.accelerator,
         sum(batch.num_supervised for batch in batches),
@@ -68,13 +50,12 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
     watch.supervised(int(tokens), step)
     losses = backward(parts, batches, int(tokens))
     (loss,) = over_ranks(parts.accelerator, sum(losses))
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm or math.inf).item()
+    learns = not pictures or engine.learns(parts.model.model.multi_modal_projector)
+    norm = engine.step() if math.isfinite(loss) else math.nan
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise watch.not_finite(loss, norm, step, gather_object(_suspects(batches, losses)))
-    watch.sight(int(pictures), step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if pictures:
+        watch.sight(learns, step)
     records = parts.dataset.num_records
     epoch, place = divmod(step - 1, steps_per_epoch(records, recipe.train.global_batch_size))
     seen = min((place + 1) * recipe.train.global_batch_size, records)
@@ -82,7 +63,7 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
         step=step,
         epoch=epoch + seen / records,
         loss=loss,
-        learning_rate=optimizer.param_groups[-1]["lr"],
+        learning_rate=engine.optimizer.param_groups[-1]["lr"],
         grad_norm=norm,
         records=seen - place * recipe.train.global_batch_size,
         supervised_tokens=int(tokens),
@@ -94,19 +75,32 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
 def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> list[float]:
     """Leave the gradient of the mean loss over the step's tokens; return each pack's share of that mean.
 
-    Ranks may have unlike numbers of packs: each sums its own and meets the others in its last one, where
-    their gradients are averaged, hence the factor.
+    Ranks may have unlike numbers of packs; where the engine needs like numbers, packs of no record fill them up.
     """
     device = parts.accelerator.device
-    shares: list[Tensor] = []
-    packs = [*batches] or [None]
-    for number, batch in enumerate(packs, start=1):
-        meeting = nullcontext() if number == len(packs) else parts.accelerator.no_sync(parts.losses)
-        with meeting:
-            share = parts.losses(None if batch is None else batch.to(device)) / tokens
-            parts.accelerator.backward(share * parts.accelerator.num_processes)
-        shares.append(share.detach())
+    packs = [*batches, *[_no_record(parts.dataset)] * (parts.engine.num_packs(len(batches)) - len(batches))]
+    shares = [
+        parts.engine.backward(batch.to(device), tokens, last=number == len(packs))
+        for number, batch in enumerate(packs, start=1)
+    ]
     return torch.stack(shares).tolist()
+
+
+def _no_record(dataset: Dataset) -> Batch:
+    """Return a pack of two tokens that belong to no record, the second of them supervised."""
+    assert dataset.image_processor
+    size = dataset.image_processor.size
+    return Batch(
+        input_ids=torch.zeros(2, dtype=torch.int64),
+        position_ids=torch.arange(2),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+        max_seqlen=2,
+        pixel_values=torch.zeros(0, 3, size, size),
+        image_positions=torch.zeros(0, dtype=torch.int64),
+        target_rows=torch.zeros(1, dtype=torch.int64),
+        targets=torch.zeros(1, dtype=torch.int64),
+        ids=(),
+    )
 
 
 def over_ranks(accelerator: Accelerator, *values: float) -> list[float]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-
 from dianjing.data.dataset import Dataset
 from dianjing.errors import TrainError
 
@@ -31,8 +28,7 @@ def require_pictures(dataset: Dataset, stage: str) -> None:
 class Watch:
     """Stops a run that would go on for nothing; asked before each optimizer step."""
 
-    def __init__(self, projector: nn.Module) -> None:
-        self._projector = projector
+    def __init__(self) -> None:
         self._blind_steps = 0
 
     def supervised(self, tokens: int, step: int) -> None:
@@ -49,13 +45,9 @@ class Watch:
             "learning rate; --resume goes on from the last checkpoint"
         )
 
-    def sight(self, pictures: int, step: int) -> None:
-        """Raise TrainError when pictures were shown and the projector learns nothing from them."""
-        if not pictures:
-            return
-        gradients = [weight.grad for weight in self._projector.parameters() if weight.grad is not None]
-        blind = not gradients or not torch.nn.utils.get_total_norm(gradients)
-        self._blind_steps = self._blind_steps + 1 if blind else 0
+    def sight(self, learns: bool, step: int) -> None:
+        """Raise TrainError when step after step has pictures, and the projector learns nothing from them."""
+        self._blind_steps = 0 if learns else self._blind_steps + 1
         if self._blind_steps == BLIND_STEPS:
             raise TrainError(
                 f"step {step}: for {BLIND_STEPS} steps with pictures the projector got no gradient: the pictures do "

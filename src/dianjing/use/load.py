@@ -14,12 +14,14 @@ from dianjing.config.load import load_recipe
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor
-from dianjing.data.template import choose_template, get_template
+from dianjing.data.template import template_for
 from dianjing.errors import ModelError
 from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
-from dianjing.model.build import build, num_image_tokens
-from dianjing.model.language import load_exactly, load_language_model, read_config, require_safetensors
+from dianjing.model.build import build
+from dianjing.model.hub import is_hub_name
+from dianjing.model.language import load_exactly, load_language_model, read_config
 from dianjing.model.stage import apply_stage
+from dianjing.model.vision import num_image_tokens
 from dianjing.model.weights import load_trainable_state
 from dianjing.tinyworld.folders import NAME as TINYWORLD
 from dianjing.tinyworld.folders import resolve
@@ -33,15 +35,19 @@ TEMPLATE_KEY = "dianjing_template"
 def load_for_use(path: str, device: str | None = None) -> Seer:
     """Return the model at `path`, ready to answer; `device` None = the GPU if there is one.
 
-    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported adapter or LLaVA folder,
-    or the folder of a text-only LLM ("tinyworld" too), which has no eyes.
+    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported adapter or LLaVA folder or a
+    LLaVA in the layout of the hub's, or the folder of a text-only LLM ("tinyworld" too), which has no eyes; the last
+    two may be names of the hub (owner/name).
 
     Raises:
         ModelError: the folder is none of these.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if path != TINYWORLD and not Path(path).expanduser().is_dir():
-        raise ModelError(f'{path}: no such folder; give a run, an exported model, a text LLM, or "{TINYWORLD}"')
+    if path != TINYWORLD and not Path(path).expanduser().is_dir() and not is_hub_name(path):
+        raise ModelError(
+            f"{path}: no such folder; give a run, an exported model, a text LLM, a model of the hub (owner/name), "
+            f'or "{TINYWORLD}"'
+        )
     folder = resolve(path, "language_model")
     if (folder / "recipe.toml").is_file():
         seer = _load_run(folder, device)
@@ -96,10 +102,13 @@ def _require_bases(recipe: Recipe, run: Path) -> None:
 def _load_llava(folder: Path, device: str) -> Seer:
     config = read_config(folder)
     tower = config.get("vision_config", {}).get("model_type")
-    if tower != "clip_vision_model":
-        raise ModelError(f'{folder}: its vision tower is "{tower}"; only LLaVAs with a CLIP tower can be asked here')
+    if tower not in ("clip_vision_model", "siglip_vision_model"):
+        raise ModelError(
+            f'{folder}: its vision tower is "{tower}"; only LLaVAs with a CLIP or SigLIP tower can be asked here'
+        )
+    if not isinstance(config.get("vision_feature_layer", -2), int):
+        raise ModelError(f"{folder}: it joins the features of several layers; LLaVAs of one layer can be asked here")
     tokenizer = load_tokenizer(folder)
-    require_safetensors(folder)
     model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
     return Seer(
         name=str(folder),
@@ -126,7 +135,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, template: str | None, llava: An
     """Return the encoder of a model; `llava` is the configuration of one that sees, else None."""
     return Encoder(
         tokenizer=tokenizer,
-        template=get_template(template or choose_template(tokenizer)),
+        template=template_for(tokenizer, template or "")[0],
         num_image_tokens=num_image_tokens(llava.vision_config, llava.vision_feature_select_strategy) if llava else 1,
         max_tokens=tokenizer.model_max_length,
         on_long_record="error",

@@ -61,10 +61,22 @@ def test_without_documents_it_obeys_the_mask() -> None:
     torch.testing.assert_close(output, first.expand_as(output))
 
 
-@pytest.mark.parametrize("settings", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"sliding_window": 8}])
+@pytest.mark.parametrize("settings", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
 def test_other_kinds_of_attention_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="not supported"):
         packed_attention(MODULE, *states(), None, **spans(), **settings)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_a_window_hides_what_lies_further_back(window: int) -> None:
+    query, key, value = states()
+    bounds = spans()["cu_seqlens"].tolist()
+    document = torch.bucketize(torch.arange(18), torch.tensor(bounds[1:]), right=True)
+    distance = torch.arange(18)[:, None] - torch.arange(18)
+    seen = (document[:, None] == document) & (distance >= 0) & (distance < window)
+    expected, _ = packed_attention(MODULE, query, key, value, seen[None, None])
+    output, _ = packed_attention(MODULE, query, key, value, None, **spans(), sliding_window=window)
+    torch.testing.assert_close(output, expected)
 
 
 def test_a_window_wider_than_each_record_is_no_window() -> None:

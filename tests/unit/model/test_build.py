@@ -9,15 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionModel,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from dianjing.data.image import ImageProcessor
 from dianjing.errors import ModelError
-from dianjing.model.build import assemble, build, num_image_tokens
+from dianjing.model.build import assemble, build
 from dianjing.model.forward import image_features
-from dianjing.model.vision import load_vision_tower
+from dianjing.model.vision import load_vision_tower, num_image_tokens, vision_config
 from tests.conftest import MakeRecipe
-from tests.tiny import NUM_IMAGE_TOKENS, write_llm
+from tests.tiny import NUM_IMAGE_TOKENS, write_clip, write_llm, write_siglip
 from tests.xtuner import XTUNER
 
 
@@ -57,9 +69,43 @@ def test_a_tower_of_xtuners_days_is_read() -> None:
     assert "not needed" not in str(report)
 
 
-def test_a_folder_without_a_clip_is_refused(tiny_llm: Path) -> None:
-    with pytest.raises(ModelError, match='model_type "llama" is no CLIP'):
+def whole_siglip(tower: Path, folder: Path) -> Path:
+    """Save a SigLIP with this tower in it, its text side and its scale beside it."""
+    vision = SiglipVisionModel.from_pretrained(tower)
+    text = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 9, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    siglip = SiglipModel(SiglipConfig(vision_config=vision.config.to_dict(), text_config=text))
+    siglip.vision_model.load_state_dict(vision.state_dict())
+    siglip.save_pretrained(folder)
+    return folder
+
+
+def pickled_tower(tower: Path, folder: Path) -> Path:
+    """Save the tower as old repositories hold it: names with a prefix, in pytorch_model.bin."""
+    folder = old_tower(tower, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("kind", [whole_siglip, old_tower, pickled_tower])
+def test_a_siglip_is_read_without_its_pooling_head(tiny_siglip: Path, tmp_path: Path, kind: Any) -> None:
+    stored = load_file(tiny_siglip / "model.safetensors")
+    tower, report = load_vision_tower(kind(tiny_siglip, tmp_path / "tower"), torch.float32)
+    assert tower.state_dict().keys() == {name for name in stored if not name.startswith("head.")}
+    assert all(torch.equal(weight, stored[name]) for name, weight in tower.state_dict().items())
+    assert "SiglipVisionModel" in str(report)
+    assert "not needed" in str(report)
+
+
+def test_a_folder_without_a_tower_is_refused(tiny_llm: Path, tiny_siglip: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match='model_type "llama" is no CLIP or SigLIP'):
         load_vision_tower(tiny_llm, torch.float32)
+    for kind in ("siglip2", "siglip2_vision_model"):
+        folder = Path(shutil.copytree(tiny_siglip, tmp_path / kind))
+        (folder / "config.json").write_text(json.dumps({"model_type": kind, "num_patches": 256}))
+        with pytest.raises(ModelError, match="SigLIP 2 of any resolution"):
+            load_vision_tower(folder, torch.float32)
 
 
 def test_a_tower_with_a_weight_missing_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
@@ -78,15 +124,37 @@ def test_what_is_built_fits_together(make_recipe: MakeRecipe) -> None:
     assert built.model.get_input_embeddings().weight.shape[0] == len(built.tokenizer)  # not resized
     assert built.model.config.text_config is built.model.model.language_model.config
     assert built.image_processor.aspect == "pad"
-    assert len(built.report.lines) == 3
+    assert len(built.report.lines) == 4
+    assert "template: internlm2_chat (as named)" in built.report.lines
 
 
-@pytest.mark.parametrize("feature_layer", [-4, -3, -2, -1, 1, 3])
-def test_image_features_are_upstreams(make_recipe: MakeRecipe, feature_layer: int) -> None:
-    model = build(make_recipe("pretrain", vision_tower={"feature_layer": feature_layer})).model
-    pixels = torch.randn(2, 3, 28, 28)
-    expected = model.get_image_features(pixels, vision_feature_layer=feature_layer).pooler_output
-    torch.testing.assert_close(image_features(model, pixels), torch.stack(list(expected)))
+@pytest.mark.parametrize("feature_layer", [-4, -3, -2, -1, 0, 1, 3])
+@pytest.mark.parametrize(
+    ("kind", "size", "patch"), [("clip", 28, 14), ("clip", 30, 8), ("siglip", 30, 8), ("siglip", 32, 8)]
+)
+def test_image_features_are_upstreams(
+    make_recipe: MakeRecipe, tmp_path: Path, kind: str, size: int, patch: int, feature_layer: int
+) -> None:
+    write = {"clip": write_clip, "siglip": write_siglip}[kind]
+    folder = write(tmp_path / "tower", image_size=size, patch_size=patch)
+    built = build(make_recipe("pretrain", vision_tower={"folder": str(folder), "feature_layer": feature_layer}))
+    pixels = torch.randn(2, 3, size, size)
+    ours, model = image_features(built.model, pixels), built.model
+    expected = model.get_image_features(pixels, output_hidden_states=True).pooler_output
+    torch.testing.assert_close(ours, torch.stack(list(expected)))
+    assert model.config.vision_feature_select_strategy == {"clip": "default", "siglip": "full"}[kind]
+    assert ours.shape[1] == built.encoder.num_image_tokens == model.config.image_seq_length == (size // patch) ** 2
+
+
+def test_a_siglip_picture_is_padded_with_its_grey_and_stretched(make_recipe: MakeRecipe, tiny_siglip: Path) -> None:
+    processor = build(make_recipe("pretrain", vision_tower={"folder": str(tiny_siglip)})).image_processor
+    pixels = processor(Image.new("RGB", (60, 20), (255, 0, 0)))
+    assert pixels[:, 0, 0].tolist() == pytest.approx([127 / 127.5 - 1] * 3, abs=1e-6)
+    assert pixels[:, 15, 15].tolist() == [1.0, -1.0, -1.0]
+    upstream = SiglipImageProcessorPil.from_pretrained(tiny_siglip)
+    noise = Image.effect_noise((47, 19), 80).convert("RGB")
+    stretched = ImageProcessor.from_folder(tiny_siglip, "crop")(noise)
+    assert torch.equal(stretched, upstream(noise, return_tensors="pt")["pixel_values"][0])
 
 
 def test_a_feature_layer_the_tower_has_not_is_refused(make_recipe: MakeRecipe) -> None:
@@ -117,6 +185,7 @@ def test_preprocessing_of_another_tower_is_refused(make_recipe: MakeRecipe, tiny
         build(make_recipe("pretrain", vision_tower={"folder": str(folder)}))
 
 
-def test_a_class_token_is_counted_only_when_it_is_kept(tiny_clip: Path) -> None:
-    config = CLIPVisionModel.from_pretrained(tiny_clip).config
-    assert (num_image_tokens(config, "default"), num_image_tokens(config, "full")) == (4, 5)
+def test_a_class_token_is_counted_only_when_it_is_kept(tiny_clip: Path, tiny_siglip: Path) -> None:
+    clip, siglip = (vision_config(folder) for folder in (tiny_clip, tiny_siglip))
+    assert (num_image_tokens(clip, "default"), num_image_tokens(clip, "full")) == (4, 5)
+    assert (num_image_tokens(siglip, "default"), num_image_tokens(siglip, "full")) == (8, 9)

@@ -150,6 +150,18 @@ def test_dropout_and_checkpointing_leave_the_same_gradients(make_recipe: MakeRec
     assert all(gradient.any() for gradient in results[0][1].values())
 
 
+def test_bf16_is_near_fp32(make_recipe: MakeRecipe) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        settings = {**QLORA, "lora_head": True, "lora_alpha": 4.0}
+        model, dataset = prepare(make_recipe("finetune", train={"precision": precision}, language_model=settings))
+        loss, gradients = outcome(model, [dataset.batch(range(dataset.num_records))])
+        assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients.values())
+        losses.append(loss)
+    assert losses[0] != losses[1]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+
+
 def test_answers_on_the_way_change_no_weight(make_recipe: MakeRecipe) -> None:
     """Some CPUs have a fast path for answers that would round the weights for good."""
     model, dataset = prepare(make_recipe("finetune", language_model=QLORA))

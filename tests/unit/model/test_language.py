@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,9 +97,110 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
         load_language_model(folder, torch.float32)
 
 
-def test_pickled_weights_are_not_read(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pytorch_model.bin, which can run code"):
+class Payload:
+    """What a hostile file would have run when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def as_bin(folder: Path) -> dict[str, torch.Tensor]:
+    """Keep the weights of a folder in pytorch_model.bin, and return them."""
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return weights
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights_of_tensors_are_read(folder: Path, zipped: bool) -> None:
+    weights = as_bin(folder)
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    model, _ = load_language_model(folder, torch.float32)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    torch.save({**weights, "model.extra": torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"model\.extra left over"):
+        load_language_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["zip", "torch's old format", "plain pickle", "shard"])
+def test_a_pickle_that_would_run_something_is_refused(folder: Path, tmp_path: Path, kind: str) -> None:
+    hostile = {**as_bin(folder), "model.extra": Payload(tmp_path / "ran")}
+    path = folder / "pytorch_model.bin"
+    if kind == "plain pickle":
+        path.write_bytes(pickle.dumps(hostile, protocol=4))
+    else:
+        torch.save(hostile, path, _use_new_zipfile_serialization=kind != "torch's old format")
+    if kind == "shard":
+        path = path.rename(folder / "pytorch_model-00001-of-00001.bin")
+        index = {"weight_map": dict.fromkeys(hostile, path.name)}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=rf"{path.name}: refused: to be read it asks for (posix|nt)\.system"):
+        load_language_model(folder, torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_safetensors_are_preferred_to_a_pickle(folder: Path, tmp_path: Path) -> None:
+    torch.save({"x": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    load_language_model(folder, torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged"),
+        (b"text", "damaged, or no file of tensors"),
+        (pickle.dumps({"a": {1, 2}}), "refused: to be read it asks for something that is no tensor"),
+        ([torch.ones(1)], "a table of tensors"),
+        ({"a": 3}, "a table of tensors"),
+    ],
+)
+def test_a_bin_file_of_something_else_is_refused(folder: Path, content: Any, message: str) -> None:
+    as_bin(folder)
+    if isinstance(content, bytes):
+        (folder / "pytorch_model.bin").write_bytes(content)
+    else:
+        torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=message):
+        load_language_model(folder, torch.float32)
+
+
+def test_an_index_leads_to_no_other_folder(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
+    index = folder / "model.safetensors.index.json"
+    for name, message in (
+        (f"../{WEIGHTS}", "is no file of this folder"),
+        (str(folder.parent / WEIGHTS), "is no file of this folder"),
+        ("gone.safetensors", "gone.safetensors not there"),
+    ):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, name)}))
+        with pytest.raises(ModelError, match=message):
+            load_language_model(folder, torch.float32)
+    index.write_text(json.dumps({"weight_map": None}))
+    with pytest.raises(ModelError, match="no weight_map"):
+        load_language_model(folder, torch.float32)
+    index.unlink()
+    with pytest.raises(ModelError, match="it has no weights"):
+        load_language_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "gemma3"}, r'"gemma3" is multimodal already \(transformers reads it as Gemma3For'),
+        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, r"multimodal already \(it has vision_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"weights are quantized \(gptq\)"),
+    ],
+)
+def test_a_model_that_is_no_plain_text_llm_is_refused(folder: Path, settings: dict, message: str) -> None:
+    change_config(folder, **settings)
+    with pytest.raises(ModelError, match=message):
         load_language_model(folder, torch.float32)
 
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from dianjing.errors import ModelError
+from dianjing.formats.source import open_foreign
 from dianjing.model.build import build
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_projector, load_trainable_state, trainable_state
+from dianjing.train.checkpoint import save
+from dianjing.train.state import TrainState
 from tests.conftest import MakeRecipe
 from tests.tiny import write_clip, write_llm
+from tests.xtuner import XTUNER
 
 
 @pytest.fixture
@@ -54,15 +57,13 @@ def test_a_state_that_does_not_fit_is_refused_whole(model: Any, fault: str) -> N
 
 
 def write_checkpoint(run: Path, step: int, state: dict[str, torch.Tensor]) -> Path:
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    save_file(state, folder / "trainable.safetensors")
-    return folder
+    at = TrainState(step=step, epoch=0, samples_seen=0, total_steps=step, recipe={}, data={})
+    return save(run, state, {"step": torch.ones(1)}, at, keep=9)
 
 
 def test_the_projector_of_the_last_checkpoint_is_taken(model: Any, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     states = {step: learned(model) for step in (100, 1000, 20)}
-    for step, state in states.items():
+    for step, state in sorted(states.items()):
         write_checkpoint(tmp_path / "before", step, state)
     built = build(make_recipe("finetune", projector={"init_from": str(tmp_path / "before")}))
     for name, weight in built.model.model.multi_modal_projector.state_dict().items():
@@ -72,7 +73,7 @@ def test_the_projector_of_the_last_checkpoint_is_taken(model: Any, make_recipe: 
 
 def test_a_fresh_projector_reads_no_other_run(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("finetune", projector={"init_from": "nowhere"})
-    with pytest.raises(ModelError, match=r"nowhere: no checkpoint"):
+    with pytest.raises(ModelError, match=r"nowhere: no such run or checkpoint"):
         build(recipe)
     fresh = build(recipe, fresh_projector=True)
     assert "new, seed 0" in str(fresh.report)
@@ -106,3 +107,24 @@ def test_a_checkpoint_without_a_projector_or_damaged_is_refused(model: Any, tmp_
     (folder / "trainable.safetensors").write_bytes(b"torn")
     with pytest.raises(ModelError, match="damaged"):
         load_projector(model, folder)
+
+
+def test_the_projector_of_an_xtuner_checkpoint_is_taken_as_it_lies(make_recipe: MakeRecipe) -> None:
+    tiny, checkpoint = XTUNER / "tiny", XTUNER / "tiny" / "pretrain_iter_10.pth"
+    parts = {
+        "language_model": {"folder": str(tiny / "tiny_internlm2")},
+        "vision_tower": {"folder": str(tiny / "tiny_clip")},
+    }
+    built = build(make_recipe("finetune", projector={"init_from": str(checkpoint)}, **parts))
+    own, stored = built.model.model.multi_modal_projector.state_dict(), open_foreign(checkpoint).weights
+    for ours, theirs in (("linear_1", "0"), ("linear_2", "2")):
+        for kind in ("weight", "bias"):
+            assert torch.equal(own[f"{ours}.{kind}"], stored[f"projector.model.{theirs}.{kind}"])
+    assert "pretrain_iter_10.pth" in str(built.report)
+
+
+def test_a_projector_of_another_depth_is_refused(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mm_projector.bin"
+    torch.save({f"model.mm_projector.{number}.weight": torch.zeros(2, 2) for number in (0, 2, 4)}, path)
+    with pytest.raises(ModelError, match=r"mm_projector.bin: its projector has 3 linear layers; only those of 2"):
+        load_projector(model, path)

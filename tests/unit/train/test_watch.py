@@ -5,43 +5,44 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from accelerate import Accelerator
 
 from dianjing.errors import TrainError
+from dianjing.model.build import build
 from dianjing.train.checkpoint import newest
+from dianjing.train.engine import Engine, Losses
 from dianjing.train.loop import train
-from dianjing.train.step import Losses
 from dianjing.train.watch import BLIND_STEPS, Watch
 
 
-def projector(gradient: float | None) -> nn.Module:
-    module = nn.Linear(2, 2)
-    for weight in module.parameters():
-        weight.grad = None if gradient is None else torch.full_like(weight, gradient)
-    return module
-
-
-@pytest.mark.parametrize("gradient", [None, 0.0])
-def test_a_projector_that_never_learns_stops_the_run(gradient: float | None) -> None:
-    watch = Watch(projector(gradient))
+def test_a_projector_that_never_learns_stops_the_run() -> None:
+    watch = Watch()
     for step in range(1, BLIND_STEPS):
-        watch.sight(2, step)
-        watch.sight(0, step)  # a step without pictures says nothing
+        watch.sight(False, step)
     with pytest.raises(TrainError, match=f"step {BLIND_STEPS}: for {BLIND_STEPS} steps with pictures the projector"):
-        watch.sight(1, BLIND_STEPS)
+        watch.sight(False, BLIND_STEPS)
 
 
 def test_a_projector_that_learns_now_and_then_does_not() -> None:
-    module = projector(0.0)
-    watch = Watch(module)
+    watch = Watch()
     for step in range(4 * BLIND_STEPS):
-        module.bias.grad = torch.full((2,), float(step % BLIND_STEPS == 0))
-        watch.sight(1, step)
+        watch.sight(step % BLIND_STEPS == 0, step)
+
+
+@pytest.mark.parametrize("gradient", [None, 0.0, 1e-9, float("nan")])
+def test_what_a_projector_learns_is_seen(make_recipe: Any, gradient: float | None) -> None:
+    recipe = make_recipe()
+    model = build(recipe).model
+    engine = Engine(recipe, Accelerator(), model)
+    projector: Any = model.model.multi_modal_projector
+    for weight in projector.parameters():
+        weight.grad = None if gradient is None else torch.full_like(weight, gradient)
+    assert engine.learns(projector) == bool(gradient)
 
 
 def test_a_step_without_supervised_tokens() -> None:
     with pytest.raises(TrainError, match="step 4: none of its tokens is supervised"):
-        Watch(projector(1.0)).supervised(0, 4)
+        Watch().supervised(0, 4)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -1,0 +1,114 @@
+"""A record that can be read -> what is odd in its texts, and the few numbers that the whole set needs of it."""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dianjing.check.codes import Finding
+from dianjing.check.texts import digest, excuse, loops, normalised, script, yes_or_no
+from dianjing.check.tokens import Measured
+from dianjing.constants import IMAGE_MARKER
+from dianjing.data.record import Record, Turn
+
+LONG_ANSWER = 24
+"""Bytes of an answer from which on it is no coincidence when another picture has it too."""
+ECHO_BYTES = 12
+SWITCH_CHARACTERS = 12
+"""Question and answer are both longer than this when their languages are compared."""
+
+
+@dataclass(kw_only=True)
+class ChunkResult:
+    """What one chunk holds; arrays have one entry a record, unless they say otherwise."""
+
+    findings: list[Finding] = field(default_factory=list[Finding])
+    ids: list[str] = field(default_factory=list[str])
+    lines: array[int] = field(default_factory=lambda: array("Q"))
+    images: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
+    usable: list[bool] = field(default_factory=list[bool])
+    """Whether training can use the record as it is written, pictures apart."""
+    content: array[int] = field(default_factory=lambda: array("Q"))
+    """Hash of pictures and texts; 0 for a record that cannot be read."""
+    alike: array[int] = field(default_factory=lambda: array("Q"))
+    """The same without capitals, spaces and punctuation."""
+    answer: array[int] = field(default_factory=lambda: array("Q"))
+    """Hash of all answers of a record; 0 likewise."""
+    long_answers: array[int] = field(default_factory=lambda: array("Q"))
+    """Hash of each long answer to a picture; one entry an answer."""
+    long_answers_of: array[int] = field(default_factory=lambda: array("Q"))
+    """Number of the record it stands in."""
+    measured: list[list[Measured]] = field(default_factory=list[list[Measured]])
+    """None at all without a recipe."""
+    values: defaultdict[str, list[str | int]] = field(default_factory=lambda: defaultdict(list))
+    """Name of a distribution -> its values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The record that findings are about."""
+
+    file: str
+    record: int
+    id: str
+    line: int
+
+    def finding(self, code: str, text: str, field: str = "") -> Finding:
+        """Return a finding about it."""
+        return Finding(
+            code=code, file=self.file, text=text, record=self.record, id=self.id, line=self.line, field=field
+        )
+
+
+def look(result: ChunkResult, where: Where, record: Record | None, special_strings: tuple[str, ...]) -> None:
+    """Add what a record says to the result; None stands for one that cannot be read."""
+    if record is None:
+        for hashes in (result.content, result.alike, result.answer):
+            hashes.append(0)
+        return
+    texts = [text for turn in record.turns for text in (turn.question, turn.answer)]
+    said = [normalised(text) for text in texts]
+    pictures = "\0".join(record.images).encode() + b"\1"
+    result.content.append(digest(pictures + "\0".join(texts).encode()))
+    result.alike.append(digest(pictures + b"\0".join(said)))
+    result.answer.append(digest(b"\0".join(said[1::2])))
+    values = result.values
+    values["turns"].append(len(record.turns))
+    values["pictures"].append(len(record.images))
+    for number, turn in enumerate(record.turns):
+        question, answer = said[2 * number : 2 * number + 2]
+        if record.images and len(answer) >= LONG_ANSWER:
+            result.long_answers.append(digest(answer))
+            result.long_answers_of.append(where.record)
+        scripts = script(turn.question.replace(IMAGE_MARKER, "")), script(turn.answer)
+        values["question script"].append(scripts[0])
+        values["answer script"].append(scripts[1])
+        values["question characters"].append(len(turn.question))
+        values["answer characters"].append(len(turn.answer))
+        values["yes or no"].append(yes_or_no(turn.answer))
+        for code, text in _turn(turn, scripts, question, answer):
+            result.findings.append(where.finding(code, text, f"turn {number}"))
+        for mark in special_strings:
+            if mark in turn.question or mark in turn.answer:
+                text = f"{mark}, a mark of the chat template, stands in the text"
+                result.findings.append(where.finding("special_string", text, f"turn {number}"))
+
+
+def _turn(turn: Turn, scripts: tuple[str, str], question: bytes, answer: bytes) -> Iterator[tuple[str, str]]:
+    """Yield what is odd about one turn: code and sentence; its texts are given without punctuation too."""
+    lengths = len(turn.question), len(turn.answer)
+    if scripts in (("zh", "en"), ("en", "zh")) and min(lengths) > SWITCH_CHARACTERS:
+        yield "language_switch", f"the question is in {scripts[0]}, the answer in {scripts[1]}"
+    if IMAGE_MARKER in turn.answer:
+        yield "marker_in_answer", f"{IMAGE_MARKER} stands in the answer"
+    if words := excuse(turn.answer):
+        yield "answer_refusal", f'the answer says "{words}"'
+    if len(answer) >= ECHO_BYTES and question.removeprefix(b"<image>") == answer:
+        yield "answer_echo", f'the answer is the question: "{turn.answer[:60]}"'
+    for name, text in (("question", turn.question), ("answer", turn.answer)):
+        if "\ufffd" in text:
+            yield "text_broken", f"the {name} holds U+FFFD, where characters were lost"
+        if phrase := loops(text):
+            yield "text_repeats", f'the {name} says "{phrase[:60]}" over and over'

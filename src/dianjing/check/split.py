@@ -1,0 +1,187 @@
+"""A JSON or JSONL file of any size -> the byte range of each record, without parsing it."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+MAX_RECORD_BYTES = 64 * 2**20
+"""A longer record is not parsed: hardly a conversation, and perhaps meant to fill the memory."""
+CHUNK_RECORDS = 512
+CHUNK_BYTES = 2**20
+BOM = b"\xef\xbb\xbf"
+
+
+Element = tuple[int, int]
+"""One record of a file: its first byte, and the one after its last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """What is wrong between the records of a file, and at which byte."""
+
+    code: str
+    offset: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Records that are checked in one go."""
+
+    first_record: int
+    first_line: int
+    """The line of `start`, from 1."""
+    start: int
+    elements: tuple[Element, ...]
+
+
+# A whole value of the usual depth is one match; [^"...]++ and (?>...) keep it linear whatever is in it.
+_STRING = rb'"(?>[^"\\]++|\\.)*+"'
+_INSIDE = rb'(?>[^"{}\[\]/]++|' + _STRING + rb")*+"
+for _ in range(4):
+    _INSIDE = rb'(?>[^"{}\[\]/]++|' + _STRING + rb"|[{\[]" + _INSIDE + rb"[}\]])*+"
+_USUAL = re.compile(rb"[{\[]" + _INSIDE + rb"[}\]]", re.DOTALL)
+_TOKEN = re.compile(_STRING + rb"|//[^\n]*+|/\*.*?\*/|[\[\]{},]|\"", re.DOTALL)
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_COMMENT = re.compile(rb"//[^\n]*+|/\*.*?\*/", re.DOTALL)
+
+
+@contextmanager
+def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
+    """Open a file as bytes that are read when they are looked at."""
+    with open(path, "rb") as file:
+        if file.seek(0, 2) == 0:
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def split(data: mmap.mmap | bytes, *, lines: bool) -> Iterator[Element | Flaw]:
+    """Yield the records of a JSONL file (`lines`) or of a JSON list, and what is wrong between them."""
+    start = 0
+    if data[:3] == BOM:
+        yield Flaw("bom", 0, "the file begins with a byte order mark")
+        start = 3
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        yield Flaw("encoding", 0, "the file is UTF-16, not UTF-8")
+    elif lines:
+        yield from _lines(data, start)
+    else:
+        yield from _elements(data, start)
+
+
+def _lines(data: mmap.mmap | bytes, start: int) -> Iterator[Element]:
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        if end - start > MAX_RECORD_BYTES or data[start:end].strip():
+            yield start, end
+        start = end + 1
+
+
+def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[Element | Flaw]:
+    position = yield from _skip(data, start)
+    if position == len(data):
+        return
+    listed = data[position : position + 1] == b"["
+    if not listed:
+        yield Flaw("json_not_a_list", position, "it does not begin with [, as a list of records does")
+    elif (position := (yield from _skip(data, position + 1))) < len(data) and data[position] == ord("]"):
+        yield from _rest(data, position + 1)
+        return
+    while position < len(data):
+        end = _end(data, position)
+        if end is None:
+            text = "a record begins here that does not end: a bracket or a quote is missing; what follows was not read"
+            yield Flaw("json_unread", position, text)
+            return
+        yield position, end
+        comma = yield from _skip(data, end)
+        follows = data[comma : comma + 1]
+        if follows == b"]" and listed:
+            yield from _rest(data, comma + 1)
+            return
+        position = (yield from _skip(data, comma + 1)) if follows == b"," else comma
+        if follows == b"," and data[position : position + 1] == b"]":
+            yield Flaw("json_trailing_comma", comma, "a comma after the last record")
+            yield from _rest(data, position + 1)
+            return
+        if listed and follows != b",":
+            what = "the list is not closed: ] is missing" if not follows else "a comma is missing between two records"
+            yield Flaw("json_syntax", min(comma, len(data) - 1), what)
+        if position == end:
+            return
+
+
+def _skip(data: mmap.mmap | bytes, position: int) -> Iterator[Flaw]:
+    """Pass over blanks and comments; return what follows them."""
+    while True:
+        position = _end_of(_SPACE, data, position)
+        comment = _COMMENT.match(data, position)
+        if not comment:
+            return position
+        yield Flaw("json_comment", position, f"a comment: {_shown(comment.group())}")
+        position = comment.end()
+
+
+def _rest(data: mmap.mmap | bytes, position: int) -> Iterator[Flaw]:
+    position = yield from _skip(data, position)
+    if position < len(data):
+        yield Flaw("json_unread", position, "something follows after the end of the list; it was not read")
+
+
+def _end(data: mmap.mmap | bytes, start: int) -> int | None:
+    """Return where the value ends that begins at `start`; None if it does not."""
+    usual = _USUAL.match(data, start)
+    if usual:
+        return usual.end()
+    depth = 0
+    for token in _TOKEN.finditer(data, start):
+        mark = token.group() if token.end() - token.start() == 1 else b""
+        if mark == b'"':
+            return None
+        if mark and mark in b"]}," and depth == 0:
+            return token.start()
+        depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
+        if depth == 0 and mark in (b"]", b"}"):
+            return token.end()
+    return None if depth else len(data)
+
+
+def _end_of(pattern: re.Pattern[bytes], data: mmap.mmap | bytes, position: int) -> int:
+    found = pattern.match(data, position)
+    return found.end() if found else position
+
+
+def _shown(text: bytes) -> str:
+    return text[:60].decode(errors="replace")
+
+
+def chunks(data: mmap.mmap | bytes, *, lines: bool) -> Iterator[Chunk | tuple[Flaw, int, int]]:
+    """Yield the records of a file in chunks, and each flaw between them with its line and column."""
+    held: list[Element] = []
+    record = size = position = 0
+    line = 1
+    for found in split(data, lines=lines):
+        if isinstance(found, Flaw):
+            begin = data.rfind(b"\n", 0, found.offset) + 1
+            column = len(data[begin : found.offset].decode(errors="replace")) + 1
+            yield found, line + data[position : found.offset].count(b"\n"), column
+            continue
+        held.append(found)
+        size += found[1] - found[0]
+        if len(held) == CHUNK_RECORDS or size >= CHUNK_BYTES:
+            yield Chunk(record, line, position, tuple(held))
+            line += _newlines(data, position, found[1])
+            record, position, held, size = record + len(held), found[1], [], 0
+    if held:
+        yield Chunk(record, line, position, tuple(held))
+
+
+def _newlines(data: mmap.mmap | bytes, start: int, end: int) -> int:
+    return sum(data[at : min(at + CHUNK_BYTES, end)].count(b"\n") for at in range(start, end, CHUNK_BYTES))

@@ -1,0 +1,126 @@
+"""How many tokens each record has for one LLM, and what a recipe does with the long ones: training's own encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dianjing.config.schema import DataConfig
+from dianjing.constants import IGNORE_INDEX
+from dianjing.data.encode import Encoder, LongRecordError, image_token_id, load_tokenizer
+from dianjing.data.record import Record, turns_alone
+from dianjing.data.template import get_template, spans
+from dianjing.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What decides how records become tokens; small enough to be sent to every process."""
+
+    tokenizer_folder: str
+    template: str
+    num_image_tokens: int
+    data: DataConfig
+    strings_missing: tuple[str, ...] = ()
+    """Special strings of the template that are plain text to the tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One record, or one of its turns alone, as a run reads it."""
+
+    positions: int
+    """With its pictures; 0 when it is not used."""
+    supervised: int
+    truncated: int
+    """Tokens cut off."""
+    images: tuple[str, ...]
+    code: str = ""
+    text: str = ""
+    """Why it is not used, or what is cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Collector(Encoder):
+    """Takes note of the texts that the encoder asks ids for."""
+
+    texts: set[str] = field(default_factory=set)
+
+    def _text(self, text: str) -> list[int]:
+        self.texts.add(text)
+        return []
+
+    def collect(self, record: Record) -> None:
+        """Take note of the texts of a record."""
+        self._tokens(spans(self.template, record.turns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared(Encoder):
+    """Has the ids of many texts at hand."""
+
+    ids: dict[str, list[int]] = field(default_factory=dict)
+
+    def _text(self, text: str) -> list[int]:
+        found = self.ids.get(text)
+        # The encoder appends to the list it gets.
+        return super()._text(text) if found is None else list(found)
+
+
+class Measurer:
+    """Measures records, the tokenizer called once for many of them."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._data = reading.data
+        self._tokenizer = load_tokenizer(reading.tokenizer_folder)
+        self._settings = {
+            "tokenizer": self._tokenizer,
+            "template": get_template(reading.template),
+            "num_image_tokens": reading.num_image_tokens,
+            "max_tokens": reading.data.max_tokens,
+            "on_long_record": reading.data.on_long_record,
+            "image_token_id": image_token_id(self._tokenizer),
+        }
+        template = get_template(reading.template)
+        special = {*template.special_strings, *template.stop_words, *self._tokenizer.all_special_tokens}
+        self.special_strings = tuple(sorted(text for text in special if text.strip()))
+
+    def measure(self, records: Sequence[Record]) -> list[list[Measured]]:
+        """Return the measures of each record; of its turns alone too, where the recipe trains on them."""
+        items = [[record, *self._turns_alone(record)] for record in records]
+        ids = self._ids(record for group in items for record in group)
+        encoder = _Prepared(**self._settings, ids=ids)
+        return [[self._measured(encoder, record) for record in group] for group in items]
+
+    def _turns_alone(self, record: Record) -> list[Record]:
+        return turns_alone(record) if self._data.turns == "both" and len(record.turns) > 1 else []
+
+    def _ids(self, records: Iterable[Record]) -> dict[str, list[int]]:
+        collector = _Collector(**self._settings)
+        for record in records:
+            collector.collect(record)
+        texts = list(collector.texts)
+        found = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return dict(zip(texts, (one.ids for one in found), strict=True))
+
+    def _measured(self, encoder: Encoder, record: Record) -> Measured:
+        try:
+            example = encoder.encode(record)
+        except LongRecordError as error:
+            code = "too_long" if self._data.on_long_record == "error" else "too_long_skipped"
+            return Measured(0, 0, 0, record.images, code, _without_place(error, record))
+        except DataError as error:
+            return Measured(0, 0, 0, record.images, "cut_too_deep", _without_place(error, record))
+        positions = len(example.input_ids)
+        if positions > self._data.pack_tokens:
+            text = f"{positions} positions with its pictures, but data.pack_tokens is {self._data.pack_tokens}"
+            return Measured(0, 0, 0, record.images, "beyond_pack", text)
+        supervised = len(example.labels) - example.labels.count(IGNORE_INDEX)
+        if example.truncated:
+            text = f"{example.truncated} tokens beyond data.max_tokens ({self._data.max_tokens}) are cut off"
+            return Measured(positions, supervised, example.truncated, record.images, "truncated", text)
+        return Measured(positions, supervised, 0, record.images)
+
+
+def _without_place(error: DataError, record: Record) -> str:
+    return str(error).removeprefix(f"{record.where}: ")

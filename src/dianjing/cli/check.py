@@ -1,0 +1,184 @@
+"""`dianjing check DATA --images DIR`: everything that is wrong with a data set, before a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dianjing.check.codes import CODES
+from dianjing.cli.flags import parse
+from dianjing.config.load import load_recipe
+from dianjing.config.schema import DataConfig, Recipe
+from dianjing.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dianjing.check.check import Result, Settings
+    from dianjing.check.tokens import Reading
+
+NAME = "check"
+SUMMARY = "find everything that is wrong with a data set, and put right what is certain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line gives."""
+
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...")] = ()
+    """LLaVA JSON or JSONL; the recipe's if not given."""
+    images: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Folder of the pictures; the data file's own if not given."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = ""
+    """Also say what a run with this recipe would use, cut and leave out."""
+    llm: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Folder of the LLM, or "tinyworld": look for its special strings in the texts (a recipe does too)."""
+    template: str = ""
+    """Chat template of --llm; chosen from its tokenizer if not given."""
+    held_out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Records kept for evaluation: say which pictures and records are in both."""
+    json: bool = False
+    """Print one JSON object a finding and nothing else."""
+    report: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Write an HTML page with histograms and pictures."""
+    fix: Annotated[str, tyro.conf.arg(metavar="OUT")] = ""
+    """Write a corrected copy (.json or .jsonl) here, and OUT.changes.jsonl beside it."""
+    convert: Annotated[str, tyro.conf.arg(metavar="OUT")] = ""
+    """Check nothing: turn OpenAI messages, ShareGPT or parquet into LLaVA JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """Check a data set; return 1 when there are errors in it."""
+    given = parse(Arguments, arguments, NAME, SUMMARY)
+    notices = Console(stderr=True, highlight=False)
+    if given.convert:
+        return convert(given, notices)
+    settings = read_settings(given)
+    if given.fix and len(settings.paths) != 1:
+        raise ConfigError(f"--fix corrects one file at a time, {len(settings.paths)} are given; name one")
+    result = watched_check(settings, notices)
+    tell(result, as_json=given.json)
+    if given.report:
+        # Slow to import, as is all that only some calls need.
+        from dianjing.check.report import page
+
+        Path(given.report).write_text(page(result), encoding="utf-8")
+        notices.print(given.report, markup=False, soft_wrap=True)
+    if given.fix:
+        from dianjing.check.fix import fix
+
+        fixed = fix(settings.paths[0], given.fix, result.names)
+        changes = sum(fixed.changes.values())
+        notices.print(
+            f"{fixed.out}: {fixed.records:,} records, {changes:,} changes ({fixed.changes_file.name}), "
+            f"{fixed.left_out:,} left out because they cannot be read",
+            markup=False,
+            soft_wrap=True,
+        )
+    return int(result.findings.number("error") > 0)
+
+
+def convert(given: Arguments, notices: Console) -> int:
+    """Turn one file into LLaVA JSON; return 1 when some of its records could not be."""
+    from dianjing.check import convert as conversion
+
+    if len(given.data) != 1:
+        raise ConfigError(f"--convert turns one file into another, {len(given.data)} are given; name one")
+    with notices.status("converting"):
+        converted = conversion.convert(given.data[0], given.convert, given.images)
+    lines = [
+        f"{given.data[0]}: {converted.layout}",
+        *(f"{number:,} {what}" for what, number in converted.notices.items()),
+        *(f"left out: {reason}" for reason in converted.left_out[: conversion.REASONS_SHOWN]),
+        f"{converted.out}: {converted.records:,} records, {converted.pictures:,} pictures in {converted.images}, "
+        f"{len(converted.left_out):,} left out",
+    ]
+    for line in lines:
+        notices.print(line, markup=False, soft_wrap=True)
+    return int(bool(converted.left_out))
+
+
+def read_settings(given: Arguments) -> Settings:
+    """Return what is to be checked.
+
+    Raises:
+        ConfigError: no data is named, or a flag lacks the one it goes with.
+    """
+    from dianjing.check.check import Settings
+
+    if given.recipe and given.llm:
+        raise ConfigError("--recipe and --llm both name an LLM; leave one out")
+    if given.template and not given.llm:
+        raise ConfigError("--template goes with --llm; a recipe names its own")
+    recipe = load_recipe(given.recipe) if given.recipe else None
+    paths, images = given.data, given.images
+    if not paths:
+        if not recipe:
+            raise ConfigError("no data is named; write dianjing check DATA --images DIR, or --recipe RECIPE")
+        paths = (recipe.data.path,) if isinstance(recipe.data.path, str) else recipe.data.path
+        images = images or recipe.data.images
+    return Settings(
+        paths=paths,
+        images=images,
+        held_out=given.held_out,
+        reading=read_reading(given, recipe) if recipe or given.llm else None,
+        recipe=recipe,
+    )
+
+
+def read_reading(given: Arguments, recipe: Recipe | None) -> Reading:
+    """Return how the LLM of a recipe, or of --llm, reads records."""
+    from dianjing.check.tokens import Reading
+    from dianjing.cli.show import _num_image_tokens
+    from dianjing.data.encode import load_tokenizer
+    from dianjing.data.template import choose_template, get_template, special_strings_missing
+    from dianjing.tinyworld.folders import resolve
+
+    folder = resolve(recipe.language_model.folder if recipe else given.llm, "language_model")
+    tokenizer = load_tokenizer(folder)
+    name = recipe.language_model.template if recipe else given.template
+    template = get_template(name or choose_template(tokenizer))
+    data = recipe.data if recipe else replace(DataConfig(path=""), on_long_record="truncate")
+    return Reading(
+        tokenizer_folder=str(folder),
+        template=template.name,
+        num_image_tokens=_num_image_tokens(resolve(recipe.vision_tower.folder, "vision_tower")) if recipe else 1,
+        data=data,
+        strings_missing=tuple(special_strings_missing(template, tokenizer)),
+    )
+
+
+def watched_check(settings: Settings, notices: Console) -> Result:
+    """Check with a progress bar."""
+    from dianjing.check.check import check
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notices, transient=True, disable=not notices.is_terminal) as progress:
+        tasks = {}
+
+        def watch(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done)
+
+        return check(settings, watch)
+
+
+def tell(result: Result, *, as_json: bool) -> None:
+    """Print the findings for a program, or for a person."""
+    if not as_json:
+        from dianjing.check.summary import print_summary
+
+        print_summary(result, Console(highlight=False))
+        return
+    for code in result.findings.codes():
+        about = CODES[code]
+        for finding in result.findings.of(code):
+            fields = {"severity": about.severity, **asdict(finding), "fix": about.fix, "fixed": about.fixed}
+            print(json.dumps(fields))
+        if (more := result.findings.counts[code] - len(result.findings.of(code))) > 0:
+            print(json.dumps({"severity": about.severity, "code": code, "text": f"{more} more of this kind"}))

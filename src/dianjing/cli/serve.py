@@ -1,0 +1,101 @@
+"""`dianjing serve MODEL`: an OpenAI-compatible server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from dianjing.cli.flags import parse
+from dianjing.errors import ConfigError, ModelError
+
+NAME = "serve"
+SUMMARY = "answer over HTTP as OpenAI's API does, on this machine"
+KEY = "DIANJING_SERVE_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the command line gives; the environment may hold a key in DIANJING_SERVE_KEY that requests must bring."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run, which is exported first, or a folder that `dianjing export` wrote."""
+    port: Annotated[int, tyro.conf.arg(metavar="N")] = 8080
+    """0 = any free one."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """Program that computes the answers."""
+
+
+def run(arguments: list[str]) -> int:
+    """Serve until Ctrl-C."""
+    given = parse(Arguments, arguments, NAME, SUMMARY)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    if given.backend == "vllm" and shutil.which("vllm") is None:
+        raise ConfigError("--backend vllm: there is no program vllm; install it: pip install vllm")
+
+    # Slow to import, so a typing error is said before.
+    from dianjing.use.serve import HOST, Guard, example, open_port, run_server, transformers_app, vllm_command
+
+    key = os.environ.get(KEY, "")
+    with open_port(given.port) as listening:
+        port = listening.getsockname()[1]
+        folder = servable(given.model, port, console)
+        if given.backend == "transformers":
+            console.print(f"loading {folder}")
+            app = Guard(app=transformers_app(folder), model=folder.name, key=key)
+            console.print(f"serving {folder.name} at http://{HOST}:{port}/v1 to this machine only; Ctrl-C ends")
+            console.print(example(port, folder.name, bool(key)))
+            run_server(app, listening)
+            console.print("stopped")
+            return 0
+    console.print(f"vLLM serves {folder.name} at http://{HOST}:{port}/v1")
+    console.print(example(port, folder.name, bool(key)))
+    return subprocess.run(
+        vllm_command(folder, port), env=os.environ | ({"VLLM_API_KEY": key} if key else {})
+    ).returncode
+
+
+def servable(model: str, port: int, console: Console) -> Path:
+    """Return the Hugging Face folder of a model; a run is exported once for each of its checkpoints.
+
+    Raises:
+        ModelError: it is neither a run nor such a folder.
+        ConfigError: it is a folder of GGUF files, which llama.cpp serves.
+    """
+    folder = Path(model).expanduser().resolve()
+    if (folder / "recipe.toml").is_file():
+        return _exported(folder, console)
+    if (folder / "text.gguf").is_file():
+        command = (
+            f"llama-server -m {folder / 'text.gguf'} --mmproj {folder / 'mmproj.gguf'} --jinja --no-cache-prompt "
+            f"--host 127.0.0.1 --port {port}"
+        )
+        raise ConfigError(f"{model}: GGUF files are served by llama.cpp:\n  {command}")
+    from dianjing.model.language import read_config
+
+    if not (folder / "config.json").is_file() or read_config(folder).get("model_type") != "llava":
+        raise ModelError(f"{model}: neither a run nor a LLaVA that `dianjing export` wrote; give the folder of one")
+    return folder
+
+
+def _exported(run: Path, console: Console) -> Path:
+    """Return the export of a run's newest checkpoint, made if it is not there yet."""
+    from dianjing.export.export import export
+    from dianjing.train.checkpoint import newest
+    from dianjing.use.load import load_for_use
+
+    checkpoint = newest(run)
+    state = f"{checkpoint} {checkpoint.stat().st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dianjing" / "serve"
+    out = cache / hashlib.sha256(state.encode()).hexdigest()[:16] / run.name
+    if not out.is_dir():
+        console.print(f"exporting {checkpoint} to {out}")
+        export(load_for_use(str(run), "cpu"), out)
+    return out

@@ -1,0 +1,203 @@
+"""A tokenizer's own chat template (Jinja) -> the texts it puts around questions and answers, proved by rendering it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, cast
+
+from jinja2.exceptions import SecurityError
+from transformers import PreTrainedTokenizerBase
+
+from dianjing.errors import ModelError
+
+Message = tuple[str, str]
+"""Role and text."""
+Render = Callable[[Sequence[Message], bool], str]
+"""Messages, and whether an answer is asked for -> text."""
+
+QUESTIONS = ("first-question-qz", "second-question-qz", "third-question-qz")
+ANSWERS = ("first-answer-qz", "second-answer-qz")
+HARD_TEXTS = ("{x} 'a' \"b\" <b>&amp;</b> \\n \\", "你好，世界 😀", "several\n\nlines\tand  blanks", "word" * 500)
+"""What a template must leave as it is."""
+STOPPED_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""Put before a template that writes today's date, since a prompt must be the same tomorrow; the date is the one that
+Llama 3.1 and 3.2 have for readers without a clock."""
+THINKING = re.compile(r"<think>\s*</think>\s*")
+
+
+class TurnsError(ModelError):
+    """A chat template whose turns cannot be told apart soundly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """What a chat template writes around questions and answers."""
+
+    begin: str
+    """Before the first turn, BOS and a system text included."""
+    before: str
+    """Before each question."""
+    after: str
+    """Between a question and where the model begins to write."""
+    lead: str
+    """Blanks that the answer begins with."""
+    rest: str
+    """After an answer, up to `before` the next question."""
+    ending: str
+    """After the last answer."""
+    trims_questions: bool
+    trims_answers: bool
+
+
+def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
+    """Return what the tokenizer's own chat template writes around turns.
+
+    Raises:
+        TurnsError: it has none, it cannot be rendered, or it does not treat all turns alike.
+    """
+    if not cast(Any, tokenizer).chat_template:
+        raise TurnsError("its tokenizer has no chat template")
+    render = _renderer(tokenizer)
+    turns = _cut(render, special_tokens(tokenizer))
+    check_turns(turns, render)
+    return turns
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokenizer's special tokens, longer ones first."""
+    added = cast(Any, tokenizer).added_tokens_decoder.values()
+    return sorted({str(token) for token in added if token.special}, key=lambda token: (-len(token), token))
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """Return a renderer in transformers' sandbox; a template for pictures wants its texts as content parts."""
+
+    source = cast(Any, tokenizer)
+
+    def render(messages: Sequence[Message], asking: bool, *, parts: bool = False) -> str:
+        said = [
+            {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in messages
+        ]
+        try:
+            text = source.get_chat_template()
+            text = STOPPED_CLOCK + text if "strftime_now" in text else text
+            return str(
+                source.apply_chat_template(said, chat_template=text, add_generation_prompt=asking, tokenize=False)
+            )
+        except SecurityError as error:
+            raise TurnsError(f"its chat template asks for what it may not have, and was stopped ({error})") from None
+        except Exception as error:  # a template can fail in any way that Python can
+            raise TurnsError(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from None
+
+    def with_parts(messages: Sequence[Message], asking: bool) -> str:
+        return render(messages, asking, parts=True)
+
+    try:
+        if QUESTIONS[0] in render([("user", QUESTIONS[0])], True):
+            return render
+    except TurnsError as error:
+        if isinstance(error.__context__, SecurityError):
+            raise
+    return with_parts if QUESTIONS[0] in with_parts([("user", QUESTIONS[0])], True) else render
+
+
+def _cut(render: Render, specials: Sequence[str]) -> Turns:
+    """Return the texts between marked questions and answers."""
+    said = [QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1], QUESTIONS[2]]
+    head, *between, after = _pieces(render(_messages(said), True), said)
+    (first_middle, second_middle), (first_gap, second_gap) = between[::2], between[1::2]
+    if first_middle != second_middle or first_gap != second_gap:
+        raise TurnsError("its chat template writes other texts around a later turn than around an earlier one")
+    lead = first_middle.removeprefix(after)
+    if not first_middle.startswith(after) or lead.strip():
+        raise TurnsError(
+            f"its chat template lets an answer begin after {after!r}, but writes {first_middle!r} before the answers "
+            "of earlier turns (as templates that think do): what a record teaches would not be what is asked for later"
+        )
+    ending = _pieces(render(_messages(said[:2]), False), said[:2])[-1]
+    # What also stands after the last answer ends a turn; a system text before the first question may end like one.
+    ended = _shared_start(ending, first_gap, specials)
+    before = _shared_end(head, first_gap.removeprefix(ended))
+    questions, answers = (_trims(render, said, index) for index in (0, 1))
+    return Turns(
+        begin=head.removesuffix(before),
+        before=before,
+        after=after,
+        lead=lead,
+        rest=first_gap.removesuffix(before),
+        ending=ending,
+        trims_questions=questions,
+        trims_answers=answers,
+    )
+
+
+def _messages(said: Sequence[str]) -> list[Message]:
+    return [("assistant" if index % 2 else "user", text) for index, text in enumerate(said)]
+
+
+def _pieces(text: str, said: Sequence[str]) -> list[str]:
+    """Return what stands before, between and after the messages."""
+    pieces: list[str] = []
+    for message in said:
+        if text.count(message) != 1:
+            raise TurnsError("its chat template does not write each message once, as it is and in order")
+        piece, text = text.split(message)
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _shared_start(one: str, other: str, specials: Sequence[str]) -> str:
+    """Return how both texts begin, in whole special tokens and whole texts between them."""
+    cut = re.compile("(" + "|".join(map(re.escape, specials)) + ")") if specials else re.compile("(?!)")
+    pairs = zip(cut.split(one), cut.split(other), strict=False)
+    return "".join(piece for piece, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _shared_end(one: str, other: str) -> str:
+    size = 0
+    while size < min(len(one), len(other)) and one[-size - 1] == other[-size - 1]:
+        size += 1
+    return one[len(one) - size :]
+
+
+def _trims(render: Render, said: Sequence[str], index: int) -> bool:
+    """Return whether blanks around a message are taken away."""
+    plain = render(_messages(said), True)
+    blanks = f" \n{said[index]}\n "
+    padded = render(_messages([*said[:index], blanks, *said[index + 1 :]]), True)
+    if padded not in (plain, plain.replace(said[index], blanks)):
+        raise TurnsError("its chat template rewrites messages that begin or end with blanks")
+    return padded == plain
+
+
+def check_turns(turns: Turns, render: Render) -> None:
+    """Compare what `turns` says with what the template writes.
+
+    Raises:
+        TurnsError: they differ for some conversation, one that asks or one that ends.
+    """
+    for size in (1, 2, 3):
+        for shift in range(len(HARD_TEXTS)):
+            said = [HARD_TEXTS[(shift + index) % len(HARD_TEXTS)] for index in range(2 * size)]
+            for end in range(1, 2 * size, 2):
+                asked = turns.begin + _body(turns, said[:end])
+                if render(_messages(said[:end]), True) != asked:
+                    raise TurnsError("its chat template changes messages, or earlier ones when later ones follow")
+            whole = turns.begin + _body(turns, said) + turns.ending
+            written = render(_messages(said), False)
+            if written != whole and THINKING.sub("", written) != whole:
+                raise TurnsError("its chat template writes an answer otherwise when it is the last one")
+
+
+def _body(turns: Turns, said: Sequence[str]) -> str:
+    body = ""
+    for index, text in enumerate(said):
+        if index % 2:
+            body += turns.lead + (text.strip() if turns.trims_answers else text)
+        else:
+            question = text.strip() if turns.trims_questions else text
+            body += (turns.rest if index else "") + turns.before + question + turns.after
+    return body

@@ -1,0 +1,245 @@
+"""Seer -> a folder as `xtuner convert pth_to_hf` writes it, for `xtuner chat LLM --llava FOLDER` and `xtuner mmbench`.
+
+    llm_adapter/             the LLM's LoRA, on InternLM2 of its own wqkv
+    visual_encoder_adapter/  the tower's LoRA
+    visual_encoder/          instead: the whole tower, where it was tuned in full
+    projector/
+    model.safetensors ...    the whole LLM, in Llama's layout, where it was tuned in full
+
+Nothing there is code: XTuner knows its projector by its model_type.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
+from dianjing.errors import ExportError, ModelError
+from dianjing.export.export import Options
+from dianjing.export.hf import preprocessor_config, save_weights, write_json
+from dianjing.export.layout import part_config
+from dianjing.export.receipt import Proof, compare
+from dianjing.formats.source import open_foreign
+from dianjing.formats.xtuner import LIVE_TOWER, from_live, to_live
+from dianjing.model.build import build
+from dianjing.model.forward import num_tower_layers
+from dianjing.model.language import name_some, read_config
+from dianjing.model.stage import apply_stage
+from dianjing.model.weights import load_trainable_state, trainable_state
+from dianjing.tinyworld.folders import resolve
+from dianjing.use.generate import Conversation, Seer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+COMPARED = "the folder, read by Dianjing as it reads XTuner's own, against the run"
+LOADING = """\
+It stands on two base models, which XTuner must be told:
+
+- language model: `LANGUAGE_MODEL`
+- vision tower: `VISION_TOWER`
+
+```bash
+xtuner chat LANGUAGE_MODEL --visual-encoder VISION_TOWER --llava . --prompt-template TEMPLATE --image picture.jpg
+```
+
+TEMPLATE is the chat template named above. Leave `--visual-encoder` out where the folder has its own `visual_encoder/`;
+give this folder in place of the language model where it has the whole language model.
+"""
+
+
+def save(seer: Seer, folder: Path, options: Options) -> None:
+    """Write what the run has learned into an existing folder.
+
+    Raises:
+        ExportError: there is no run, or XTuner cannot hold what it learned.
+    """
+    recipe = require_clip_run(seer, "XTuner")
+    if options.dtype != "fp32":
+        raise ExportError(
+            f"what was learned is written in fp32, as it was trained, not in {options.dtype}; drop --dtype"
+        )
+    model: Any = seer.model
+    internlm2 = _is_internlm2(recipe)
+    adapted = recipe.language_model.tuning == "lora"
+    if internlm2 and adapted and not recipe.language_model.lora_share_qkv:
+        raise ExportError(
+            "InternLM2 has one wqkv in XTuner, whose LoRA has one lora_A; this run has one each for q, k and v. Train "
+            "with language_model.lora_share_qkv = true, or export the whole model (--format hf)"
+        )
+    learned = from_live(learned_state(model, recipe), model.config.text_config, internlm2=internlm2 and adapted)
+    parts: dict[str, dict[str, Tensor]] = {"llm": {}, "visual_encoder": {}, "projector": {}}
+    for name, weight in learned.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest.replace(".default.", ".")] = weight.float().contiguous()
+    _save_llm(seer, recipe, parts["llm"], folder)
+    _save_tower(seer, recipe, parts["visual_encoder"], folder)
+    _save_projector(parts["projector"], folder / "projector")
+
+
+@torch.no_grad()
+def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+    """Return how the folder, put on its bases again, answers beside the run."""
+    recipe = require_clip_run(seer, "XTuner")
+    return Proof(cases=compare(seer, read_back(seer, recipe, folder), conversations), compared=COMPARED)
+
+
+def require_clip_run(seer: Seer, program: str) -> Recipe:
+    """Return the run's recipe.
+
+    Raises:
+        ExportError: it is no run, or its vision tower is one that the program cannot use.
+    """
+    if seer.recipe is None:
+        raise ExportError(f"{seer.name} is no run; only what a run has learned can be exported for {program}")
+    kind = cast(Any, seer.model.config).vision_config.model_type
+    if kind != "clip_vision_model":
+        raise ExportError(f"{program} reads CLIP towers only, not {kind}; export the whole model (--format hf)")
+    return seer.recipe
+
+
+def learned_state(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """Return what trains, a lora_A that layers share under each of their names; and the tower whole where it is tuned.
+
+    The tower's LoRA also stands, as zeros, on the layers behind the one that the projector reads: XTuner has it there.
+    """
+    state, trained = model.state_dict(), trainable_state(model)
+    tuning, rank = recipe.vision_tower.tuning, recipe.vision_tower.lora_rank
+    learned = {
+        name: weight
+        for name, weight in state.items()
+        if ".lora_" in name or name in trained or (tuning == "full" and name.startswith(LIVE_TOWER))
+    }
+    whole: Any = model
+    for number in (
+        range(num_tower_layers(whole), len(whole.model.vision_tower.encoder.layers)) if tuning == "lora" else ()
+    ):
+        for name, module in whole.model.vision_tower.encoder.layers[number].named_modules():
+            if isinstance(module, nn.Linear):
+                stem = f"{LIVE_TOWER}encoder.layers.{number}.{name}"
+                learned[f"{stem}.lora_A.default.weight"] = torch.zeros(rank, module.in_features)
+                learned[f"{stem}.lora_B.default.weight"] = torch.zeros(module.out_features, rank)
+    return learned
+
+
+def read_back(seer: Seer, recipe: Recipe, folder: Path) -> Seer:
+    """Return the run's model as one makes it from the bases and what is in the folder.
+
+    Raises:
+        ExportError: the folder does not hold exactly what the recipe says was learned.
+    """
+    foreign = open_foreign(folder)
+    for part, config in (("llm", recipe.language_model), ("visual_encoder", recipe.vision_tower)):
+        if config.tuning == "lora" and foreign.adapters[part].alpha != config.lora_alpha:
+            raise ExportError(f"the alpha of {part}'s LoRA became {foreign.adapters[part].alpha}")
+    built = build(recipe, seer.model.device, fresh_projector=True)
+    apply_stage(built.model, recipe)
+    found = to_live(foreign.weights, built.model.config.text_config, num_tower_layers(built.model))
+    live = {name: found.live[name] for name in found.live if name not in _shared_twice(built.model, found.live)}
+    if found.unknown:
+        raise ExportError(f"{name_some(found.unknown)} cannot be told")
+    try:
+        load_trainable_state(built.model, live)
+    except ModelError as error:
+        raise ExportError(f"what was written is not what was learned: {error}") from None
+    return replace(seer, model=built.model.eval(), recipe=recipe)
+
+
+def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Copy the LLM's own tokenizer, without what would have its code run."""
+    source = resolve(recipe.language_model.folder, "language_model")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if settings.pop("auto_map", None):
+        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _shared_twice(model: nn.Module, live: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of a shared lora_A that are not its first."""
+    return {name for name in live if name in model.state_dict() and ".lora_A." in name} - trainable_state(model).keys()
+
+
+def _is_internlm2(recipe: Recipe) -> bool:
+    return read_config(resolve(recipe.language_model.folder, "language_model")).get("model_type") == "internlm2"
+
+
+def _save_llm(seer: Seer, recipe: Recipe, weights: Mapping[str, Tensor], folder: Path) -> None:
+    if recipe.language_model.tuning == "lora":
+        _save_adapter(weights, recipe.language_model, folder / "llm_adapter", "CAUSAL_LM")
+    elif recipe.language_model.tuning == "full":
+        text_config = cast(Any, seer.model.config).text_config
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]
+        save_weights(weights, folder)
+        write_json(folder / "config.json", part_config(text_config, "float32") | {"architectures": [architecture]})
+        copy_tokenizer(recipe, folder)
+
+
+def _save_tower(seer: Seer, recipe: Recipe, weights: Mapping[str, Tensor], folder: Path) -> None:
+    if recipe.vision_tower.tuning == "lora":
+        _save_adapter(weights, recipe.vision_tower, folder / "visual_encoder_adapter", None)
+    elif recipe.vision_tower.tuning == "full":
+        out = folder / "visual_encoder"
+        out.mkdir()
+        save_weights(weights, out)
+        config = part_config(cast(Any, seer.model.config).vision_config, "float32")
+        write_json(out / "config.json", config | {"architectures": ["CLIPVisionModel"]})
+        assert seer.image_processor
+        # XTuner pads to a square by itself.
+        preprocessing = preprocessor_config(replace(seer.image_processor, aspect="crop"))
+        del preprocessing["processor_class"], preprocessing["do_pad"]
+        write_json(out / "preprocessor_config.json", preprocessing)
+
+
+def _save_adapter(
+    weights: Mapping[str, Tensor], config: LanguageModelConfig | VisionTowerConfig, folder: Path, task: str | None
+) -> None:
+    folder.mkdir()
+    save_file({name: weight.clone() for name, weight in weights.items()}, folder / "adapter_model.safetensors")
+    lora = LoraConfig(
+        base_model_name_or_path=config.folder,
+        task_type=task,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (any number will do)
+        lora_dropout=config.lora_dropout,
+        inference_mode=True,
+    )
+    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
+    write_json(folder / "adapter_config.json", lora.to_dict() | {"target_modules": targets})
+
+
+def _save_projector(weights: Mapping[str, Tensor], folder: Path) -> None:
+    folder.mkdir()
+    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["ProjectorModel"],
+            "model_type": "projector",
+            "visual_hidden_size": weights["model.0.weight"].shape[1],
+            "llm_hidden_size": weights["model.2.weight"].shape[0],
+            "depth": 2,
+            "hidden_act": "gelu",
+            "bias": True,
+            "torch_dtype": "float32",
+        },
+    )

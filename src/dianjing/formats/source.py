@@ -1,0 +1,228 @@
+"""A path -> the checkpoint from elsewhere that lies there, whichever of the known forms it has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dianjing.errors import ModelError
+from dianjing.formats.checkpoint import Adapter, Foreign
+from dianjing.formats.deepspeed import is_deepspeed, read_deepspeed
+from dianjing.formats.llava import is_llava, recipe_fields, xtuner_names
+from dianjing.formats.pickle import read_checkpoint
+from dianjing.formats.xtuner import PROJECTOR, moments_by_name
+from dianjing.formats.xtuner_config import require_plain_lora
+
+PICKLES = (".pth", ".pt", ".bin")
+CONFIG = "xtuner_config.py"
+KNOWN = (
+    "an XTuner checkpoint (iter_N.pth, file or DeepSpeed folder), a folder that `xtuner convert pth_to_hf` wrote, "
+    "LLaVA's mm_projector.bin or a LLaVA folder"
+)
+
+
+def open_foreign(path: Path, *, optimizer: bool = True) -> Foreign:
+    """Return the checkpoint at `path`; tensors are read when they are looked at.
+
+    Raises:
+        ModelError: there is none of a known form, or it is damaged or unsafe.
+    """
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder; give {KNOWN}")
+    try:
+        return _open_file(path, optimizer) if path.is_file() else _open_folder(path, optimizer)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path}: not made as XTuner or LLaVA make theirs ({reason}); give {KNOWN}") from None
+
+
+def _open_folder(path: Path, optimizer: bool) -> Foreign:
+    if is_deepspeed(path):
+        return _open_deepspeed(path)
+    for file, open_form in FORMS.items():
+        if (path / file).exists():
+            return open_form(path)
+    if (path / "last_checkpoint").is_file():
+        newest = (path / "last_checkpoint").read_text(encoding="utf-8").strip()
+        return open_foreign(path / Path(newest).name, optimizer=optimizer)
+    if any(path.glob("*_optim_states.pt")):
+        raise ModelError(f"{path}: a DeepSpeed folder without its *_model_states.pt; copy the whole folder")
+    raise ModelError(f"{path}: no checkpoint of a known form is in it; give {KNOWN}")
+
+
+def _open_file(path: Path, optimizer: bool) -> Foreign:
+    if path.suffix == ".safetensors":
+        return Foreign(kind="XTuner weights", weights=_in_xtuner_names(_read_safetensors(path), path))
+    if path.suffix not in PICKLES:
+        raise ModelError(f"{path}: neither .safetensors nor {', '.join(PICKLES)}; give {KNOWN}")
+    if path.name.endswith("_states.pt"):
+        raise ModelError(f"{path}: one file of a DeepSpeed checkpoint; give its folder, {path.parent}")
+    content = read_checkpoint(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        return _xtuner(path, content, content["state_dict"], optimizer)
+    weights = _in_xtuner_names(_tensors(content, path), path)
+    found = Foreign(kind="weights", weights=weights)
+    beside = path.parent / "config.json"
+    return replace(found, settings=recipe_fields(_read_json(beside))) if beside.is_file() else found
+
+
+def _xtuner(path: Path, content: Mapping[str, Any], state: Mapping[str, Any], optimizer: bool) -> Foreign:
+    weights = _in_xtuner_names(_tensors(state, path), path)
+    found = _with_meta(Foreign(kind="XTuner checkpoint", weights=weights), content)
+    if not optimizer or not isinstance(content.get("optimizer"), dict):
+        return found
+    return replace(found, moments=moments_by_name(content["optimizer"], weights, path))
+
+
+def _open_deepspeed(path: Path) -> Foreign:
+    read = read_deepspeed(path)
+    found = Foreign(
+        kind=f"XTuner checkpoint, DeepSpeed on {read.ranks} ranks",
+        weights=_in_xtuner_names(read.weights, path),
+        moments=read.moments,
+        ranks=read.ranks,
+    )
+    return _with_meta(found, read.extra)
+
+
+def _with_meta(found: Foreign, content: Mapping[str, Any]) -> Foreign:
+    meta = content.get("meta") or {}
+    info = (content.get("message_hub") or {}).get("runtime_info") or {}
+    schedules = content.get("param_schedulers") or []
+    ends = [schedule["end"] for schedule in schedules if isinstance(schedule, dict) and "end" in schedule]
+    return replace(
+        found,
+        iteration=int(meta.get("iter", info.get("iter", 0))),
+        seed=meta.get("seed", info.get("seed")),
+        config=str(meta.get("cfg") or info.get("cfg") or ""),
+        last_iteration=max(map(int, ends), default=int(info.get("max_iters") or 0)),
+    )
+
+
+def _open_converted(folder: Path) -> Foreign:
+    """What `xtuner convert pth_to_hf` wrote."""
+    weights: dict[str, Tensor] = {}
+    adapters: dict[str, Adapter] = {}
+    settings: dict[str, Any] = {}
+    for part, base in (("llm", "language_model.folder"), ("visual_encoder", "vision_tower.folder")):
+        adapter = folder / f"{part}_adapter"
+        if adapter.is_dir():
+            adapters[part], settings[base] = _read_adapter_config(adapter)
+            weights |= {f"{part}.{_with_default(name)}": weight for name, weight in _read_folder(adapter).items()}
+    if (folder / "visual_encoder").is_dir():
+        tower = _read_folder(folder / "visual_encoder")
+        weights |= {f"visual_encoder.{name}": weight for name, weight in tower.items()}
+    if (folder / "config.json").is_file():
+        weights |= {f"llm.{name}": weight for name, weight in _read_folder(folder).items()}
+    weights |= {f"projector.{name}": weight for name, weight in _read_folder(folder / "projector").items()}
+    config = folder / CONFIG
+    return Foreign(
+        kind="model that XTuner converted",
+        weights=_in_xtuner_names(weights, folder),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        adapters=adapters,
+        settings={name: value for name, value in settings.items() if value},
+    )
+
+
+def _open_llava_lora(folder: Path) -> Foreign:
+    alpha, base = _read_adapter_config(folder)
+    weights = {
+        **xtuner_names(_read_folder(folder)),
+        **xtuner_names(_tensors(read_checkpoint(folder / "non_lora_trainables.bin"), folder)),
+    }
+    return Foreign(
+        kind="LLaVA LoRA",
+        weights=weights,
+        adapters={"llm": alpha},
+        settings={
+            **recipe_fields(_read_json(folder / "config.json")),
+            **({"language_model.folder": base} if base else {}),
+        },
+    )
+
+
+def _open_llava_projector(folder: Path) -> Foreign:
+    return _open_file(folder / "mm_projector.bin", optimizer=False)
+
+
+def _open_llava(folder: Path) -> Foreign:
+    config = _read_json(folder / "config.json")
+    weights = _read_folder(folder)
+    if not any(map(is_llava, weights)):
+        raise ModelError(f"{folder}: a model, but no LLaVA of haotian-liu's: it has no mm_projector; give {KNOWN}")
+    return Foreign(kind="LLaVA", weights=xtuner_names(weights), settings=recipe_fields(config))
+
+
+FORMS: dict[str, Callable[[Path], Foreign]] = {
+    "projector": _open_converted,
+    "non_lora_trainables.bin": _open_llava_lora,
+    "mm_projector.bin": _open_llava_projector,
+    "config.json": _open_llava,
+}
+"""What lies in a folder of each form; the first that is there decides."""
+
+
+def _in_xtuner_names(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    if any(map(is_llava, weights)):
+        return xtuner_names(weights)
+    if not any(name.startswith((PROJECTOR, "llm.", "visual_encoder.")) for name in weights):
+        first = next(iter(weights), "nothing")
+        raise ModelError(f"{path}: no weights of a LLaVA are in it (it begins with {first}); give {KNOWN}")
+    return dict(weights)
+
+
+def _with_default(name: str) -> str:
+    """Return the name of an adapter's tensor as it is within a model: peft leaves the adapter's name out of files."""
+    return name.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.weight", ".lora_B.default.weight")
+
+
+def _read_adapter_config(folder: Path) -> tuple[Adapter, str]:
+    config = _read_json(folder / "adapter_config.json")
+    require_plain_lora(config, str(folder / "adapter_config.json"))
+    adapter = Adapter(alpha=float(config["lora_alpha"]), dropout=float(config.get("lora_dropout") or 0))
+    return adapter, str(config.get("base_model_name_or_path") or "")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}; copy the whole folder") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: a JSON object is needed, not a {type(content).__name__}")
+    return content
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a folder: of its *.safetensors, or else of its *.bin."""
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = sorted({*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")})
+    if not files and not pickles:
+        raise ModelError(f"{folder}: there are no weights in it, neither *.safetensors nor *.bin; copy it whole")
+    read = [_read_safetensors(file) for file in files] or [_tensors(read_checkpoint(file), file) for file in pickles]
+    return {name: weight for weights in read for name, weight in weights.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: damaged: {error}; copy it again") from None
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return a state dict; anything else is refused."""
+    if not isinstance(content, dict) or not content:
+        raise ModelError(f"{path}: no weights are in it, but a {type(content).__name__}; give {KNOWN}")
+    for name, weight in content.items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise ModelError(f"{path}: {name!r} in it is a {type(weight).__name__}, not a tensor; give {KNOWN}")
+    return content

@@ -1,0 +1,189 @@
+"""A folder or a list file -> the pictures in it: safely opened, hashed, and made small for sending."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from PIL import Image
+
+from dianjing.data.image import load_image
+from dianjing.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+JPEG_QUALITY = 92
+NEAR = 3
+"""Pictures whose dHashes differ in at most so many of 64 bits count as near-duplicates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture that can be opened."""
+
+    name: str
+    """Its path relative to the image folder, with "/"."""
+    sha256: str
+    """Of its file."""
+    dhash: int
+    size: tuple[int, int]
+    """Width and height in pixels, upright."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What a folder or a list holds; each name stands in one of the three."""
+
+    root: str
+    kept: tuple[Picture, ...]
+    """In the order of their names."""
+    refused: dict[str, str]
+    """Name -> why it cannot be used."""
+    duplicates: dict[str, str]
+    """Name -> the first picture with the same content, which is asked about instead."""
+    other_files: int
+    """Files of a folder whose suffix is no picture's."""
+
+
+def find_pictures(images: Path) -> tuple[str, list[str], int]:
+    """Return the image folder, the names in it, and how many other files were left alone.
+
+    A list file names one picture a line, relative to the folder the list lies in.
+
+    Raises:
+        DataError: there is no such folder or list, or nothing in it.
+    """
+    if images.is_dir():
+        root, names, others = images, [], 0
+        for folder, inner, found in os.walk(images):
+            # A linked folder is not entered: it may lead out of the image folder, or in circles.
+            inner[:] = [name for name in inner if not os.path.islink(os.path.join(folder, name))]
+            for name in found:
+                path = os.path.relpath(os.path.join(folder, name), images).replace(os.sep, "/")
+                is_picture = name.lower().endswith(SUFFIXES)
+                names += [path] if is_picture else []
+                others += not is_picture
+    elif images.is_file():
+        root, others = images.parent, 0
+        try:
+            lines = images.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{images}: neither a folder nor a UTF-8 list of pictures, one a line") from None
+        names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    else:
+        raise DataError(f"{images}: no such folder of pictures, and no such list file")
+    if not names:
+        raise DataError(f"{images}: there is no picture in it ({', '.join(SUFFIXES)}); give the folder they lie in")
+    return str(root), sorted(names), others
+
+
+def look(images: Path, advance: Callable[[int, int], None] = lambda done, total: None) -> Pictures:
+    """Open every picture once and return what can be used; `advance` hears how far it is."""
+    root, names, others = find_pictures(images)
+    kept: list[Picture] = []
+    refused: dict[str, str] = {}
+    duplicates: dict[str, str] = {}
+    first: dict[str, str] = {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for done, found in enumerate(pool.map(lambda name: _look(root, name), names), 1):
+            if isinstance(found, str):
+                refused[_printable(names[done - 1])] = found
+            elif found.sha256 in first:
+                duplicates[found.name] = first[found.sha256]
+            else:
+                first[found.sha256] = found.name
+                kept.append(found)
+            advance(done, len(names))
+    return Pictures(root=root, kept=tuple(kept), refused=refused, duplicates=duplicates, other_files=others)
+
+
+def _look(root: str, name: str) -> Picture | str:
+    """Return a picture, or why it cannot be used."""
+    if _printable(name) != name:
+        return "its name is not UTF-8, which a data file cannot hold; rename it"
+    try:
+        image = load_image(root, name)
+        with open(os.path.join(root, name), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (DataError, OSError) as error:
+        return str(error)
+    return Picture(name=name, sha256=digest, dhash=dhash(image), size=image.size)
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="replace").decode()
+
+
+def dhash(image: Image.Image) -> int:
+    """Return 64 bits that say where brightness falls from left to right, which small changes leave as they are."""
+    small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
+    pixels = small.tobytes()
+    bits = 0
+    for row in range(8):
+        for column in range(8):
+            bits = bits << 1 | (pixels[9 * row + column] > pixels[9 * row + column + 1])
+    return bits
+
+
+def near_duplicates(hashes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return groups of two and more indices whose hashes are near, directly or by way of others.
+
+    Two hashes with at most NEAR unlike bits agree in at least one of NEAR + 1 bands, so only those are compared.
+    """
+    group = list(range(len(hashes)))
+
+    def find(i: int) -> int:
+        while group[i] != i:
+            group[i] = group[group[i]]
+            i = group[i]
+        return i
+
+    same: dict[int, list[int]] = defaultdict(list)
+    for i, value in enumerate(hashes):
+        same[value].append(i)
+        group[i] = same[value][0]
+    width = 64 // (NEAR + 1)
+    for band in range(NEAR + 1):
+        alike: dict[int, list[int]] = defaultdict(list)
+        for value in same:
+            alike[value >> band * width & (1 << width) - 1].append(value)
+        for a, b in (pair for values in alike.values() for pair in combinations(values, 2)):
+            if (a ^ b).bit_count() <= NEAR:
+                low, high = sorted((find(same[a][0]), find(same[b][0])))
+                group[high] = low
+    return _groups(find(i) for i in range(len(hashes)))
+
+
+def _groups(roots: Iterable[int]) -> list[tuple[int, ...]]:
+    members: dict[int, list[int]] = defaultdict(list)
+    for i, root in enumerate(roots):
+        members[root].append(i)
+    return [tuple(group) for group in members.values() if len(group) > 1]
+
+
+def sent_size(size: tuple[int, int], long_edge: int) -> tuple[int, int]:
+    """Return width and height of a picture as it is sent: never enlarged."""
+    scale = min(1.0, long_edge / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def data_uri(root: str, name: str, long_edge: int) -> str:
+    """Return a picture as a `data:` URI of a JPEG whose longer side is at most `long_edge` pixels.
+
+    Raises:
+        DataError: the picture can no longer be opened.
+    """
+    image = load_image(root, name)
+    size = sent_size(image.size, long_edge)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,202 @@
+"""`dianjing make` from beginning to end: look, plan, ask, build, write."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dianjing.errors import ConfigError
+from dianjing.make.build import (
+    Made,
+    build,
+    held_out_names,
+    near_duplicate_names,
+    overlap,
+    write_json,
+)
+from dianjing.make.cost import Budget
+from dianjing.make.endpoint import Endpoint
+from dianjing.make.filters import REASONS
+from dianjing.make.journal import Journal
+from dianjing.make.pictures import Pictures
+from dianjing.make.prompts import Prompt
+from dianjing.make.requests import Parameters, Request
+from dianjing.make.work import Work
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be made of which pictures."""
+
+    pictures: Pictures
+    prompts: Sequence[Prompt]
+    requests: Sequence[Request]
+    parameters: Parameters
+    blind_check: bool
+    held_out: float
+    """Share of the pictures whose records go to a file of their own."""
+    seed: int
+    out: Path
+
+    @property
+    def held_out_path(self) -> Path:
+        """Return where the held-out records go."""
+        return self.out.with_name(f"{self.out.stem}_held_out.json")
+
+    @property
+    def report_path(self) -> Path:
+        """Return where the lists of what failed and what was dropped go."""
+        return self.out.with_name(f"{self.out.stem}.report.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How the asking ended."""
+
+    stopped: str = ""
+    """Why it was, if some requests were left."""
+    exit_code: int = 0
+    """2 if the user has to put something right, 130 if interrupted."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """Key -> why a request could not be sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was written."""
+
+    made: Made
+    train: int
+    held_out: int
+    overlap: dict[str, int]
+    near_duplicates: list[list[str]]
+    """Groups of pictures that look nearly the same."""
+
+
+def journal_path(out: Path) -> Path:
+    """Return where the journal of an output file is.
+
+    Raises:
+        ConfigError: the output is no .json file, or one that this verb did not write.
+    """
+    if out.suffix != ".json":
+        raise ConfigError(f"--out {out}: the records are written as JSON; give a name that ends in .json")
+    path = out.with_name(f"{out.stem}.journal.jsonl")
+    if out.exists() and not path.exists():
+        raise ConfigError(f"{out}: it exists, and has no journal ({path.name}) beside it; give another --out")
+    return path
+
+
+def check_held_out(job: Job) -> None:
+    """Refuse to leave held-out records of an earlier run beside training records that would now include them.
+
+    Raises:
+        ConfigError: there are some, and this job holds nothing out.
+    """
+    if not job.held_out and job.held_out_path.exists():
+        raise ConfigError(
+            f"{job.held_out_path}: an earlier run put these records aside; give --held-out again, or remove the file"
+        )
+
+
+def ask(
+    job: Job,
+    journal: Journal,
+    budget: Budget,
+    base_url: str,
+    timeout_seconds: float,
+    concurrency: int,
+    show: Callable[[Work, str], None],
+) -> Asked:
+    """Ask what the journal has no answer to.
+
+    Raises:
+        ConfigError: the package openai is not installed.
+    """
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigError('making records needs the package openai; pip install "dianjing[make]"')
+
+    async def work_through() -> Work:
+        async with Endpoint(base_url, timeout_seconds) as endpoint:
+            work = Work(endpoint, journal, job.pictures.root, job.parameters, budget, concurrency, show)
+            with _interruptible(work):
+                await work.ask_all(job.requests)
+                if job.blind_check and not work.gate.reason:
+                    blind = build(job.requests, job.prompts, journal, job.parameters, blind=True).blind_requests
+                    show(work, f"asking {len(blind)} questions again without the picture")
+                    await work.ask_all(blind)
+        return work
+
+    try:
+        work = asyncio.run(work_through())
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    reason = work.gate.reason
+    code = 130 if reason == INTERRUPTED else 2 if work.fatal else 0
+    return Asked(stopped=reason, exit_code=code, problems=work.problems)
+
+
+@contextmanager
+def _interruptible(work: Work) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the answers under way, which are paid for; the second one does not wait."""
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+
+    def hear() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+        work.gate.stop(INTERRUPTED)
+        work.show("stopping when the answers under way are here (once more: at once)")
+
+    for number in numbers:
+        loop.add_signal_handler(number, hear)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def write(job: Job, journal: Journal, problems: dict[str, str]) -> Result:
+    """Build the records from the journal, divide them, and write the files."""
+    made = build(job.requests, job.prompts, journal, job.parameters, blind=job.blind_check, problems=problems)
+    made.unasked += len({one.key for one in made.blind_requests if not journal.entry(one.key).settled})
+    pictures = job.pictures.kept
+    names = held_out_names(pictures, job.held_out, job.seed) if job.held_out else set[str]()
+    train = [record for record in made.records if record["image"] not in names]
+    held_out = [record for record in made.records if record["image"] in names]
+    result = Result(
+        made=made,
+        train=len(train),
+        held_out=len(held_out),
+        overlap=overlap(train, held_out, pictures) if job.held_out else {},
+        near_duplicates=near_duplicate_names(pictures),
+    )
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(job.out, train)
+    if job.held_out:
+        write_json(job.held_out_path, held_out)
+    write_json(job.report_path, _report(job, result))
+    return result
+
+
+def _report(job: Job, result: Result) -> dict[str, object]:
+    pictures, made = job.pictures, result.made
+    return {
+        "records": {"train": result.train, "held_out": result.held_out},
+        "overlap": result.overlap,
+        "requests_without_an_answer": made.unasked,
+        "failed": [asdict(one) for one in made.failed],
+        "dropped": made.drops,
+        "dropped_turns": [asdict(one) for one in made.dropped],
+        "reasons": {code: REASONS[code] for code in made.drops},
+        "pictures_refused": pictures.refused,
+        "pictures_with_the_same_content": pictures.duplicates,
+        "pictures_that_look_nearly_the_same": result.near_duplicates,
+    }

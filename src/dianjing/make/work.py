@@ -1,0 +1,261 @@
+"""Put requests to the endpoint, many at once, each until it has an answer in the journal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from dianjing.errors import DataError
+from dianjing.make.cost import Budget
+from dianjing.make.endpoint import CallError, Endpoint, Reply
+from dianjing.make.filters import is_refusal
+from dianjing.make.gate import Gate, full_jitter
+from dianjing.make.journal import Journal, Status
+from dianjing.make.pictures import data_uri
+from dianjing.make.replies import InvalidReply, read_pairs, read_strict, read_text
+from dianjing.make.requests import RUNGS, Dialect, Parameters, Request, body
+
+RETRIES = 5
+"""More calls after one that failed for a reason that may pass."""
+LIMITED_RETRIES = 20
+"""More calls after one that came too fast (HTTP 429)."""
+RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 60.0
+MOST_FAILURES = 10
+"""Requests in a row without a usable reply after which a run ends: going on would only cost money."""
+PROBES = 3
+"""Requests tried before an endpoint that answers with errors alone counts as one that understands nothing."""
+
+
+@dataclass(kw_only=True)
+class Count:
+    """How far a run is."""
+
+    total: int = 0
+    done: int = 0
+    failed: int = 0
+    waiting: int = 0
+    """Requests that wait before they are tried again."""
+
+
+class Work:
+    """One run's way through its requests."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        journal: Journal,
+        root: str,
+        parameters: Parameters,
+        budget: Budget,
+        concurrency: int,
+        show: Callable[[Work, str], None],
+    ) -> None:
+        self.endpoint, self.journal, self.parameters, self.budget = endpoint, journal, parameters, budget
+        self.gate = Gate(concurrency)
+        self.count = Count()
+        self.problems: dict[str, str] = {}
+        """Key -> why a request could not be sent at all."""
+        self.fatal = False
+        """Whether the run stopped for something that the user has to put right."""
+        self.dialect = Dialect()
+        self._concurrency = concurrency
+        self._failures_in_a_row = 0
+        self._probing = False
+        self._show = show
+        """Called whenever something changed, with a line to print or ""."""
+        self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, parameters.long_edge))
+
+    def show(self, line: str = "") -> None:
+        """Tell whoever watches that something changed."""
+        self._show(self, line)
+
+    async def ask_all(self, requests: Sequence[Request]) -> None:
+        """Settle every request that the journal has no answer to; `gate.reason` says why some were left."""
+        pending = list({request.key: request for request in requests if not self._settled(request)}.values())
+        self.count = Count(total=len(pending))
+        self.show()
+        if pending:
+            await self._find_dialect(pending)
+        rest = iter(pending)
+
+        async def work() -> None:
+            for request in rest:
+                if self.gate.stopped.is_set():
+                    return
+                if not self._settled(request):
+                    await self._settle(request)
+                    self._done(request)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._concurrency, len(pending))):
+                group.create_task(work())
+
+    def _settled(self, request: Request) -> bool:
+        return self.journal.entry(request.key).settled
+
+    async def _find_dialect(self, pending: Sequence[Request]) -> None:
+        """Learn from the first request what the endpoint understands, and show it."""
+        structured = [request for request in pending if request.reply == "pairs"]
+        error: CallError | None = None
+        for request in (structured or list(pending))[:PROBES]:
+            error = await self._probe(request)
+            if error is None or not error.status or self.gate.stopped.is_set():
+                break
+        if error and not self.gate.reason:
+            self.fatal = True
+            self.gate.stop(f"the endpoint accepts no request: {error}")
+        if not self.gate.stopped.is_set():
+            self.show(f"replies are asked for as: {self.dialect.rung}")
+
+    async def _probe(self, request: Request) -> CallError | None:
+        """Settle a request with the strictest way to ask for JSON that works, and keep to that way."""
+        rungs = list(RUNGS) if request.reply == "pairs" else ["text"]
+        error: CallError | None = None
+        self._probing = True
+        while rungs and not self.gate.stopped.is_set():
+            self.dialect = replace(self.dialect, rung=rungs[0])
+            error = await self._settle(request)
+            if error is None or error.status not in (400, 422, 500, 501):
+                break
+            if self.dialect.token_limit == "max_tokens" and "max_completion_tokens" in str(error):
+                self.dialect = replace(self.dialect, token_limit="max_completion_tokens")
+            else:
+                rungs.pop(0)
+        self._probing = False
+        if self._settled(request):
+            self._done(request)
+        return error
+
+    async def _settle(self, request: Request) -> CallError | None:
+        """Ask until the request is settled; return the error on which it was given up."""
+        tries = limited = 0
+        while not self._settled(request) and not self.gate.stopped.is_set():
+            error = await self._call(request)
+            if error is None:
+                continue
+            if error.fatal:
+                self.fatal = True
+                self.gate.stop(f"{error.fatal} ({error})")
+            elif error.status == 429 and limited < LIMITED_RETRIES:
+                limited += 1
+                self._pause(error)
+            elif not error.retry or tries == RETRIES or error.status == 429:
+                return error
+            else:
+                tries += 1
+                wait = full_jitter(RETRY_SECONDS, tries, LONGEST_RETRY_SECONDS)
+                await self._wait(max(wait, min(error.wait_seconds or 0.0, LONGEST_RETRY_SECONDS)))
+        return None
+
+    def _pause(self, error: CallError) -> None:
+        before = self.gate.pause_seconds
+        after = self.gate.pause(error.wait_seconds)
+        if after > before + 0.5:
+            self.show(f"waiting {after:.0f} s, then {self.gate.limit} at once: {error}")
+
+    async def _wait(self, seconds: float) -> None:
+        self.count.waiting += 1
+        self.show()
+        await self.gate.sleep(seconds)
+        self.count.waiting -= 1
+
+    async def _call(self, request: Request) -> CallError | None:
+        """Make one call and write what came of it to the journal before anything else."""
+        try:
+            image = await asyncio.to_thread(self._data_uri, request.picture.name) if request.picture else None
+        except DataError as error:
+            self.problems[request.key] = str(error)
+            return CallError(str(error))
+        entry = self.journal.entry(request.key)
+        message = body(request, image, self.parameters, self.dialect, entry.invalid[-1] if entry.invalid else None)
+        if not await self.gate.enter():
+            return None
+        try:
+            if not await self._affordable(request):
+                return None
+            about = {"image": request.picture.name if request.picture else None, "prompt": request.prompt}
+            self.journal.sent(request.key, {**about, "index": request.index})
+            try:
+                reply = await self.endpoint.ask(message)
+            except CallError as error:
+                self.journal.received(request.key, "failed", {"prompt": request.prompt, "reason": str(error)})
+                return error
+            self._receive(request, reply)
+            return None
+        finally:
+            self.gate.leave()
+
+    async def _affordable(self, request: Request) -> bool:
+        """Return whether the budget allows one more call, waiting for those under way to show their true cost."""
+        while reason := self.budget.refuses(request):
+            if self.gate.under_way == 1:  # this one
+                self.gate.stop(f"{reason}; raise the limit and run the same command to go on")
+                return False
+            self.gate.under_way -= 1
+            await self.gate.change()
+            self.gate.under_way += 1
+            if self.gate.stopped.is_set():
+                return False
+        return True
+
+    def _receive(self, request: Request, reply: Reply) -> None:
+        """Write a reply to the journal, and learn whether the endpoint minds how JSON is asked for."""
+        status, fields = judged(request, reply, self.budget.cost(request, reply.usage))
+        self.journal.received(request.key, status, fields)
+        self.gate.answered()
+        if self._probing and request.reply == "pairs" and ignores_response_format(reply):
+            self.dialect = replace(self.dialect, rung="text")
+
+    def _done(self, request: Request) -> None:
+        entry = self.journal.entry(request.key)
+        ok = entry.status in ("ok", "refused")
+        given_up = not ok and not self.gate.stopped.is_set()
+        self.count.done += ok
+        self.count.failed += given_up
+        self._failures_in_a_row = self._failures_in_a_row + 1 if given_up else 0
+        if self._failures_in_a_row >= MOST_FAILURES:
+            hint = "; a model that writes no JSON can be asked with --questions" if entry.status == "invalid" else ""
+            reason = self.problems.get(request.key, entry.reason)
+            self.gate.stop(f"{MOST_FAILURES} requests in a row brought nothing usable, the last one: {reason}{hint}")
+        self.show()
+
+
+def judged(request: Request, reply: Reply, cost: float | None) -> tuple[Status, dict[str, Any]]:
+    """Return what a reply is worth, and the journal's fields for it."""
+    fields: dict[str, Any] = {
+        "prompt": request.prompt,
+        "reply": reply.text,
+        "finish_reason": reply.finish_reason,
+        "usage": reply.usage,
+        "cost": cost,
+        "model": reply.model,
+    }
+    if reply.refusal or reply.finish_reason == "content_filter":
+        return "refused", {**fields, "reason": reply.refusal or "the endpoint's content filter"}
+    try:
+        if request.reply == "pairs":
+            read_pairs(reply.text)
+        else:
+            read_text(reply.text)
+            if reply.finish_reason == "length":
+                raise InvalidReply("the reply was cut off for its length; write less")
+    except InvalidReply as error:
+        if is_refusal(reply.text):
+            return "refused", {**fields, "reason": "the model refuses"}
+        return "invalid", {**fields, "reason": str(error)}
+    return "ok", fields
+
+
+def ignores_response_format(reply: Reply) -> bool:
+    """Return whether a whole reply is no plain JSON although the endpoint was told to write nothing else."""
+    if reply.refusal or reply.finish_reason in ("length", "content_filter") or is_refusal(reply.text):
+        return False
+    try:
+        read_strict(reply.text)
+    except InvalidReply:
+        return True
+    return False
