@@ -40,7 +40,7 @@ from tests.recipe_models import write_family  # noqa: E402
 from tests.tiny import TinyDataset, write_clip, write_dataset, write_siglip  # noqa: E402
 
 LLMS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Llama": ("llama", "internlm2_chat", {}),
+    "Llama": ("llama", "llama3_chat", {}),
     # As XTuner trains InternLM2: a LoRA on its fused wqkv, and on the head.
     "InternLM2": ("internlm2", "internlm2_chat", {"lora_share_qkv": True, "lora_head": True}),
     "Qwen2": ("qwen2", "internlm2_chat", {}),
