@@ -108,7 +108,7 @@ def hub_config(
 
 
 def part_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """Return the configuration of the LLM or the tower as 4.x writes it: rope_theta and rope_scaling apart, torch_dtype."""
+    """Return the configuration of a part as 4.x writes it: rope_theta and rope_scaling apart, torch_dtype."""
     values = config.to_dict()
     for name in ("dtype", "transformers_version", "_name_or_path", "architectures", "quantization_config"):
         values.pop(name, None)
