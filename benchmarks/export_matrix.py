@@ -36,11 +36,11 @@ from dianjing.errors import ExportError  # noqa: E402
 from dianjing.export.export import FORMATS, export  # noqa: E402
 from dianjing.train.loop import train  # noqa: E402
 from dianjing.use.load import load_for_use  # noqa: E402
-from tests.recipe_models import write_family, write_siglip  # noqa: E402
-from tests.tiny import TinyDataset, write_clip, write_dataset  # noqa: E402
+from tests.recipe_models import write_family  # noqa: E402
+from tests.tiny import TinyDataset, write_clip, write_dataset, write_siglip  # noqa: E402
 
 LLMS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Llama": ("llama", "internlm2_chat", {}),
+    "Llama": ("llama", "llama3_chat", {}),
     # As XTuner trains InternLM2: a LoRA on its fused wqkv, and on the head.
     "InternLM2": ("internlm2", "internlm2_chat", {"lora_share_qkv": True, "lora_head": True}),
     "Qwen2": ("qwen2", "internlm2_chat", {}),

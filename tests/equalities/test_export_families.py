@@ -17,7 +17,7 @@ from dianjing.export.layout import EMBEDDING, HEAD
 from dianjing.train.loop import train
 from dianjing.use.load import load_for_use
 from tests.conftest import MakeRecipe
-from tests.recipe_models import write_family
+from tests.recipe_models import write_family, write_siglip
 from tests.seers import conversations, seer_of
 from tests.tiny import write_llm
 from tests.xtuner import XTUNER
@@ -39,7 +39,9 @@ LORA = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_is_exported(make_recipe: MakeRecipe, tmp_path: Path, family: str) -> None:
     folder = write_family(tmp_path / "llm", family, **FAMILIES[family])
-    sections = {"language_model": {"folder": str(folder), "tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
+    template = "llama3_chat" if family == "llama" else "internlm2_chat"
+    language_model = {"folder": str(folder), "template": template, "tuning": "lora"}
+    sections = {"language_model": language_model, "vision_tower": {"tuning": "lora"}}
     seer = seer_of(make_recipe("finetune", **sections))
     proof = export(seer, tmp_path / "out")
     assert all(case.equal for case in proof.cases)
@@ -104,3 +106,15 @@ def test_internlm2s_own_layout(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in ("tiny_internlm2", "tiny_clip", "8 records", "| steps | 2 of 4 records", "LoRA (rank 4, alpha 128)"):
         assert fact in card
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_siglip_is_read_by_a_stock_image_processor(make_recipe: MakeRecipe, tmp_path: Path, aspect: str) -> None:
+    tower = {"folder": str(write_siglip(tmp_path / "tower")), "tuning": "lora"}
+    sections = {"language_model": {"tuning": "lora"}, "vision_tower": tower, "data": {"aspect": aspect}}
+    proof = export(seer_of(make_recipe("finetune", **sections)), tmp_path / "out", conversations()[:2])
+    assert all(case.pixel_difference == 0 for case in proof.cases)
+    assert proof.max_logit_difference < 1e-4
+    preprocessing = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    stock = {"pad": "LlavaImageProcessor", "crop": "SiglipImageProcessor"}
+    assert preprocessing["image_processor_type"] == stock[aspect]

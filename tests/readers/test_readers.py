@@ -30,8 +30,8 @@ from dianjing.use.generate import (
     prepare,
 )
 from tests.conftest import MakeRecipe
-from tests.recipe_models import write_family
 from tests.readers.read_export import ANSWER_TOKENS
+from tests.recipe_models import write_family, write_siglip
 from tests.seers import seer_of
 from tests.tiny import write_llm
 
@@ -41,6 +41,8 @@ RUNS: dict[str, Callable[[Path], Path]] = {
     "tied": partial(write_llm, tie_word_embeddings=True),
     "rope": partial(write_llm, rope_theta=1e6, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "crop": write_llm,
+    "siglip": write_llm,
+    "siglip crop": write_llm,
     **{kind: partial(write_family, kind=kind) for kind in ("internlm2", "qwen2", "qwen3", "mistral", "phi3")},
     "gemma3_text": partial(write_family, kind="gemma3_text", sliding_window=512),
 }
@@ -53,10 +55,11 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(params=list(RUNS))
 def seer(request: pytest.FixtureRequest, make_recipe: MakeRecipe, tmp_path: Path) -> Seer:
+    tower = {"folder": str(write_siglip(tmp_path / "tower"))} if "siglip" in request.param else {}
     sections = {
         "language_model": {"folder": str(RUNS[request.param](tmp_path / "llm")), "tuning": "lora"},
-        "vision_tower": {"tuning": "lora"},
-        "data": {"aspect": "crop" if request.param == "crop" else "pad"},
+        "vision_tower": {"tuning": "lora"} | tower,
+        "data": {"aspect": "crop" if "crop" in request.param else "pad"},
     }
     return seer_of(make_recipe("finetune", **sections))
 

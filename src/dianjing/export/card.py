@@ -17,6 +17,8 @@ from dianjing.train.state import TrainState
 from dianjing.use.generate import Seer
 
 PARTS = ("language_model", "vision_tower")
+LIBRARIES = {"hf": "transformers", "adapter": "peft"}
+"""What the hub's page of a model offers to load it with."""
 
 
 def write_card(seer: Seer, folder: Path, format: str, loading: str, proof: Proof) -> None:
@@ -34,7 +36,8 @@ def write_card(seer: Seer, folder: Path, format: str, loading: str, proof: Proof
         name=Path(seer.name).name,
         version=__version__,
         format=format,
-        what=", only what was learned" if format in ("adapter", "xtuner") else ", adapters merged into the weights",
+        what=", only what was learned" if format in ("adapter", "xtuner") else "",
+        library=LIBRARIES.get(format),
         recipe=recipe,
         bases=bases,
         base_models=[name for name in bases.values() if _on_hub(name)],

@@ -259,7 +259,7 @@ def _generation_config(seer: Seer) -> dict[str, Any]:
 def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write weights as safetensors, in several files and an index where they are large."""
     require_space(folder, sum(weight.nbytes for weight in weights.values()))
-    plan = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
+    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
