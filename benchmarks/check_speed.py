@@ -27,10 +27,10 @@ from dianjing.tinyworld.folders import resolve
 
 MIB = 2**20
 SAMPLE_SECONDS = 0.05
-WORDS = (
+SAID = (
     "the a of and in on with left right small large red green blue man woman dog street table window holding "
     "standing near behind several people image shows scene appears background sitting wearing looking together there"
-).split(" ")
+)
 TOKENIZED = 5_000
 """Records that are tokenised to measure its rate."""
 
@@ -40,7 +40,7 @@ def write_records(path: Path, number: int, seed: int = 0) -> None:
     rng = random.Random(seed)
 
     def text(shortest: int, longest: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(shortest, longest)))
+        return " ".join(rng.choices(SAID.split(), k=rng.randint(shortest, longest)))
 
     with path.open("w", encoding="utf-8") as file:
         for index in range(number):
