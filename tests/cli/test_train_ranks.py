@@ -80,7 +80,10 @@ def test_an_error_on_all_ranks_is_told_once_too(make_recipe: Any, tmp_path: Path
         (["--gpus", "0"], "--gpus 0: this machine has 0 GPUs"),
         (["--engine", "fsdp"], 'train.engine = "fsdp"'),
         (["--engine", "deepspeed_zero2"], "DeepSpeed is not installed; pip install 'dianjing[deepspeed]'"),
-        (["--engine", "fsdp2", "--train.sample-every", "5", "--train.sample-path", "x"], "train.sample_every: fsdp2 leaves no rank with a whole"),
+        (
+            ["--engine", "fsdp2", "--train.sample-every", "5", "--train.sample-path", "x"],
+            "train.sample_every: fsdp2 leaves no rank with a whole",
+        ),
     ],
 )
 def test_what_is_refused(
