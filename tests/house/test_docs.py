@@ -75,16 +75,15 @@ def names_in(lines: list[str]) -> list[str]:
 def test_each_dependency_is_imported_explained_and_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: names_in(lines) for name, lines in project["optional-dependencies"].items()}
-    testing = extras.pop("dev")
-    needed = names_in(project["dependencies"]) + [name for names in extras.values() for name in names]
+    testing, always = extras.pop("dev"), names_in(project["dependencies"])
+    asked_for = {name for names in extras.values() for name in names}
     pins = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line]
     explained = re.findall(r"^\| (\w+) \|", (ROOT / "docs" / "dependencies.md").read_text("utf-8"), re.MULTILINE)
-    assert sorted({*needed, *testing}) == sorted(names_in(pins))
-    assert set(needed) == set(explained) - {"package"}
-    # torch.utils.tensorboard imports tensorboard.
-    asked_for = [lines for name, lines in project["optional-dependencies"].items() if name != "dev"]
-    extras = {name for lines in asked_for for name in names_in(lines)}
-    assert set(needed) == {name.replace("PIL", "pillow") for name in third_party() - extras} | {"tensorboard"}
+    assert sorted({*always, *asked_for, *testing}) == sorted(names_in(pins))
+    assert {*always, *asked_for} == set(explained) - {"package"}
+    # torch.utils.tensorboard imports tensorboard; llama_cpp is compiled by who wants it.
+    imported = {name.replace("PIL", "pillow") for name in third_party()} | {"tensorboard"}
+    assert set(always) == imported - (asked_for - set(always)) - {"llama_cpp", "fastapi", "starlette"}
 
 
 def third_party() -> set[str]:

@@ -1,0 +1,122 @@
+"""`dianjing train --gpus N`: N processes that start, stop and fail as one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dianjing.cli.main import main
+from dianjing.cli.train import parse, take_gpus
+from dianjing.config.load import save_recipe
+from dianjing.errors import ConfigError
+from dianjing.train import engine as module
+from dianjing.train.checkpoint import checkpoints, newest, read_state
+from dianjing.train.loop import train
+from tests.tiny import TinyDataset
+
+TIMEOUT_SECONDS = 240
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dianjing", "train", *arguments, "--quiet"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_signal_to_the_launcher_stops_all_ranks_and_another_number_goes_on(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(train={"global_batch_size": 4, "epochs": 60, "save_every": 10})
+    save_recipe(recipe, tmp_path / "recipe.toml")
+    process = start(str(tmp_path / "recipe.toml"), "--gpus", "2", "--engine", "fsdp2")
+    while not checkpoints(Path(recipe.output)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 130, errors
+    assert errors.count("stopping after this step") == errors.count("stopped after step") == 1
+    assert 10 <= read_state(newest(Path(recipe.output))).step < 120
+    train(recipe, resume=True, quiet=True)
+    assert read_state(newest(Path(recipe.output))).step == 120
+
+
+def test_an_error_on_one_rank_ends_all_and_is_told_once(
+    make_recipe: Any, tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    """The second of four records is rank 1's; its picture has a good header and no more."""
+    images = tmp_path / "images"
+    shutil.copytree(tiny_dataset.images, images)
+    content = (images / "tall.jpg").read_bytes()
+    (images / "tall.jpg").write_bytes(content[: len(content) * 3 // 4])
+    recipe = make_recipe(data={"order": "sequential", "images": str(images)})
+    save_recipe(recipe, tmp_path / "recipe.toml")
+    process = start(str(tmp_path / "recipe.toml"), "--gpus", "2")
+    output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert (process.returncode, output) == (2, ""), errors
+    assert errors.count("error: ") == 1, errors
+    assert "tall" in errors
+    assert "Traceback" not in errors
+
+
+def test_an_error_on_all_ranks_is_told_once_too(make_recipe: Any, tmp_path: Path) -> None:
+    save_recipe(make_recipe(data={"max_tokens": 20}), tmp_path / "recipe.toml")
+    process = start(str(tmp_path / "recipe.toml"), "--gpus", "2")
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 2
+    assert errors.count("error: 8 records cannot be used") == errors.count("error: ") == 1, errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus"], "--gpus: a whole number must follow"),
+        (["--gpus", "many"], "--gpus: a whole number must follow"),
+        (["--gpus", "0"], "--gpus 0: this machine has 0 GPUs"),
+        (["--engine", "fsdp"], 'train.engine = "fsdp"'),
+        (["--engine", "deepspeed_zero2"], "DeepSpeed is not installed; pip install 'dianjing[deepspeed]'"),
+        (
+            ["--engine", "fsdp2", "--train.sample-every", "5", "--train.sample-path", "x"],
+            "train.sample_every: fsdp2 leaves no rank with a whole",
+        ),
+    ],
+)
+def test_what_is_refused(
+    make_recipe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    save_recipe(make_recipe(), tmp_path / "recipe.toml")
+    assert main(["train", str(tmp_path / "recipe.toml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_launcher_is_seen(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_recipe(make_recipe(), tmp_path / "recipe.toml")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    assert main(["train", str(tmp_path / "recipe.toml"), "--gpus", "2"]) == 2
+    assert "under torchrun or accelerate launch leave it out" in capsys.readouterr().err
+    monkeypatch.delitem(os.environ, "WORLD_SIZE")
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_DEEPSPEED", "true")
+    assert main(["train", str(tmp_path / "recipe.toml")]) == 2
+    assert "launch plainly, the recipe chooses: train.engine is ddp" in capsys.readouterr().err
+
+
+def test_short_forms() -> None:
+    assert take_gpus(["r.toml", "--gpus=8", "--resume"]) == (8, ["r.toml", "--resume"])
+    assert take_gpus(["--gpus", "2", "r.toml"]) == (2, ["r.toml"])
+    assert take_gpus(["r.toml"]) == (None, ["r.toml"])
+    assert parse(["r.toml", "--engine", "fsdp2"]) == ("r.toml", set(), {"train.engine": "fsdp2"})
+    with pytest.raises(ConfigError):
+        take_gpus(["r.toml", "--gpus=-1"])
