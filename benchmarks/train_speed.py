@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +335,7 @@ def profile_steps(path: Path, first: int) -> None:
 def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
     """Train transformers' LLaVA as it comes on padded batches of the same records."""
     from peft.tuners.lora import Linear as PeftLinear
+    from torch.nn.utils.rnn import pad_sequence
 
     from benchmarks.cpu_step import rows
     from dianjing.data.dataset import open_dataset
@@ -343,7 +343,6 @@ def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
     from dianjing.model.lora import LoraLinear
     from dianjing.model.stage import apply_stage
     from dianjing.train.optim import make_optimizer, set_learning_rates
-    from torch.nn.utils.rnn import pad_sequence
 
     settings = UPSTREAM[chosen.row]
     stage, batch_size = settings["stage"], settings["batch"] if not chosen.tiny else 4

@@ -12,7 +12,7 @@ READING_ORDER = """
 errors constants config.schema config.fields config.load model.hub tinyworld.folders
 data.record data.sentencepiece data.chat_template data.template data.encode data.picture data.image data.pack
 data.order data.collate data.dataset
-model.frozen model.language formats model.vision model.weights model.attention model.fp8 model.build model.forward
+model.language formats model.vision model.weights model.attention model.frozen model.fp8 model.build model.forward
 model.lora model.stage model.compile model.adapter
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks

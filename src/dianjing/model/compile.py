@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from dianjing.model.fp8 import fp8_product
 from dianjing.model.forward import num_tower_layers
+from dianjing.model.fp8 import fp8_product
 
 VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
