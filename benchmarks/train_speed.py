@@ -249,7 +249,8 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     steps = [step for step in steps if "loss" in step]
     counted = steps[chosen.warm_up :]
     assert len(steps) == chosen.steps, "steps were left out"
-    assert all(step["grad_norm"] > 0 for step in steps) and steps[-1]["loss"] < 1e4, "no gradient, or no loss"
+    assert all(step["grad_norm"] > 0 for step in steps), "a step had no gradient"
+    assert steps[-1]["loss"] < 1e4, "the loss is no number"
     seconds = [batch / step["samples_per_second"] for step in counted]
     tokens = sum(step["supervised_tokens_per_second"] * taken for step, taken in zip(counted, seconds, strict=True))
     return summary(chosen, stage, batch, seconds, steps) | {

@@ -48,7 +48,7 @@ def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: unknown verb 'trian'; did you mean 'train'?\n"
     assert main(["fly"]) == 2
-    assert "there are demo, recipes, show" in capsys.readouterr().err
+    assert "there are demo, make, check, recipes, show" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

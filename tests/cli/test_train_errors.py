@@ -63,7 +63,7 @@ def test_the_command_itself(file: Path) -> None:
         (["FILE", "--language-model.folder", "no-llm"], "no-llm: no such language model folder"),
         (["FILE", "--language-model.template", "interlm2_chat"], "internlm2_chat"),
         (["FILE", "--data.max-tokens", "20"], "tokens, but max_tokens is 20; shorten it, raise data.max_tokens"),
-        (["FILE", "--projector.init-from", "no-run"], "no-run: no checkpoint of a run is there"),
+        (["FILE", "--projector.init-from", "no-run"], "no-run: no such run or checkpoint"),
         (["FILE", "--resume"], "there is no checkpoint in it; train without --resume first"),
     ],
 )

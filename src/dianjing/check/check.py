@@ -116,7 +116,7 @@ def check(settings: Settings, watch: Watch) -> Result:
         pictures=len(pictures),
         refused=gathered.refused,
         values=gathered.values,
-        run=None if _refused(settings.reading, gathered) else _run(gathered, pictures, settings.recipe),
+        run=None if _refused(settings.reading, gathered) else _run(gathered, pictures, settings),
         names=right_names,
     )
 
@@ -193,27 +193,33 @@ def _refused(reading: Reading | None, gathered: Gathered) -> bool:
     return not reading or bool(gathered.refused or reading.strings_missing)
 
 
-def _pack_fill(recipe: Recipe, lengths: Sequence[int]) -> float:
-    """Return how full the packs of the first epoch are, of 1."""
+def _pack_fill(recipe: Recipe, lengths: Sequence[int], modality_lengths: Sequence[int]) -> float:
+    """Return how full the packs of the first epoch are, of 1; `modality_lengths` as a Dataset has them."""
     from dianjing.data.order import epoch_order, step_indices, steps_per_epoch  # slow to import: torch
 
     size = recipe.train.global_batch_size
-    order = epoch_order(len(lengths), recipe.seed, 0, recipe.data.order)
+    mode = recipe.data.order
+    order = epoch_order(len(lengths), recipe.seed, 0, mode, lengths=modality_lengths, global_batch_size=size)
     steps = (step_indices(order, step, size, 0, 1) for step in range(steps_per_epoch(len(lengths), size)))
     packs = sum(len(pack([lengths[i] for i in step], recipe.data.pack_tokens)) for step in steps)
     return sum(lengths) / max(packs * recipe.data.pack_tokens, 1)
 
 
-def _run(gathered: Gathered, pictures: Sequence[Picture], recipe: Recipe | None) -> Run:
-    items = gathered.items
+def _run(gathered: Gathered, pictures: Sequence[Picture], settings: Settings) -> Run:
+    items, recipe = gathered.items, settings.recipe
+    others = settings.reading.num_image_tokens - 1 if settings.reading else 0  # a picture's tokens but for one
     lengths: list[int] = []
+    modality_lengths: list[int] = []
     supervised = truncated = 0
     for number, record in enumerate(items.record):
         shown = items.pictures.get(number)
         if not gathered.usable[record] or not items.positions[number]:
             continue
-        if all(pictures[one].passes for one in (gathered.pictures_of(record) if shown is None else shown)):
+        seen = gathered.pictures_of(record) if shown is None else shown
+        if all(pictures[one].passes for one in seen):
             lengths.append(items.positions[number])
+            tokens = lengths[-1] - len(seen) * others
+            modality_lengths.append(tokens if len(seen) else -tokens)
             supervised += items.supervised[number]
             truncated += items.truncated[number] > 0
     unreadable = gathered.usable.count(False)
@@ -224,5 +230,5 @@ def _run(gathered: Gathered, pictures: Sequence[Picture], recipe: Recipe | None)
         truncated=truncated,
         lengths=tuple(lengths),
         supervised=supervised,
-        pack_fill=_pack_fill(recipe, lengths) if recipe else None,
+        pack_fill=_pack_fill(recipe, lengths, modality_lengths) if recipe else None,
     )

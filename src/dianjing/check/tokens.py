@@ -9,7 +9,7 @@ from dianjing.config.schema import DataConfig
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Encoder, LongRecordError, image_token_id, load_tokenizer
 from dianjing.data.record import Record, turns_alone
-from dianjing.data.template import get_template, spans
+from dianjing.data.template import spans, template_for
 from dianjing.errors import DataError
 
 
@@ -46,7 +46,7 @@ class _Collector(Encoder):
 
     texts: set[str] = field(default_factory=set)
 
-    def _text(self, text: str) -> list[int]:
+    def _text(self, text: str, before: str = "") -> list[int]:
         self.texts.add(text)
         return []
 
@@ -61,10 +61,10 @@ class _Prepared(Encoder):
 
     ids: dict[str, list[int]] = field(default_factory=dict)
 
-    def _text(self, text: str) -> list[int]:
-        found = self.ids.get(text)
+    def _text(self, text: str, before: str = "") -> list[int]:
+        found = None if before else self.ids.get(text)
         # The encoder appends to the list it gets.
-        return super()._text(text) if found is None else list(found)
+        return super()._text(text, before) if found is None else list(found)
 
 
 class Measurer:
@@ -73,15 +73,15 @@ class Measurer:
     def __init__(self, reading: Reading) -> None:
         self._data = reading.data
         self._tokenizer = load_tokenizer(reading.tokenizer_folder)
+        template, _ = template_for(self._tokenizer, reading.template)
         self._settings = {
             "tokenizer": self._tokenizer,
-            "template": get_template(reading.template),
+            "template": template,
             "num_image_tokens": reading.num_image_tokens,
             "max_tokens": reading.data.max_tokens,
             "on_long_record": reading.data.on_long_record,
             "image_token_id": image_token_id(self._tokenizer),
         }
-        template = get_template(reading.template)
         special = {*template.special_strings, *template.stop_words, *self._tokenizer.all_special_tokens}
         self.special_strings = tuple(sorted(text for text in special if text.strip()))
 

@@ -133,20 +133,20 @@ def read_settings(given: Arguments) -> Settings:
 def read_reading(given: Arguments, recipe: Recipe | None) -> Reading:
     """Return how the LLM of a recipe, or of --llm, reads records."""
     from dianjing.check.tokens import Reading
-    from dianjing.cli.show import _num_image_tokens
+    from dianjing.cli.show import image_tokens_of
     from dianjing.data.encode import load_tokenizer
-    from dianjing.data.template import choose_template, get_template, special_strings_missing
+    from dianjing.data.template import special_strings_missing, template_for
     from dianjing.tinyworld.folders import resolve
 
     folder = resolve(recipe.language_model.folder if recipe else given.llm, "language_model")
     tokenizer = load_tokenizer(folder)
     name = recipe.language_model.template if recipe else given.template
-    template = get_template(name or choose_template(tokenizer))
+    template, _ = template_for(tokenizer, name)
     data = recipe.data if recipe else replace(DataConfig(path=""), on_long_record="truncate")
     return Reading(
         tokenizer_folder=str(folder),
         template=template.name,
-        num_image_tokens=_num_image_tokens(resolve(recipe.vision_tower.folder, "vision_tower")) if recipe else 1,
+        num_image_tokens=image_tokens_of(resolve(recipe.vision_tower.folder, "vision_tower")) if recipe else 1,
         data=data,
         strings_missing=tuple(special_strings_missing(template, tokenizer)),
     )

@@ -15,12 +15,12 @@ from dianjing.errors import ConfigError, DianjingError
 
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
-    "recipes": "list the shipped recipes, or copy one to edit",
     "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
-    "show": "show what the model sees of each record, and what it learns from it",
     "check": "find everything that is wrong with a data set, and put right what is certain",
-    "train": "train what a recipe says",
+    "recipes": "list the shipped recipes, or copy one to edit",
+    "show": "show what the model sees of each record, and what it learns from it",
     "import": "make a run of a checkpoint of XTuner or LLaVA",
+    "train": "train what a recipe says",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",
     "compare": "put the answers of several models beside the pictures, on one HTML page",

@@ -93,7 +93,7 @@ def open_records(chosen: Arguments) -> tuple[Dataset, str]:
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template,
-        num_image_tokens=_num_image_tokens(tower) if tower else 1,
+        num_image_tokens=image_tokens_of(tower) if tower else 1,
         max_tokens=chosen.max_tokens,
         on_long_record="truncate",
         image_token_id=image_token_id(tokenizer),
@@ -191,7 +191,8 @@ def _inline(image: Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _num_image_tokens(tower: Path) -> int:
+def image_tokens_of(tower: Path) -> int:
+    """Return how many tokens a picture becomes with the vision tower of a folder."""
     # Imported here because it takes seconds, and only a tower needs it.
     from dianjing.model.vision import num_image_tokens, select_strategy, vision_config
 

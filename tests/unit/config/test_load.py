@@ -69,7 +69,7 @@ def test_a_flag_wins_and_has_the_type_of_its_field(file: Path, override: dict[st
         ("max_tokens = true", "data.max_tokens = true: a whole number is needed, not true or false"),
         ("max_tokens = 0", "data.max_tokens = 0: it must be at least 1"),
         ("images = 3", "data.images = 3: text is needed, not a whole number"),
-        ('order = "shufle"', 'one of "shuffle", "sequential" is needed; did you mean "shuffle"?'),
+        ('order = "shufle"', 'one of "shuffle", "sequential", "length_grouped" is needed; did you mean "shuffle"?'),
         ("[train]\nlearning_rate = nan", "train.learning_rate = nan: it must be"),
         ("[train]\nlearning_rate = -1", "train.learning_rate = -1.0: it must be at least 0"),
         ("[train]\nwarmup_ratio = 2", "it must be between 0 and 1"),

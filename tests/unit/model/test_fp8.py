@@ -86,5 +86,5 @@ def test_a_layer_of_an_odd_size_is_named(tiny_llm: Any) -> None:
 
 
 def test_a_machine_without_the_units_is_told_the_alternative() -> None:
-    with pytest.raises(ConfigError, match='a CPU has no FP8 units .* or to "nf4"'):
+    with pytest.raises(ConfigError, match=r'a CPU has no FP8 units .* or to "nf4"'):
         require_fp8(torch.device("cpu"), torch.float32)
