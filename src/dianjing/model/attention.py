@@ -110,6 +110,7 @@ def _arithmetic(states: Tensor) -> torch.dtype:
 def _on_gpu(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None, window: int
 ) -> Tensor:
+    assert varlen_attn, "a GPU build of torch has it"
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, size)
     spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     reach = window - 1 if window < max_seqlen else -1

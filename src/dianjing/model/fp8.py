@@ -95,7 +95,7 @@ def fp8_product(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
 def _product(x: Tensor, columns: Tensor, scale: Float[Tensor, "one columns"]) -> Tensor:
     """Return x @ (columns * scale) in bf16 or fp16, whichever x is in."""
     quantized_x, row_scale = quantized(x)
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage] (torch 2.11 has no public one by rows)
         quantized_x, columns, scale_a=row_scale, scale_b=scale.contiguous(), out_dtype=x.dtype, use_fast_accum=True
     )
 

@@ -23,7 +23,9 @@ class LoraLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output for inputs of any leading shape."""
         base, dropout = self.base_layer, self.lora_dropout[ADAPTER]
-        down, up, scale = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+        down: Any = self.lora_A[ADAPTER].weight
+        up: Any = self.lora_B[ADAPTER].weight
+        scale = self.scaling[ADAPTER]
         partitioned = hasattr(down, "ds_id")  # by ZeRO-3, which gathers a weight when its own module is called
         if partitioned or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)

@@ -34,6 +34,7 @@ from dianjing.train.step import Parts, over_ranks, take_step
 from dianjing.train.watch import Watch, require_pictures
 
 MOST_WORKERS = 16
+"""Processes that make packs for one rank, when the recipe leaves it open."""
 
 BYTES_PER_PARAMETER = 12
 """What a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
@@ -142,11 +143,9 @@ def _batches(parts: Parts, state: TrainState) -> Iterator[tuple[list[Batch], flo
         last_step=state.total_steps,
     )
     began = time.perf_counter()
-    on_gpu = parts.accelerator.device.type == "cuda"
-    workers = parts.recipe.data.workers
-    if workers < 0:
-        workers = min(_cores() // _processes_here(parts.accelerator), MOST_WORKERS) if on_gpu else 0
-    for batches in step_batches(parts.dataset, plan, workers, pinned=on_gpu):
+    pinned = parts.accelerator.device.type == "cuda"
+    workers = _workers(parts.recipe, parts.accelerator)
+    for batches in step_batches(parts.dataset, plan, workers, pinned=pinned):
         yield batches, time.perf_counter() - began
         began = time.perf_counter()
 
@@ -158,12 +157,14 @@ def _compiles(recipe: Recipe, accelerator: Accelerator) -> bool:
     return recipe.train.compile == "on"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _processes_here(accelerator: Accelerator) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+def _workers(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Return how many processes make this rank's packs."""
+    if recipe.data.workers >= 0:
+        return recipe.data.workers
+    if accelerator.device.type != "cuda":
+        return 0
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or accelerator.num_processes
+    return min(len(os.sched_getaffinity(0)) // ranks_here, MOST_WORKERS)
 
 
 def _start_accelerator(recipe: Recipe) -> Accelerator:
