@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dianjing.config.fields import check, known_field
@@ -69,6 +70,9 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     found = to_live(foreign.weights, text_config, num_tower_layers(built.model))
     _require_match(found, trainable_state(built.model), source)
     memory = {} if wishes.weights_only else _optimizer_state(foreign, found, text_config)
+    fresh = not memory and not foreign.iteration and bool(wishes.data) and not wishes.weights_only
+    if fresh:
+        memory = _fresh_memory(found.live)
     dataset, why_not = _dataset(recipe, built, foreign, config, bool(wishes.data)) if memory else (None, "")
     accumulation = config.accumulation if config else 1
     step = foreign.iteration // accumulation
@@ -79,7 +83,7 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     state = state_at(step, recipe, dataset) if dataset else _state_without_data(step, recipe)
     learned = {name: weight.float().contiguous() for name, weight in found.live.items()}
     save(out, learned, memory, state, keep=1)
-    return [*_report(foreign, found, memory), *_outlook(state, memory, dataset, why_not, config)]
+    return [*_report(foreign, found, memory, fresh), *_outlook(state, dataset, why_not, config)]
 
 
 def _config_of(foreign: Foreign, source: Path, wishes: Wishes) -> XTunerConfig | None:
@@ -216,6 +220,15 @@ def _optimizer_state(foreign: Foreign, found: Translation, text_config: Any) -> 
     return state if {key.rpartition("/")[0] for key in state} == found.live.keys() else {}
 
 
+def _fresh_memory(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return AdamW's memory before its first step, with which weights alone begin a run."""
+    state: dict[str, Tensor] = {}
+    for name, weight in learned.items():
+        state |= {f"{name}/{kind}": torch.zeros(weight.shape) for kind in ("exp_avg", "exp_avg_sq")}
+        state[f"{name}/step"] = torch.tensor(0.0)
+    return state
+
+
 def _dataset(
     recipe: Recipe, built: Built, foreign: Foreign, config: XTunerConfig | None, required: bool
 ) -> tuple[Dataset | None, str]:
@@ -246,7 +259,7 @@ def _state_without_data(step: int, recipe: Recipe) -> TrainState:
     return TrainState(step=step, epoch=0, samples_seen=0, total_steps=step, recipe=matters, data={"fingerprint": ""})
 
 
-def _report(foreign: Foreign, found: Translation, memory: Mapping[str, Tensor]) -> list[str]:
+def _report(foreign: Foreign, found: Translation, memory: Mapping[str, Tensor], fresh: bool) -> list[str]:
     numbers = sum(weight.numel() for weight in found.live.values())
     dropped = sum(map(len, found.dropped.values()))
     lines = [
@@ -256,13 +269,14 @@ def _report(foreign: Foreign, found: Translation, memory: Mapping[str, Tensor]) 
     ]
     lines += [f"dropped: {len(names)}, {reason} ({name_some(names)})" for reason, names in found.dropped.items()]
     tensors = len({key.rpartition("/")[0] for key in memory})
-    lines.append(f"optimizer: AdamW's memory of {tensors} tensors" if memory else "optimizer: none")
+    if fresh:
+        lines.append("optimizer: none in it; training begins with a new one")
+    else:
+        lines.append(f"optimizer: AdamW's memory of {tensors} tensors" if memory else "optimizer: none")
     return lines
 
 
-def _outlook(
-    state: TrainState, memory: Mapping[str, Tensor], dataset: Dataset | None, why_not: str, config: XTunerConfig | None
-) -> list[str]:
+def _outlook(state: TrainState, dataset: Dataset | None, why_not: str, config: XTunerConfig | None) -> list[str]:
     if not dataset:
         return [f"it can be asked and exported, not trained on: {why_not or 'the optimizer is not in it'}"]
     lines = [f"it can be trained on: step {state.step} of {state.total_steps}"]

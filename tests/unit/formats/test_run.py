@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dianjing.config.load import load_recipe
+from dianjing.config.schema import TrainConfig
 from dianjing.errors import CheckpointError, ConfigError, DataError, DianjingError, ModelError
 from dianjing.formats.pickle import read_checkpoint
 from dianjing.formats.run import Wishes, import_run
@@ -88,6 +89,33 @@ def test_weights_alone(tmp_path: Path) -> None:
     assert "optimizer: none" in report
     assert "it can be asked and exported, not trained on: the optimizer is not in it" in report
     assert read_state(newest(tmp_path / "run")).step == 10
+
+
+def test_weights_alone_with_data_begin_a_run(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
+    """It is the run that begins from the same projector, bit for bit."""
+    content = read_checkpoint(PRETRAIN)["state_dict"]
+    save_file({name: weight.contiguous() for name, weight in content.items()}, tmp_path / "init.safetensors")
+    wishes = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images), template="internlm2_chat")
+    report = import_run(tmp_path / "init.safetensors", tmp_path / "imported", wishes)
+    assert "optimizer: none in it; training begins with a new one" in report
+    recipe = load_recipe(tmp_path / "imported" / "recipe.toml", {"train.global_batch_size": "4", "train.epochs": "2"})
+    own = replace(
+        recipe,
+        output=str(tmp_path / "own"),
+        projector=replace(recipe.projector, init_from=str(tmp_path / "init.safetensors")),
+    )
+    with pytest.raises(CheckpointError, match=r"train\.global_batch_size was 16, is 4"):
+        train(recipe, resume=True, quiet=True)
+    recipe, own = load_recipe(tmp_path / "imported" / "recipe.toml"), replace(own, train=TrainConfig())
+    weights = [
+        load_file(newest(train(one, resume=resume, quiet=True)) / "trainable.safetensors")
+        for one, resume in ((recipe, True), (own, False))
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    assert any(
+        not torch.equal(weight, start) for weight, start in zip(weights[0].values(), content.values(), strict=True)
+    )
 
 
 def changed(path: Path, **changes: Any) -> Path:
