@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from dianjing.model.attention import packed_attention
+from dianjing.model.attention import packed_attention, rectangle
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: packed attention's kernel is not tested"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler calls parts of torch old
 ]
 
 MODULE: Any = SimpleNamespace()
@@ -35,6 +36,24 @@ def test_the_kernel_is_the_loop(kv_heads: int) -> None:
         found.append([output.detach().float(), *(gradient.float() for gradient in gradients)])
     for loop, kernel in zip(*found, strict=True):
         torch.testing.assert_close(kernel, loop, rtol=0, atol=0.02 * float(loop.abs().max()))
+
+
+def test_in_a_rectangle_it_is_the_kernel() -> None:
+    torch.manual_seed(0)
+    lengths = [300, 280, 320]
+    states = [torch.randn(1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).cuda()
+    weights = torch.randn(1, sum(lengths), 8, 64, device="cuda")
+    found = []
+    for places in (None, rectangle(cu_seqlens, position_ids, (4, 320))):
+        inputs = [rows.clone().requires_grad_() for rows in states]
+        spans: Any = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "rectangle": places}
+        output, _ = packed_attention(MODULE, *inputs, None, scaling=0.125, **spans)
+        gradients = torch.autograd.grad((output.float() * weights).sum(), inputs)
+        found.append([output.detach().float(), *(gradient.float() for gradient in gradients)])
+    for kernel, dense in zip(*found, strict=True):
+        torch.testing.assert_close(dense, kernel, rtol=0, atol=0.02 * float(kernel.abs().max()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

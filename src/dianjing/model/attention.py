@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -33,6 +33,34 @@ UNREAD_MASK = torch.empty(1, 1, 1, 1)
 one of (tokens, tokens) that nothing reads."""
 
 
+class Rectangle(NamedTuple):
+    """Documents of nearly one length, one beside the other and filled up behind: the fastest kernels want it so."""
+
+    rows: Int[Tensor, "documents longest"]
+    """The token at each place; any token behind the end of a document."""
+    filled: Bool[Tensor, "documents longest"]
+    places: Int[Tensor, " tokens"]
+    """Where each token is, in the rectangle as one row."""
+
+
+def rectangle(
+    cu_seqlens: Int32[Tensor, " documents_and_one"], position_ids: Int[Tensor, " tokens"], shape: tuple[int, int]
+) -> Rectangle:
+    """Return where the tokens of a pack are in a rectangle of `shape` (documents, longest)."""
+    documents, longest = shape
+    lengths = cu_seqlens.diff()
+    begins = cu_seqlens.new_zeros(documents).index_copy(0, _upto(len(lengths), cu_seqlens), cu_seqlens[:-1])
+    ends = begins.index_add(0, _upto(len(lengths), cu_seqlens), lengths)
+    rows = begins[:, None] + _upto(longest, cu_seqlens)
+    filled = rows < ends[:, None]
+    document = torch.repeat_interleave(_upto(len(lengths), cu_seqlens), lengths, output_size=len(position_ids))
+    return Rectangle(rows.where(filled, 0), filled, document * longest + position_ids)
+
+
+def _upto(number: int, like: Tensor) -> Tensor:
+    return torch.arange(number, device=like.device)
+
+
 def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "one heads tokens size"],
@@ -42,6 +70,7 @@ def packed_attention(
     *,
     cu_seqlens: Int32[Tensor, " documents_and_one"] | None = None,
     max_seqlen: int = 0,
+    rectangle: Rectangle | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **settings: Any,
@@ -59,6 +88,8 @@ def packed_attention(
     window = settings.get("sliding_window") or max_seqlen
     if query.is_cuda and dropout == 0 and (dtype := _arithmetic(query)) != torch.float32:
         query, key, value = (states.to(dtype) for states in (query, key, value))
+        if rectangle is not None and window >= max_seqlen:
+            return in_rectangle(query, key, value, rectangle, scaling), None
         return _on_gpu(query, key, value, cu_seqlens, max_seqlen, scaling, window), None
     lengths = cu_seqlens.diff().tolist()
     # Measured: on a CPU a loop over documents beats padding them to one rectangle, and it needs no copies.
@@ -117,6 +148,58 @@ def _on_gpu(
     output = varlen_attn(q, k, v, *spans, scale=scaling, window_size=(reach, 0), **SHARED_HEADS)
     assert isinstance(output, Tensor)
     return output[None]
+
+
+def in_rectangle(
+    query: Float[Tensor, "one heads tokens size"],
+    key: Float[Tensor, "one kv_heads tokens size"],
+    value: Float[Tensor, "one kv_heads tokens size"],
+    places: Rectangle,
+    scaling: float | None,
+) -> Float[Tensor, "one tokens heads size"]:
+    """Return causal attention within each document, computed side by side; what fills up is read by no token."""
+    spread = [into_rectangle(states[0].transpose(0, 1), *places).transpose(1, 2) for states in (query, key, value)]
+    grouped = query.shape[1] != key.shape[1]
+    output = scaled_dot_product_attention(*spread, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return out_of_rectangle(output.transpose(1, 2), *places)[None]
+
+
+def into_rectangle(states: Tensor, rows: Tensor, filled: Tensor, places: Tensor) -> Tensor:
+    """Return states of tokens (tokens, ...) as (documents, longest, ...)."""
+    return cast(Tensor, _IntoRectangle.apply(states, rows, places))
+
+
+def out_of_rectangle(states: Tensor, rows: Tensor, filled: Tensor, places: Tensor) -> Tensor:
+    """Return states of a rectangle (documents, longest, ...) as (tokens, ...)."""
+    return cast(Tensor, _OutOfRectangle.apply(states, rows, filled, places))
+
+
+class _IntoRectangle(torch.autograd.Function):
+    """A gather whose backward pass is one too: no gradient comes from what fills up."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, rows: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(places)
+        return states[rows]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        return gradient.flatten(0, 1)[places], None, None
+
+
+class _OutOfRectangle(torch.autograd.Function):
+    """The way back, whose gradient is zero for what fills up."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, rows: Tensor, filled: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows, filled)
+        return states.flatten(0, 1)[places]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        rows, filled = ctx.saved_tensors
+        return gradient[rows] * filled[..., None, None], None, None, None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from dianjing.data.collate import Batch
-from dianjing.model.attention import UNREAD_MASK
+from dianjing.model.attention import UNREAD_MASK, rectangle
+
+RECORDED = "recorded"
+"""Attribute of a tower that replays its work on a GPU (see recorded.py)."""
 
 
 def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:
@@ -25,6 +28,7 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
         unseen = None if batch.num_images else _unseen_picture(model, batch)
     with _arithmetic_of(model, model.model.language_model.layers):
         embeddings = embed(model, batch.input_ids, batch.image_positions, features)
+        laid_out = rectangle(batch.cu_seqlens, batch.position_ids, batch.rectangle) if batch.rectangle else None
         if unseen is not None:
             embeddings = embeddings + unseen.to(embeddings.dtype)
         with _last_layer_at(model, batch.target_rows, batch.num_tokens):
@@ -35,6 +39,7 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
                 use_cache=False,
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
+                rectangle=laid_out,
             ).last_hidden_state[0]  # (tokens, hidden)
         logits = model.lm_head(hidden[batch.target_rows])  # (supervised, vocab)
     # Compiled, it needs no logits in fp32.
@@ -75,16 +80,25 @@ def image_features(
     if not len(pixel_values):
         return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
-    pixel_values = pixel_values.to(config.dtype)
+    recorded = getattr(tower, RECORDED, None) if learns else None
     with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
-        hidden = tower.embeddings(pixel_values)
-        if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
-            hidden = tower.pre_layrnorm(hidden)
-        for layer in tower.encoder.layers[: num_tower_layers(model)]:
-            hidden = layer(hidden, None)
+        hidden = (recorded or partial(tower_states, model))(pixel_values.to(config.dtype))
     if config.vision_feature_select_strategy == "default":
         hidden = hidden[:, 1:]  # the class token is no patch
     return model.model.multi_modal_projector(hidden)
+
+
+def tower_states(
+    model: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "images 3 height width"]
+) -> Float[Tensor, "images states width"]:
+    """Return what the tower makes of pictures, class token included, after the last of its layers that matter."""
+    tower: Any = model.model.vision_tower
+    hidden = tower.embeddings(pixel_values)
+    if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
+        hidden = tower.pre_layrnorm(hidden)
+    for layer in tower.encoder.layers[: num_tower_layers(model)]:
+        hidden = layer(hidden, None)
+    return hidden
 
 
 def num_tower_layers(model: LlavaForConditionalGeneration) -> int:

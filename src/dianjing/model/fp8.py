@@ -82,9 +82,13 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         rows, scale = ctx.saved_tensors
-        # The units want the second matrix by columns: a copy of one layer, made and dropped.
-        columns = rows.view(torch.uint8).T.contiguous().view(FP8).T
-        return _product(gradient * scale.T, columns, torch.ones_like(rows[:1], dtype=torch.float32)), None, None
+        ones = torch.ones_like(rows[:1], dtype=torch.float32)
+        return _product(gradient * scale.T, by_columns(rows), ones), None, None
+
+
+def by_columns(rows: Tensor) -> Tensor:
+    """Return the same FP8 matrix as the units want the second one of a product: a copy, of one layer."""
+    return rows.view(torch.uint8).T.contiguous().view(FP8).T
 
 
 def fp8_product(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""Work on pictures that is recorded once and then replayed (CUDA graphs).
+
+A tower's layers with adapters are thousands of small pieces of GPU work, which the CPU cannot start as fast as the GPU
+does them. Packs follow each other, so that one record at a time is in use and all share their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+STEP = 2
+"""Numbers of pictures that have a recording of their own: multiples of this. The missing ones are black."""
+WARM_UP = 3
+"""Runs before the recording: the first ones compile, and choose kernels."""
+
+
+class Recorded:
+    """A function of pictures, with learning weights, that replays its work; inputs learn nothing."""
+
+    def __init__(
+        self, run: Callable[[Float[Tensor, "images ..."]], Float[Tensor, "images ..."]], weights: Sequence[nn.Parameter]
+    ) -> None:
+        self._run = run
+        self._weights = weights
+        self._recordings: dict[int, _Recording] = {}
+        self._memory: Any = None
+
+    def __call__(self, images: Float[Tensor, "images ..."]) -> Float[Tensor, "images ..."]:
+        """Return what the function returns; its result and gradients are to be used before the next call."""
+        count = -(-len(images) // STEP) * STEP
+        if not (recording := self._recordings.get(count)):
+            self._memory = self._memory or torch.cuda.graph_pool_handle()
+            sample = images.new_zeros(count, *images.shape[1:])
+            recording = self._recordings[count] = _Recording(self._run, self._weights, sample, self._memory)
+        return _Replay.apply(recording, images, *self._weights)
+
+
+class _Recording:
+    def __init__(self, run: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], sample: Tensor, memory: Any):
+        self.images = sample
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                outputs = run(sample)
+                torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
+        torch.cuda.current_stream().wait_stream(aside)
+        # Other threads may talk to the GPU meanwhile: the loader puts pictures in pinned memory.
+        settings: Any = {"pool": memory, "capture_error_mode": "thread_local"}
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, **settings):
+            outputs = run(sample)
+        self.to_outputs = torch.zeros_like(outputs)
+        with torch.cuda.graph(self.backward, **settings):
+            self.gradients = torch.autograd.grad(outputs, weights, self.to_outputs)
+        self.outputs = outputs.detach()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, images: Tensor, *_weights: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.recording, ctx.count = recording, len(images)
+        recording.images[: len(images)].copy_(images)
+        recording.images[len(images) :].zero_()
+        recording.forward.replay()
+        return recording.outputs[: len(images)]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        recording = ctx.recording
+        recording.to_outputs[: ctx.count].copy_(gradient)
+        recording.to_outputs[ctx.count :].zero_()
+        recording.backward.replay()
+        # The next replay writes over these, and a first gradient would be kept as it is.
+        return None, None, *(found.clone() for found in recording.gradients)
