@@ -38,6 +38,22 @@ def test_what_is_added_in_place_is_the_sum() -> None:
     assert (sum_of_products(a, b, c, d, 0.5, bias) - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize("columns", [96, 8192])
+def test_one_pass_over_an_mlps_rows_is_the_two(columns: int) -> None:
+    torch.manual_seed(0)
+    gate, up, gradient = (torch.randn(70, columns, dtype=torch.bfloat16) for _ in range(3))
+    scales = torch.rand(columns) + 0.5, torch.rand(columns) + 0.5
+    for operator, inputs in (
+        (torch.ops.dianjing.silu_product.default, (gate, up)),
+        (torch.ops.dianjing.silu_product_backward.default, (gradient, gate, up, *scales)),
+    ):
+        expected = operator(*inputs)
+        found = [part.cpu() for part in operator(*(part.cuda() for part in inputs))]
+        torch.testing.assert_close(found[1], expected[1])
+        # A number half-way between two of FP8's may go either way.
+        assert (found[0].float() != expected[0].float()).float().mean() < 1e-3
+
+
 def test_a_recorded_tower_is_the_tower(make_recipe: MakeRecipe) -> None:
     tuning: Any = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
     model, dataset = prepare(make_recipe("finetune", train={"precision": "bf16"}, **tuning))

@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 from dianjing.model.attention import into_rectangle, out_of_rectangle
 from dianjing.model.forward import RECORDED, num_tower_layers, tower_states
 from dianjing.model.fp8 import fp8_product
+from dianjing.model.fp8_mlp import fp8_mlp
 from dianjing.model.lora import adapted
 from dianjing.model.recorded import Recorded
 
@@ -27,7 +28,7 @@ def compile_layers(model: LlavaForConditionalGeneration) -> None:
     Not the last decoder layer: it computes other rows after its attention than before (see forward.py).
     """
     # The compiler's front end takes these as one step; within, it mistakes the scopes of their two passes.
-    for function in (fp8_product, adapted, into_rectangle, out_of_rectangle):
+    for function in (fp8_product, fp8_mlp, adapted, into_rectangle, out_of_rectangle):
         torch.compiler.allow_in_graph(function)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     layers: Any = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float8e4m3fn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -86,9 +86,10 @@ class _Fp8Product(torch.autograd.Function):
         return _product(gradient * scale.T, by_columns(rows), ones), None, None
 
 
-def by_columns(rows: Tensor) -> Tensor:
-    """Return the same FP8 matrix as the units want the second one of a product: a copy, of one layer."""
-    return rows.view(torch.uint8).T.contiguous().view(FP8).T
+def by_columns(*matrices: Float8e4m3fn[Tensor, "rows columns"]) -> Float8e4m3fn[Tensor, "all_rows columns"]:
+    """Return matrices one below the other as the units want the second one of a product: a copy, of one layer."""
+    rows = [matrix.view(torch.uint8) for matrix in matrices]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).T.contiguous().view(FP8).T
 
 
 def fp8_product(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
@@ -98,9 +99,19 @@ def fp8_product(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
 
 def _product(x: Tensor, columns: Tensor, scale: Float[Tensor, "one columns"]) -> Tensor:
     """Return x @ (columns * scale) in bf16 or fp16, whichever x is in."""
-    quantized_x, row_scale = quantized(x)
+    return scaled_product(*quantized(x), columns, scale, x.dtype)
+
+
+def scaled_product(
+    rows: Float8e4m3fn[Tensor, "rows inner"],
+    row_scale: Float[Tensor, "rows 1"],
+    columns: Float8e4m3fn[Tensor, "inner columns"],
+    scale: Float[Tensor, "one columns"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "rows columns"]:
+    """Return (rows * row_scale) @ (columns * scale)."""
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage] (torch 2.11 has no public one by rows)
-        quantized_x, columns, scale_a=row_scale, scale_b=scale.contiguous(), out_dtype=x.dtype, use_fast_accum=True
+        rows, columns, scale_a=row_scale, scale_b=scale.contiguous(), out_dtype=dtype, use_fast_accum=True
     )
 
 
