@@ -71,7 +71,9 @@ def test_a_recorded_tower_is_the_tower(make_recipe: MakeRecipe) -> None:
         for batch in batches:
             loss = outcome_of_one(model, batch)
             losses.append(loss)
-        return losses, {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        return losses, {
+            name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+        }
 
     replayed = one_after_another()
     setattr(model.model.vision_tower, RECORDED, None)

@@ -15,7 +15,7 @@ from tests.packs import outcome, prepare
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: packed attention's kernel is not tested"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler calls parts of torch old
+    pytest.mark.filterwarnings("ignore"),  # torch's compiler warns of itself
 ]
 
 MODULE: Any = SimpleNamespace()
@@ -59,14 +59,26 @@ def test_in_a_rectangle_it_is_the_kernel() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_pack_on_the_gpu_is_its_records_one_by_one(make_recipe: MakeRecipe, precision: str) -> None:
     tuning = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
-    model, dataset = prepare(make_recipe("finetune", train={"precision": precision}, **tuning))
-    on_cpu = outcome(model, [dataset.batch(range(dataset.num_records))])
-    model.cuda()
-    packed = outcome(model, [dataset.batch(range(dataset.num_records)).to("cuda")])
-    alone = outcome(model, [dataset.batch([index]).to("cuda") for index in range(dataset.num_records)])
-    near = {"fp32": 1e-3, "bf16": 3e-2}[precision]  # in fp32 the GPU's convolution rounds to TF32
-    for other in (alone, on_cpu):
-        assert other[0].item() == pytest.approx(packed[0].item(), rel=near)
-        expected = torch.cat([other[1][name].cuda().flatten() for name in packed[1]])
-        found = torch.cat([gradient.flatten() for gradient in packed[1].values()])
-        assert float((found - expected).norm()) <= 4 * near * float(expected.norm())
+    exact = flat(*in_one_pack(make_recipe("finetune", **tuning), "cpu"))
+    recipe = make_recipe("finetune", train={"precision": precision}, **tuning)
+    on_cpu = flat(*in_one_pack(recipe, "cpu"))
+    model, dataset = in_one_pack(recipe, "cuda")
+    packed = flat(model, dataset)
+    alone = torch.cat([flat(model, dataset, [index]) for index in range(dataset.num_records)])
+    assert packed[0] == pytest.approx(alone[:: len(packed)].sum(), rel=1e-3)
+    alone = alone.view(dataset.num_records, -1).sum(0)
+    # In fp32 the GPU's convolution rounds to TF32; in bf16 a pack is as near the truth as its records, and the CPU.
+    near = 2e-3 * exact.norm() if precision == "fp32" else 1.5 * max((alone - exact).norm(), (on_cpu - exact).norm())
+    assert (packed - exact).norm() < near < 0.5 * exact.norm()
+
+
+def in_one_pack(recipe: Any, device: str) -> tuple[Any, Any]:
+    model, dataset = prepare(recipe)
+    return model.to(device), dataset
+
+
+def flat(model: Any, dataset: Any, records: list[int] | None = None) -> torch.Tensor:
+    """Return loss and gradients of records in one pack."""
+    batch = dataset.batch(records or range(dataset.num_records)).to(model.device)
+    loss, gradients = outcome(model, [batch])
+    return torch.cat([loss.cpu().flatten(), *(gradient.cpu().flatten() for gradient in gradients.values())])

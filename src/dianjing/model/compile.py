@@ -23,17 +23,14 @@ VARIANTS = 64
 
 
 def compile_layers(model: LlavaForConditionalGeneration) -> None:
-    """Let each layer run as compiled code from its next call on; packs may have any number of tokens.
-
-    Not the last decoder layer: it computes other rows after its attention than before (see forward.py).
-    """
+    """Let each layer run as compiled code from its next call on; packs may have any number of tokens."""
     # The compiler's front end takes these as one step; within, it mistakes the scopes of their two passes.
     for function in (fp8_product, fp8_mlp, adapted, into_rectangle, out_of_rectangle):
         torch.compiler.allow_in_graph(function)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     layers: Any = [
         *model.model.vision_tower.encoder.layers[: num_tower_layers(model)],
-        *model.model.language_model.layers[:-1],
+        *model.model.language_model.layers,
     ]
     for layer in layers:
         # Whether the weights are still the same modules is not asked at each call: nobody changes them.

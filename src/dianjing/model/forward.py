@@ -16,6 +16,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from dianjing.data.collate import Batch
 from dianjing.model.attention import UNREAD_MASK, rectangle
 
+ROWS = "rows_wanted"
+"""Attribute of the last decoder layer that says which rows matter."""
 RECORDED = "recorded"
 """Attribute of a tower that replays its work on a GPU (see recorded.py)."""
 
@@ -31,7 +33,7 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
         laid_out = rectangle(batch.cu_seqlens, batch.position_ids, batch.rectangle) if batch.rectangle else None
         if unseen is not None:
             embeddings = embeddings + unseen.to(embeddings.dtype)
-        with _last_layer_at(model, batch.target_rows, batch.num_tokens):
+        with _last_layer_at(model, batch.target_rows, batch.position_ids):
             hidden = model.model.language_model(
                 inputs_embeds=embeddings[None],
                 position_ids=batch.position_ids[None],
@@ -123,24 +125,42 @@ def embed(
 
 
 @contextmanager
-def _last_layer_at(model: LlavaForConditionalGeneration, rows: Int[Tensor, " rows"], num_tokens: int) -> Iterator[None]:
+def _last_layer_at(
+    model: LlavaForConditionalGeneration, rows: Int[Tensor, " rows"], tokens: Int[Tensor, " tokens"]
+) -> Iterator[None]:
     """Let the last decoder layer compute, after its attention, only these rows; no other row is read after it."""
-
-    def select(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0][:, rows],)
-
-    def spread(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.new_zeros(1, num_tokens, output.shape[-1]).index_copy(1, rows, output)
-
     layer: Any = model.model.language_model.layers[-1]
-    hooks = []
+    if not hasattr(layer, ROWS):
+        setattr(layer, ROWS, _Rows(layer))
+    wanted: _Rows = getattr(layer, ROWS)
+    wanted.rows, wanted.tokens = rows, tokens
     try:
-        for module in (layer.self_attn.o_proj, layer.mlp):
-            hooks += [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        wanted.rows = wanted.tokens = None
+
+
+class _Rows:
+    """The rows that a layer is to compute after its attention, and the hooks that see to it; None: all rows.
+
+    The hooks stay: compiled code has them in it.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.rows: Tensor | None = None
+        self.tokens: Tensor | None = None
+        """Any tensor with an entry a token: compiled code reads sizes off tensors."""
+        for module in (layer.self_attn.o_proj, layer.mlp):
+            module.register_forward_pre_hook(self._select)
+            module.register_forward_hook(self._spread)
+
+    def _select(self, _module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        return None if self.rows is None else (inputs[0][:, self.rows],)
+
+    def _spread(self, _module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if self.rows is None or self.tokens is None:
+            return None
+        return output.new_zeros(1, len(self.tokens), output.shape[-1]).index_copy(1, self.rows, output)
 
 
 def _unseen_picture(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:

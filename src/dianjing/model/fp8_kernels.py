@@ -5,8 +5,6 @@ The compiler's own kernels read their rows twice: once for the largest number, o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,7 @@ ROW_OF_MANY_WARPS = 4096
 
 
 @triton.jit
-def _silu_product(gate: Any, up: Any, rows: Any, scale: Any, columns: Any, BLOCK: tl.constexpr) -> None:
+def _silu_product(gate, up, rows, scale, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -32,16 +30,16 @@ def _silu_product(gate: Any, up: Any, rows: Any, scale: Any, columns: Any, BLOCK
 
 @triton.jit
 def _silu_product_backward(
-    gradient: Any,
-    gate: Any,
-    up: Any,
-    gate_scale: Any,
-    up_scale: Any,
-    rows: Any,
-    scale: Any,
-    columns: Any,
+    gradient,
+    gate,
+    up,
+    gate_scale,
+    up_scale,
+    rows,
+    scale,
+    columns,
     BLOCK: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns

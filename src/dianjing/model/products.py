@@ -113,8 +113,6 @@ def sum_of_fp8_products(
     return torch.ops.dianjing.sum_of_fp8_products.default(a, a_scale, b, b_scale, c, d, scale)
 
 
-def product_over_rows(
-    a: Float[Tensor, "rows left"], b: Float[Tensor, "rows right"]
-) -> Float[Tensor, "left right"]:
+def product_over_rows(a: Float[Tensor, "rows left"], b: Float[Tensor, "rows right"]) -> Float[Tensor, "left right"]:
     """Return a.T @ b in fp32: on a GPU in as many parts of the rows as fill it, then their sum."""
     return torch.ops.dianjing.product_over_rows.default(a, b)

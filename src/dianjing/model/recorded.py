@@ -50,6 +50,8 @@ class _Recording:
                 outputs = run(sample)
                 torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
         torch.cuda.current_stream().wait_stream(aside)
+        del outputs
+        torch.cuda.empty_cache()  # what the warm-up took belongs to its stream, of use to no other work
         # Other threads may talk to the GPU meanwhile: the loader puts pictures in pinned memory.
         settings: Any = {"pool": memory, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
