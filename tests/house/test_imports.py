@@ -12,8 +12,9 @@ READING_ORDER = """
 errors constants config.schema config.fields config.load model.hub tinyworld.folders
 data.record data.sentencepiece data.chat_template data.template data.encode data.picture data.image data.pack
 data.order data.collate data.dataset
-model.language formats model.vision model.weights model.attention model.frozen model.fp8 model.build model.forward
-model.lora model.stage model.compile model.adapter
+model.language formats model.vision model.weights model.attention model.frozen model.products
+model.fp8 model.fp8_kernels model.fp8_mlp model.build model.forward
+model.recorded model.lora model.stage model.compile model.adapter
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks
 train.engine train.step train.samples train.loop train.launch

@@ -81,7 +81,8 @@ class Batch:
 
 def _rectangle(lengths: Sequence[int]) -> tuple[int, int] | None:
     """Return the rectangle that holds the documents, its sides round; None where it would be too empty."""
-    documents, longest = (-(-number // side) * side for number, side in zip((len(lengths), max(lengths)), ROUND))
+    sides = zip((len(lengths), max(lengths)), ROUND, strict=True)
+    documents, longest = (-(-number // side) * side for number, side in sides)
     full = sum(length * length for length in lengths) / (documents * longest * longest)
     return (documents, longest) if full >= FULL_ENOUGH else None
 

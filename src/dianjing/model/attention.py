@@ -158,9 +158,9 @@ def in_rectangle(
     scaling: float | None,
 ) -> Float[Tensor, "one tokens heads size"]:
     """Return causal attention within each document, computed side by side; what fills up is read by no token."""
-    spread = [into_rectangle(states[0].transpose(0, 1), *places).transpose(1, 2) for states in (query, key, value)]
+    q, k, v = (into_rectangle(states[0].transpose(0, 1), *places).transpose(1, 2) for states in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    output = scaled_dot_product_attention(*spread, is_causal=True, scale=scaling, enable_gqa=grouped)
+    output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
     return out_of_rectangle(output.transpose(1, 2), *places)[None]
 
 

@@ -99,7 +99,8 @@ def fp8_product(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
 
 def _product(x: Tensor, columns: Tensor, scale: Float[Tensor, "one columns"]) -> Tensor:
     """Return x @ (columns * scale) in bf16 or fp16, whichever x is in."""
-    return scaled_product(*quantized(x), columns, scale, x.dtype)
+    rows, row_scale = quantized(x)
+    return scaled_product(rows, row_scale, columns, scale, x.dtype)
 
 
 def scaled_product(

@@ -5,9 +5,11 @@ The compiler's own kernels read their rows twice: once for the largest number, o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 ROW_OF_MANY_WARPS = 4096
@@ -63,7 +65,8 @@ def _silu_product_backward(
 def silu_product(gate: Tensor, up: Tensor, fp8: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return silu(gate) * up in FP8, and the scales of its rows."""
     rows, scale = torch.empty_like(gate, dtype=fp8), gate.new_empty(len(gate), 1, dtype=torch.float32)
-    _silu_product[(len(gate),)](gate, up, rows, scale, gate.shape[1], **_shape(gate.shape[1]))
+    kernel: Any = _silu_product
+    kernel[(len(gate),)](gate, up, rows, scale, gate.shape[1], **_shape(gate.shape[1]))
     return rows, scale
 
 
@@ -73,9 +76,9 @@ def silu_product_backward(
     """Return the gradients of gate and up, times the scales of their columns, side by side in FP8 with row scales."""
     rows = gate.new_empty(len(gate), 2 * gate.shape[1], dtype=fp8)
     scale = gate.new_empty(len(gate), 1, dtype=torch.float32)
-    _silu_product_backward[(len(gate),)](
-        gradient, gate, up, gate_scale, up_scale, rows, scale, gate.shape[1], **_shape(gate.shape[1])
-    )
+    kernel: Any = _silu_product_backward
+    columns = gate.shape[1]
+    kernel[(len(gate),)](gradient, gate, up, gate_scale, up_scale, rows, scale, columns, **_shape(columns))
     return rows, scale
 
 

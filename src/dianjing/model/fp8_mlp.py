@@ -27,11 +27,12 @@ class Fp8Mlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """Return the MLP's output in the precision of `x`."""
-        gate, up, down = (getattr(self, name) for name in LAYERS)
-        if all(type(layer) is Fp8Linear for layer in (gate, up, down)):
-            held = [part for layer in (gate, up, down) for part in (layer.rows, layer.scale)]
+        layers: Any = [getattr(self, name) for name in LAYERS]
+        gate, up, down = layers
+        if all(type(layer) is Fp8Linear for layer in layers):
+            held = [part for layer in layers for part in (layer.rows, layer.scale)]
             return fp8_mlp(x.reshape(-1, x.shape[-1]), *held).view(x.shape)
-        return down(self.act_fn(gate(x)) * up(x))
+        return down(cast(Any, self.act_fn)(gate(x)) * up(x))
 
 
 def join_fp8_mlps(llm: PreTrainedModel) -> None:
@@ -64,25 +65,29 @@ class _Fp8Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *held: Tensor) -> Tensor:  # type: ignore[override]
         gate_rows, gate_scale, up_rows, up_scale, down_rows, down_scale = held
-        eight_bits = quantized(x)
-        gate = scaled_product(*eight_bits, gate_rows.T, gate_scale.T, x.dtype)
-        up = scaled_product(*eight_bits, up_rows.T, up_scale.T, x.dtype)
+        rows, scale = quantized(x)
+        gate = scaled_product(rows, scale, gate_rows.T, gate_scale.T, x.dtype)
+        up = scaled_product(rows, scale, up_rows.T, up_scale.T, x.dtype)
         ctx.save_for_backward(gate, up, *held)
-        between = torch.ops.dianjing.silu_product.default(gate, up)
-        return scaled_product(*between, down_rows.T, down_scale.T, x.dtype)
+        rows, scale = torch.ops.dianjing.silu_product.default(gate, up)
+        return scaled_product(rows, scale, down_rows.T, down_scale.T, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up, gate_rows, gate_scale, up_rows, up_scale, down_rows, down_scale = ctx.saved_tensors
-        ones = torch.ones_like(gate_rows[:1], dtype=torch.float32)
-        eight_bits = quantized(gradient * down_scale.T)
-        columns = by_columns(down_rows)
-        to_between = scaled_product(*eight_bits, columns, torch.ones_like(down_rows[:1], dtype=torch.float32), up.dtype)
-        scales = gate_scale.flatten(), up_scale.flatten()
+        rows, scale = quantized(gradient * down_scale.T)
+        to_between = scaled_product(rows, scale, by_columns(down_rows), _ones(down_rows), up.dtype)
         # One product for both: their gradients side by side, their weights one below the other.
-        eight_bits = torch.ops.dianjing.silu_product_backward.default(to_between, gate, up, *scales)
-        to_x = scaled_product(*eight_bits, by_columns(gate_rows, up_rows), ones, up.dtype)
+        rows, scale = torch.ops.dianjing.silu_product_backward.default(
+            to_between, gate, up, gate_scale.flatten(), up_scale.flatten()
+        )
+        to_x = scaled_product(rows, scale, by_columns(gate_rows, up_rows), _ones(gate_rows), up.dtype)
         return to_x, *[None] * 6
+
+
+def _ones(rows: Tensor) -> Tensor:
+    """Return scales for a product whose scales are in the gradient already."""
+    return torch.ones_like(rows[:1], dtype=torch.float32)
 
 
 OPERATORS.define("silu_product(Tensor gate, Tensor up) -> (Tensor, Tensor)")

@@ -47,10 +47,8 @@ class _Recording:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
-                outputs = run(sample)
-                torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
+                _run_both_ways(run, weights, sample)
         torch.cuda.current_stream().wait_stream(aside)
-        del outputs
         torch.cuda.empty_cache()  # what the warm-up took belongs to its stream, of use to no other work
         # Other threads may talk to the GPU meanwhile: the loader puts pictures in pinned memory.
         settings: Any = {"pool": memory, "capture_error_mode": "thread_local"}
@@ -61,6 +59,11 @@ class _Recording:
         with torch.cuda.graph(self.backward, **settings):
             self.gradients = torch.autograd.grad(outputs, weights, self.to_outputs)
         self.outputs = outputs.detach()
+
+
+def _run_both_ways(run: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], sample: Tensor) -> None:
+    outputs = run(sample)
+    torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
 
 
 class _Replay(torch.autograd.Function):
