@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,6 +69,15 @@ def test_a_pack_without_pictures() -> None:
     batch = collate([example("a", [1, 2], [NO, 2])], [], image_token_id=IMAGE, image_processor=processor(4))
     assert batch.pixel_values.shape == (0, 3, 4, 4)
     assert batch.image_positions.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [([600, 590, 604], (4, 640)), ([600, 590, 604, 601], (4, 640)), ([600, 20, 30, 25], None), ([64, 64], (2, 64))],
+)
+def test_a_rectangle_is_only_for_documents_of_nearly_one_length(lengths: list[int], expected: Any) -> None:
+    examples = [example(str(number), [1] * length, [1] * length) for number, length in enumerate(lengths)]
+    assert collate(examples, [], image_token_id=IMAGE, image_processor=processor(2)).rectangle == expected
 
 
 def test_a_picture_too_few_is_our_fault() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dianjing.errors import ModelError
-from dianjing.model.attention import packed_attention
+from dianjing.model.attention import in_rectangle, packed_attention, rectangle
 
 LENGTHS = [5, 1, 9, 3]
 MODULE: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
@@ -37,6 +37,17 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def test_it_is_attention_within_each_document() -> None:
     expected = by_hand(*(ours := states()))
     output, _ = packed_attention(MODULE, *ours, None, scaling=8**-0.5, **spans())
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn_like(output)
+    gradients = torch.autograd.grad((output * weights).sum(), ours)
+    torch.testing.assert_close(gradients, torch.autograd.grad((expected * weights).sum(), ours))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (6, 16)])
+def test_side_by_side_it_is_the_same(shape: tuple[int, int]) -> None:
+    expected = by_hand(*(ours := states()))
+    position_ids = torch.cat([torch.arange(length) for length in LENGTHS])
+    output = in_rectangle(*ours, rectangle(spans()["cu_seqlens"], position_ids, shape), 8**-0.5)
     torch.testing.assert_close(output, expected)
     weights = torch.randn_like(output)
     gradients = torch.autograd.grad((output * weights).sum(), ours)

@@ -1,0 +1,37 @@
+"""Products of an adapter against the sums they stand for, on a CPU; tests/gpu has the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dianjing.model.fp8 import FP8, by_columns, quantized
+from dianjing.model.products import product_over_rows, sum_of_products
+
+
+def matrices(*shapes: tuple[int, int]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape) for shape in shapes]
+
+
+def test_a_sum_of_products() -> None:
+    a, b, c, d = matrices((5, 4), (4, 6), (5, 2), (2, 6))
+    bias = torch.randn(6)
+    torch.testing.assert_close(sum_of_products(a, b, c, d, 0.5), a @ b + 0.5 * c @ d)
+    torch.testing.assert_close(sum_of_products(a, b, c, d, 0.5, bias), a @ b + bias + 0.5 * c @ d)
+    assert torch.equal(sum_of_products(a, b, c[:, :0], d[:0], 0.5), a @ b)
+
+
+def test_a_gradient_is_summed_in_fp32() -> None:
+    a, b = matrices((40, 3), (40, 7))
+    found = product_over_rows(a.bfloat16(), b.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, a.T @ b, rtol=0.02, atol=0.2)
+
+
+def test_matrices_below_each_other_are_held_by_columns() -> None:
+    rows = [quantized(matrix)[0] for matrix in matrices((4, 3), (5, 3))]
+    joined = by_columns(*rows)
+    assert joined.dtype == FP8
+    assert joined.stride() == (1, 9)
+    assert torch.equal(joined.float(), torch.cat([part.float() for part in rows]))
