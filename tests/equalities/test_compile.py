@@ -27,7 +27,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_are_the_layers(make_recipe: MakeRecipe, traced: None, checkpointing: bool) -> None:
-    settings, train = {"tuning": "lora"}, {"gradient_checkpointing": checkpointing}
+    settings, train = {"tuning": "lora"}, {"gradient_checkpointing": "on" if checkpointing else "off"}
     recipe = make_recipe("finetune", language_model=settings, vision_tower=settings, train=train)
     plain, dataset = prepare(recipe)
     compiled, _ = prepare(recipe)

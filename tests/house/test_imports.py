@@ -14,9 +14,10 @@ data.record data.sentencepiece data.chat_template data.template data.encode data
 data.order data.collate data.dataset
 model.language formats model.vision model.weights model.attention model.frozen model.fp8 model.build model.forward
 model.lora model.stage model.compile model.adapter
+plan
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks
-train.engine train.step train.samples train.loop train.launch
+train.engine train.memory train.step train.samples train.loop train.launch
 formats.run
 use eval check export tinyworld make demo cli __main__
 """

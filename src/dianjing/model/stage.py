@@ -103,8 +103,8 @@ def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageRe
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(model.device, torch.float32)  # adapters of FP8 layers are made on the CPU
-    if recipe.train.gradient_checkpointing:
-        _checkpoint_activations(model)
+    if recipe.train.gradient_checkpointing == "on":
+        checkpoint_activations(model)
     return _report(model, recipe)
 
 
@@ -145,8 +145,8 @@ def _tune_vision_tower(model: LlavaForConditionalGeneration, config: VisionTower
         _add_lora(tower, [name for layer in layers for name in _linear_names(tower, layer)], config)
 
 
-def _checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
-    """Let each layer keep only its input and compute the rest again in the backward pass.
+def checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
+    """Let each layer keep only its input and compute the rest again in the backward pass, from the next pass on.
 
     Not the last decoder layer: its backward pass comes first, so that it would save no memory.
     """

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from safetensors.torch import load_file
 
 from dianjing.config.load import save_recipe
-from dianjing.config.schema import Recipe
+from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset, step_batches
 from dianjing.data.order import run_indices
@@ -24,7 +24,7 @@ from dianjing.model.compile import compile_layers
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state
 from dianjing.train.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
-from dianjing.train.engine import SHARDS_WEIGHTS, require_engine, start_engine
+from dianjing.train.engine import require_engine, start_engine
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
 from dianjing.train.ranks import SILENCE_MINUTES, one_voice
