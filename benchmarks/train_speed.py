@@ -28,7 +28,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.flops import INTERNLM2_1_8B, flops
 from dianjing.config.schema import (
     DataConfig,
     LanguageModelConfig,
@@ -37,6 +36,10 @@ from dianjing.config.schema import (
     TrainConfig,
     VisionTowerConfig,
 )
+from dianjing.plan.flops import flops
+from dianjing.plan.lengths import Lengths
+from dianjing.plan.plan import make_plan
+from dianjing.plan.shapes import INTERNLM2_1_8B
 
 ROOF = 790e12
 """Operations a second that an H200 reaches in a large bf16 product of random matrices."""
@@ -258,6 +261,7 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
         "first_step_seconds": round(batch / steps[0]["samples_per_second"], 1),
         "total_seconds": round(time.time() - began, 1),
         "supervised_tokens_per_second": round(tokens / sum(seconds)),
+        "predicted_peak_gib": round(make_plan(recipe, []).plain.tensors / 2**30, 1),
     }
 
 
@@ -266,7 +270,7 @@ def summary(
 ) -> dict[str, Any]:
     rate = batch / statistics.median(seconds)
     count = lengths_of(chosen.work, stage)
-    work = flops(INTERNLM2_1_8B, stage, **count)
+    work = flops(INTERNLM2_1_8B, recipe_of(chosen.work, stage), Lengths(**count)).useful
     return {
         "row": chosen.row,
         "samples_per_second": round(rate, 2),

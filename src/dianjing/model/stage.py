@@ -189,7 +189,7 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
     for part, beginnings in PARTS.items():
         weights = [weight for name, weight in model.named_parameters() if name.startswith(beginnings)]
         trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
-        frozen = {_held_as(weight) for weight in weights if not weight.requires_grad}
+        frozen = {held_as(weight) for weight in weights if not weight.requires_grad}
         rows.append(
             PartReport(
                 part=part.replace("_", " "),
@@ -204,5 +204,6 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
     return StageReport(recipe.stage, tuple(rows))
 
 
-def _held_as(weight: nn.Parameter) -> str:
+def held_as(weight: nn.Parameter) -> str:
+    """Return in words how a weight is held."""
     return "nf4" if is_nf4(weight) else PRECISIONS.get(weight.dtype, str(weight.dtype).removeprefix("torch."))

@@ -51,10 +51,11 @@ def _tower(shapes: Shapes, recipe: Recipe) -> tuple[float, float]:
     attention = layers * 4 * shapes.positions**2 * width
     adapters = 2 * shapes.positions * layers * rank * shapes.tower_fan if tuning == "lora" else 0.0
     forward = linear + attention + adapters
-    total = forward + 2 * shapes.patches * shapes.patch_inputs * width
+    embedding = 2 * shapes.patches * shapes.patch_inputs * width
+    total = forward + embedding
     total += 4 * shapes.patches * (width * hidden + hidden**2) + 2 * shapes.patches * hidden**2
     if tuning != "frozen":
         total += linear + 2 * attention + 2 * adapters + 2 * shapes.patches * width * hidden
     if tuning == "full":
-        total += linear
+        total += linear + embedding
     return forward, total

@@ -15,13 +15,15 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
 from dianjing.model.build import assemble
-from dianjing.model.frozen import BLOCK_SIZE, is_nf4, num_bytes
+from dianjing.model.frozen import BLOCK_SIZE, num_bytes, num_parameters
 from dianjing.model.language import empty_language_model
-from dianjing.model.stage import PARTS, PRECISIONS, apply_stage, part_of
+from dianjing.model.stage import PARTS, PRECISIONS, apply_stage, held_as, part_of
 from dianjing.model.vision import empty_vision_tower
 from dianjing.plan.shapes import Shapes, shapes_of
 from dianjing.tinyworld.folders import resolve
 
+FP8_SCALE = ".scale"
+"""How the names of an FP8 layer's scales end (model/fp8.py)."""
 SCALES_PER_BLOCK = 256
 """NF4's scales, in eight bits each, that share a scale of their own."""
 
@@ -103,12 +105,12 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
     parameters: Counter[str] = Counter({part: 0 for part in PARTS})
     trainable: Counter[str] = Counter({part: 0 for part in PARTS})
     for name, weight in model.named_parameters():
-        size = weight.quant_state.shape.numel() if is_nf4(weight) else weight.numel()  # type: ignore[attr-defined]
-        parameters[part_of(name)] += size
+        scale = name.endswith(FP8_SCALE)  # no parameter of the LLM, but a part of how it is held
+        parameters[part_of(name)] += 0 if scale else num_parameters(weight)
         if weight.requires_grad:
-            trainable[part_of(name)] += size
+            trainable[part_of(name)] += num_parameters(weight)
         else:
-            frozen["nf4" if is_nf4(weight) else PRECISIONS.get(weight.dtype, str(weight.dtype))] += num_bytes(weight)
+            frozen["fp8" if scale else held_as(weight)] += num_bytes(weight)
     decoder: Any = model.model.language_model
     tower: Any = model.model.vision_tower
     shapes = shapes_of(model)
