@@ -69,7 +69,9 @@ def recipe(make_recipe: MakeRecipe) -> Recipe:
     """Several packs a step; dropout, whose masks a second attempt must draw as the first did."""
     adapters = {"tuning": "lora", "lora_dropout": 0.3}
     train = {"epochs": 2, "log_every": 3, "save_every": 3}
-    return make_recipe("finetune", language_model=adapters, vision_tower=adapters, data={"pack_tokens": 90}, train=train)
+    return make_recipe(
+        "finetune", language_model=adapters, vision_tower=adapters, data={"pack_tokens": 90}, train=train
+    )
 
 
 def test_checkpointing_is_turned_on_and_the_step_taken_again(
@@ -105,7 +107,10 @@ def test_packs_are_made_smaller(
     for name, weight in found.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-6)
     notes = notes_of(recipe.output)
-    assert [note.rpartition(": ")[2].partition(" ")[0] for note in notes] == ["activation", *["packs"] * (len(notes) - 1)]
+    assert [note.rpartition(": ")[2].partition(" ")[0] for note in notes] == [
+        "activation",
+        *["packs"] * (len(notes) - 1),
+    ]
     assert len(notes) >= 2
     later = [tokens for tokens, _ in passes[len(passes) // 2 :]]
     assert max(later) < max(tokens for tokens, _ in passes)  # later steps are split before they are tried
@@ -113,7 +118,9 @@ def test_packs_are_made_smaller(
 
 def test_nothing_is_left_to_try(recipe: Recipe, run_out: Callable[[Refuses], list[tuple[int, bool]]]) -> None:
     passes = run_out(lambda number, *_: number > 8)
-    with pytest.raises(TrainError, match=r"out of GPU memory \(CUDA out of memory\), with activation checkpointing") as raised:
+    with pytest.raises(
+        TrainError, match=r"out of GPU memory \(CUDA out of memory\), with activation checkpointing"
+    ) as raised:
         train(replace(recipe, train=replace(recipe.train, save_every=1)), quiet=True)
     assert "--resume goes on from them" in str(raised.value)
     assert 'language_model.frozen = "nf4"' in str(raised.value)

@@ -50,7 +50,9 @@ def test_a_pack_is_what_upstream_computes(make_recipe: MakeRecipe, stage: str, t
 def test_gradient_checkpointing_changes_no_bit(make_recipe: MakeRecipe) -> None:
     outcomes = []
     for checkpointing in (False, True):
-        model, dataset = prepare(make_recipe("finetune", train={"gradient_checkpointing": "on" if checkpointing else "off"}, **ADAPTERS))
+        model, dataset = prepare(
+            make_recipe("finetune", train={"gradient_checkpointing": "on" if checkpointing else "off"}, **ADAPTERS)
+        )
         outcomes.append(outcome(model, [dataset.batch(range(dataset.num_records))]))
     (loss, gradients), (loss_again, gradients_again) = outcomes
     assert loss == loss_again

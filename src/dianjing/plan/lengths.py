@@ -32,7 +32,7 @@ class Lengths:
     supervised: float
     pictures: float
     longest: int = 0
-    """Positions of the longest record; 0 = not known."""
+    """Positions of the longest record; 0 = as long as a pack."""
     supervised_share: float = 0.5
     """Supervised tokens among the positions of a pack that has many."""
     picture_share: float = 0.0
@@ -42,15 +42,21 @@ class Lengths:
     source: str = "given"
 
 
-def assumed_lengths(stage: str, patches: int, reason: str) -> Lengths:
+def step_records(recipe: Recipe, lengths: Lengths) -> int:
+    """Return how many records make an optimizer step: the global batch, or all there are."""
+    return min(recipe.train.global_batch_size, lengths.records or recipe.train.global_batch_size)
+
+
+def assumed_lengths(recipe: Recipe, patches: int, reason: str) -> Lengths:
     """Return what is assumed of records that nobody has looked at; `reason` says why."""
-    text, supervised, pictures = TEXT[stage]
+    text, supervised, pictures = TEXT[recipe.stage]
     tokens = text + pictures * patches
     return Lengths(
         tokens=tokens,
         tokens_squared=1.1 * tokens**2,
         supervised=supervised,
         pictures=pictures,
+        longest=min(recipe.data.max_tokens + patches - 1, recipe.data.pack_tokens),
         supervised_share=supervised / tokens,
         picture_share=1 / (patches + text / 4),
         source=f"assumed ({reason}): {text} text tokens and {pictures:g} pictures of {patches} positions a record",
@@ -87,11 +93,11 @@ def measured_lengths(recipe: Recipe, llm_folder: Path, patches: int) -> Lengths:
     """
     paths = [recipe.data.path] if isinstance(recipe.data.path, str) else [*recipe.data.path]
     if absent := [path for path in paths if not Path(path).expanduser().is_file()]:
-        return assumed_lengths(recipe.stage, patches, f"{absent[0]} is not there")
+        return assumed_lengths(recipe, patches, f"{absent[0]} is not there")
     try:
         tokenizer = load_tokenizer(llm_folder)
     except ModelError:
-        return assumed_lengths(recipe.stage, patches, f"{llm_folder} has no tokenizer that can be read")
+        return assumed_lengths(recipe, patches, f"{llm_folder} has no tokenizer that can be read")
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template_for(tokenizer, recipe.language_model.template)[0],

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dianjing.config.schema import Recipe
-from dianjing.plan.lengths import Lengths
+from dianjing.plan.lengths import Lengths, step_records
 from dianjing.plan.weights import Adapters, Weights
 
 CONTEXT_BYTES = 3 * 2**28
@@ -49,7 +49,7 @@ class Memory:
 
 def heaviest_pack(recipe: Recipe, lengths: Lengths, gpus: int = 1) -> Pack:
     """Return the pack that takes the most memory of those that records of such lengths can make."""
-    most = -(-recipe.train.global_batch_size // gpus) * (lengths.longest or recipe.data.pack_tokens)
+    most = -(-step_records(recipe, lengths) // gpus) * (lengths.longest or recipe.data.pack_tokens)
     tokens = min(recipe.data.pack_tokens, most)
     return Pack(
         tokens=tokens,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.plan.flops import Flops, flops
 from dianjing.plan.gpus import Gpu
-from dianjing.plan.lengths import Lengths, measured_lengths
+from dianjing.plan.lengths import Lengths, measured_lengths, step_records
 from dianjing.plan.memory import Memory, memory
 from dianjing.plan.speed import samples_per_second
 from dianjing.plan.weights import Weights, llm_folder, weights_of_recipe
@@ -50,21 +50,25 @@ class Plan:
     verdicts: tuple[Verdict, ...]
 
     @property
+    def step_records(self) -> int:
+        """Records of an optimizer step, over all GPUs."""
+        return step_records(self.recipe, self.lengths)
+
+    @property
     def records_per_pack(self) -> float:
         """Records in one forward and backward pass, on average."""
-        per_gpu = self.recipe.train.global_batch_size / self.gpus
-        return min(per_gpu, max(1.0, self.recipe.data.pack_tokens / self.lengths.tokens))
+        return min(self.step_records / self.gpus, max(1.0, self.recipe.data.pack_tokens / self.lengths.tokens))
 
     @property
     def packs(self) -> int:
         """Packs of a step on each GPU."""
-        return math.ceil(self.recipe.train.global_batch_size / self.gpus / self.records_per_pack)
+        return math.ceil(self.step_records / self.gpus / self.records_per_pack)
 
     @property
     def samples(self) -> int:
         """Samples of the whole run; 0 when the number of records is not known."""
         if self.recipe.train.max_steps:
-            return self.recipe.train.max_steps * self.recipe.train.global_batch_size
+            return self.recipe.train.max_steps * self.step_records
         return self.lengths.records * self.recipe.train.epochs
 
 
@@ -103,7 +107,14 @@ def _verdict(plan: Plan, gpu: Gpu) -> Verdict:
     on = said == "on" or (said == "auto" and plan.plain.total > gpu.num_bytes)
     frozen = plan.recipe.language_model.frozen
     speed = samples_per_second(
-        plan.flops, plan.weights.shapes, plan.recipe, gpu, checkpointing=on, packs=plan.packs, gpus=plan.gpus
+        plan.flops,
+        plan.weights.shapes,
+        plan.recipe,
+        gpu,
+        checkpointing=on,
+        records=plan.step_records,
+        packs=plan.packs,
+        gpus=plan.gpus,
     )
     return Verdict(
         gpu=gpu,

@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dianjing.config.load import as_toml
 from dianjing.model.stage import in_units
-from dianjing.plan.advice import changes, largest_pack
+from dianjing.plan.advice import changes, faster
 from dianjing.plan.plan import Plan, Verdict
 
 PER_RECORDS = 100_000
@@ -60,6 +59,7 @@ def _verdict_json(plan: Plan, verdict: Verdict) -> dict[str, Any]:
         "checkpointing": verdict.checkpointing,
         "samples_per_second": verdict.samples_per_second if known else None,
         "hours": plan.samples / verdict.samples_per_second / 3600 if known and plan.samples else None,
+        "faster": faster(plan, verdict.gpu) if len(plan.verdicts) == 1 and verdict.fits else None,
         "changes": changes(plan, verdict.gpu) if len(plan.verdicts) == 1 and not verdict.fits else [],
     }
 
@@ -70,19 +70,23 @@ def _heading(plan: Plan, name: str) -> Iterator[str]:
     yield f"{name}: stage {recipe.stage}, {on}"
     for part, section in (("language_model", recipe.language_model), ("vision_tower", recipe.vision_tower)):
         trains = plan.weights.trainable[part]
-        what = f", {trains:,} train" if trains else ""
+        what = f", {trains:,} train ({_tuning(section)})" if trains else ", frozen"
         yield f"  {part.replace('_', ' '):15}{section.folder}: {plan.weights.parameters[part]:,} parameters{what}"
     yield f"  {'projector':15}{plan.weights.parameters['projector']:,} parameters, all train"
     yield f"  {'data':15}{lengths.source}"
     each = f"{lengths.tokens:,.0f} positions ({lengths.supervised:,.0f} supervised, {lengths.pictures:.2f} pictures)"
     yield f"  {'a record':15}{each}, {plan.flops.useful / 1e12:.2f} TFLOP"
-    batch = recipe.train.global_batch_size
-    packs = f"{plan.packs} packs on each GPU" if plan.gpus > 1 else f"{plan.packs} packs"
+    batch = plan.step_records
+    packs = f"{plan.packs} pack{'s' if plan.packs > 1 else ''}{' on each GPU' if plan.gpus > 1 else ''}"
     yield (
         f"  {'a step':15}{batch} records in {packs} of at most {recipe.data.pack_tokens:,} positions, "
         f"about {plan.records_per_pack:.0f} records each"
     )
     yield ""
+
+
+def _tuning(section: Any) -> str:
+    return f"LoRA, r = {section.lora_rank}" if section.tuning == "lora" else section.tuning
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -111,9 +115,7 @@ def _gpu_table(plan: Plan) -> Table:
         time = f"{_hours(plan, verdict):.1f}" if verdict.fits else ""
         style = "" if verdict.fits else "dim"
         memory = f"{verdict.gpu.gib:.0f} GiB"
-        table.add_row(
-            verdict.gpu.name, memory, in_units(verdict.needed), speed, time, _in_short(verdict), style=style
-        )
+        table.add_row(verdict.gpu.name, memory, in_units(verdict.needed), speed, time, _in_short(verdict), style=style)
     return table
 
 
@@ -122,7 +124,7 @@ def _in_short(verdict: Verdict) -> str:
         return verdict.refused
     if not verdict.fits:
         return "does not fit"
-    return "fits with activation checkpointing" if verdict.checkpointing else "fits"
+    return "fits, checkpointing" if verdict.checkpointing else "fits"
 
 
 def _verdict_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
@@ -132,11 +134,14 @@ def _verdict_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
         yield f'{name}: {verdict.refused}; language_model.frozen = "nf4" or "" runs there'
         return
     if verdict.fits:
-        how = "on" if verdict.checkpointing else "off"
-        why = f", as the recipe says ({said})" if said != "auto" else ", chosen when the run starts"
-        yield f"{name}: it fits. {in_units(verdict.needed)} needed, activation checkpointing {how}{why}."
-        yield from _pack_lines(plan, verdict)
+        needed, why = f"{verdict.needed / 2**30:.1f} GiB needed", "" if said == "auto" else ", as the recipe says"
+        if verdict.checkpointing and said == "auto":
+            why = f" ({in_units(plan.plain.total)} without); the run turns it on by itself"
+        yield f"{name}: it fits {'with' if verdict.checkpointing else 'without'} activation checkpointing, {needed}{why}."
         yield from _time_lines(plan, verdict)
+        if better := faster(plan, gpu):
+            words, speed = better
+            yield f"The same result sooner: {words} ({speed:.1f} samples/s)."
         return
     yield f"{name}: it does NOT fit, {in_units(verdict.needed)} needed" + (
         ", even with activation checkpointing." if verdict.checkpointing else "."
@@ -147,14 +152,6 @@ def _verdict_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
         yield from (f"  {change}" for change in found)
     else:
         yield "No setting makes it fit: take a larger GPU, a smaller LLM, or more GPUs (--gpus N --engine fsdp2)."
-
-
-def _pack_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
-    own = plan.recipe.data.pack_tokens
-    largest = largest_pack(plan, verdict.gpu, checkpointing=verdict.checkpointing)
-    per_gpu = plan.recipe.train.global_batch_size / plan.gpus * plan.lengths.tokens
-    if largest > own and per_gpu > own:
-        yield f"Faster, the same result: data.pack_tokens = {as_toml(largest)} fits too, and fewer packs start sooner."
 
 
 def _time_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
@@ -177,4 +174,3 @@ def _in_time(hours: float) -> str:
     if hours * 60 < 1:
         return "less than a minute"
     return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:.1f} hours"
-

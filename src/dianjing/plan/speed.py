@@ -39,12 +39,13 @@ def samples_per_second(
     gpu: Gpu,
     *,
     checkpointing: bool,
+    records: int,
     packs: int,
     gpus: int = 1,
 ) -> float:
-    """Return the samples that `gpus` GPUs get done in a second, `packs` of them a step on each; nan if it is not known.
+    """Return the samples that `gpus` GPUs get done in a second; nan if the GPU's speed is not known.
 
-    Few records a pack leave a GPU waiting for its CPU: a step takes no less than it takes to start.
+    A step has `records` over all GPUs, in so many `packs` on each. Few records a pack leave a GPU waiting for its CPU: a step takes no less than it takes to start.
     """
     llm = recipe.language_model
     again = flops.again if checkpointing else 0.0
@@ -54,9 +55,9 @@ def samples_per_second(
     products = (done - fp8) / gpu.bf16 + (fp8 / gpu.fp8 if fp8 else 0.0)
     rest = done * (1 / share - 1 / PRODUCTS) / H200.bf16 * (H200.bandwidth / gpu.bandwidth)
     seconds = (products / PRODUCTS + rest) / 1e12 * (NF4_SLOWER if llm.frozen == "nf4" else 1)
-    step = seconds * recipe.train.global_batch_size / gpus
+    step = seconds * records / gpus
     tower = TOWER_READ if recipe.vision_tower.tuning == "frozen" else TOWER_LAUNCH
     start = packs * (shapes.layers * DECODER_LAUNCH + shapes.tower_layers * tower)
     if math.isnan(step):
         return math.nan
-    return recipe.train.global_batch_size / max(step, start) * (SCALING if gpus > 1 else 1)
+    return records / max(step, start) * (SCALING if gpus > 1 else 1)

@@ -51,7 +51,9 @@ def plan_checkpointing(
     if plain <= free:
         return False, f"activation checkpointing: off, {_gib(plain)} of {_gib(free)} GiB needed (predicted)"
     checkpoint_activations(model)
-    line = f"activation checkpointing: on, {_gib(saving)} of {_gib(free)} GiB needed (predicted), {_gib(plain)} without it"
+    line = (
+        f"activation checkpointing: on, {_gib(saving)} of {_gib(free)} GiB needed (predicted), {_gib(plain)} without it"
+    )
     return True, line if saving <= free else f"{line}. It may not fit: {ADVICE}"
 
 
@@ -135,8 +137,9 @@ class WithinMemory:
             change = f"packs have at most {self._most_tokens:,} positions from here"
         else:
             raise TrainError(
-                f"step {step}: out of GPU memory ({reason}), with activation checkpointing and one record a pass (the "
-                f"longest has {largest:,} positions). Earlier checkpoints are intact, --resume goes on from them: {ADVICE}"
+                f"step {step}: out of GPU memory ({reason}), with activation checkpointing and one record a pass "
+                f"(the longest has {largest:,} positions). Earlier checkpoints are intact, --resume goes on from them: "
+                f"{ADVICE}"
             )
         note = f"step {step} ran out of GPU memory ({reason}) and is taken again, nothing is lost: {change}"
         self.notes.append(note)

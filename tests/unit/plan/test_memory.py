@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +49,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         num_key_value_heads=8,
     ).save_pretrained(folder / "llm")
     CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     ).save_pretrained(folder / "tower")
     return {name: {"folder": str(folder / short)} for name, short in PARTS.items()}
 

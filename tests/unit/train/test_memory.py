@@ -55,7 +55,9 @@ def test_auto_looks_at_the_memory_that_is_free(
     assert found == on
     assert why.startswith(f"activation checkpointing: {'on' if on else 'off'}, 0.")
     assert ("without it" in why) == on
-    assert all(getattr(layer, "gradient_checkpointing", False) == on for layer in model.model.language_model.layers[:-1])
+    assert all(
+        getattr(layer, "gradient_checkpointing", False) == on for layer in model.model.language_model.layers[:-1]
+    )
 
 
 @pytest.mark.parametrize("said", ["auto", "on", "off"])
