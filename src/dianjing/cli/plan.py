@@ -14,10 +14,13 @@ from dianjing.plan.gpus import GPUS, Gpu, any_gpu, find_gpu, gpu_here
 
 NAME = "plan"
 SUMMARY = "say before a run what it takes: memory by part, on which GPUs it fits, how long it lasts"
-USAGE = "usage: dianjing plan RECIPE [--gpu NAME | --memory GIB [--tflops T]] [--gpus N] [--json] [--section.field VALUE ...]"
+USAGE = (
+    "usage: dianjing plan RECIPE [--gpu NAME | --memory GIB [--tflops T]] [--gpus N] [--json] "
+    "[--section.field VALUE ...]"
+)
 INTRODUCTION = f"""
-RECIPE is a TOML file or the name of a shipped recipe (`dianjing recipes` lists them). Of the models only config.json and
-the tokenizer are read, of the data only the records: nothing is trained, and no weights are downloaded.
+RECIPE is a TOML file or the name of a shipped recipe (`dianjing recipes` lists them). Of the models only config.json
+and the tokenizer are read, of the data only the records: nothing is trained, and no weights are downloaded.
 --gpu NAME       one of {", ".join(gpu.name for gpu in GPUS)}
 --memory GIB     any other GPU, by its memory; --tflops T: its speed in bf16, dense, by the data sheet
 --gpus N         that many of them; --engine NAME as in `dianjing train`

@@ -66,7 +66,7 @@ def find_gpu(name: str) -> Gpu:
         raise ConfigError(f"--gpu {name}: which one, {' or '.join(gpu.name for gpu in found)}?")
     if any(asked <= _words(old) for old in WITHOUT_BF16):
         raise ConfigError(
-            f"--gpu {name}: it computes no bf16, which training on a GPU needs here; every GPU from Ampere (2020) on does"
+            f"--gpu {name}: it computes no bf16, which training on a GPU needs here; GPUs from Ampere (2020) on do"
         )
     offer = "".join(f"; did you mean '{other}'?" for other in nearest(name, names))
     raise ConfigError(

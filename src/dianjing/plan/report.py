@@ -137,7 +137,8 @@ def _verdict_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
         needed, why = f"{verdict.needed / 2**30:.1f} GiB needed", "" if said == "auto" else ", as the recipe says"
         if verdict.checkpointing and said == "auto":
             why = f" ({in_units(plan.plain.total)} without); the run turns it on by itself"
-        yield f"{name}: it fits {'with' if verdict.checkpointing else 'without'} activation checkpointing, {needed}{why}."
+        how = "with" if verdict.checkpointing else "without"
+        yield f"{name}: it fits {how} activation checkpointing, {needed}{why}."
         yield from _time_lines(plan, verdict)
         if better := faster(plan, gpu):
             words, speed = better

@@ -45,7 +45,8 @@ def samples_per_second(
 ) -> float:
     """Return the samples that `gpus` GPUs get done in a second; nan if the GPU's speed is not known.
 
-    A step has `records` over all GPUs, in so many `packs` on each. Few records a pack leave a GPU waiting for its CPU: a step takes no less than it takes to start.
+    A step has `records` over all GPUs, in so many `packs` on each. Few records a pack leave a GPU waiting for its CPU:
+    a step takes no less than it takes to start.
     """
     llm = recipe.language_model
     again = flops.again if checkpointing else 0.0
