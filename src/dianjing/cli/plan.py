@@ -47,7 +47,8 @@ def run(arguments: list[str]) -> int:
     from dianjing.plan.plan import make_plan  # slow to import: a typing error is said before
     from dianjing.plan.report import as_json, print_plan
 
-    plan = make_plan(recipe, gpus or _here_or_all(), int(number))
+    with Console(stderr=True).status("reading what models and records are like"):
+        plan = make_plan(recipe, gpus or _here_or_all(), int(number))
     if "--json" in arguments:
         print(json.dumps(as_json(plan)))
     else:

@@ -65,18 +65,19 @@ def assumed_lengths(recipe: Recipe, patches: int, reason: str) -> Lengths:
 
 def lengths_of(dataset: Dataset) -> Lengths:
     """Return the lengths of an opened data set."""
-    number = dataset.num_records
-    supervised = dataset.report["supervised tokens"] / number
-    tokens = sum(dataset.lengths) / number
-    pairs = zip(dataset.records, dataset.lengths, strict=True)
+    number, report = dataset.num_records, dataset.report
+    supervised, tokens = report["supervised tokens"] / number, sum(dataset.lengths) / number
+    # A picture adds its image tokens but one to what modality_lengths count.
+    added = max(1, dataset.encoder.num_image_tokens - 1)
+    pairs = zip(dataset.lengths, dataset.modality_lengths, strict=True)
     return Lengths(
         tokens=tokens,
         tokens_squared=sum(length**2 for length in dataset.lengths) / number,
         supervised=supervised,
-        pictures=sum(len(record.images) for record in dataset.records) / number,
+        pictures=report.get("pictures", 0) / number,
         longest=max(dataset.lengths),
         supervised_share=supervised / tokens,
-        picture_share=_many(len(record.images) / length for record, length in pairs),
+        picture_share=_many((length - abs(plain)) / added / length for length, plain in pairs),
         records=number,
         source=f"{number:,} records",
     )
