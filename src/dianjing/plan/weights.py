@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
@@ -73,7 +73,8 @@ def empty_model(recipe: Recipe, dtype: torch.dtype) -> Any:
     llm = empty_language_model(llm_folder(recipe), dtype)
     tower = empty_vision_tower(resolve(recipe.vision_tower.folder, "vision_tower", weights=False), dtype)
     with torch.device("meta"):
-        model = assemble(llm, tower, 0, recipe.vision_tower.feature_layer, recipe.seed).to("meta")
+        model: Any = assemble(llm, tower, 0, recipe.vision_tower.feature_layer, recipe.seed)
+        model.to("meta")
         apply_stage(model, recipe)
     return model
 
@@ -126,19 +127,19 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
 
 
 def _adapters(part: nn.Module, layers: int) -> Adapters:
-    found = [module for module in part.modules() if isinstance(module, LoraLayer)]
+    found: list[Any] = [module for module in part.modules() if isinstance(module, LoraLayer)]
     ranks = sum(rank for module in found for rank in module.r.values())
     return Adapters(ranks=ranks / layers, inputs=sum(module.in_features for module in found) / layers)
 
 
-def _quantized(layer: nn.Module) -> Iterable[nn.Parameter]:
+def _quantized(layer: nn.Module) -> Iterable[Tensor]:
     """Yield the weights of a decoder layer that NF4 and FP8 are for."""
     for module in layer.modules():
         if type(module) is nn.Linear and not module.weight.requires_grad:
             yield module.weight
 
 
-def _bytes_as(held: str, weight: nn.Parameter) -> int:
+def _bytes_as(held: str, weight: Tensor) -> int:
     """Return what a matrix takes in NF4 or FP8, its scales included."""
     if held == "fp8":
         return weight.numel() + 4 * len(weight)

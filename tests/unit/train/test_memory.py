@@ -9,12 +9,13 @@ import torch
 from accelerate import Accelerator
 
 from dianjing.data.pack import pack
+from dianjing.errors import TrainError
 from dianjing.model.stage import apply_stage
 from dianjing.plan.lengths import lengths_of
 from dianjing.plan.memory import CONTEXT_BYTES, memory
 from dianjing.plan.weights import weights_of
 from dianjing.train import memory as memory_module
-from dianjing.train.memory import plan_checkpointing, split
+from dianjing.train.memory import WithinMemory, plan_checkpointing, split
 from tests.conftest import MakeRecipe
 from tests.packs import prepare
 
@@ -66,3 +67,22 @@ def test_on_a_cpu_auto_is_off(make_recipe: MakeRecipe, said: str) -> None:
     model, dataset = prepare(recipe)
     apply_stage(model, recipe)
     assert plan_checkpointing(model, recipe, dataset, Accelerator(cpu=True), compiled=False) == (said == "on", "")
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [(2, "ddp"), (1, "fsdp2")])
+def test_ranks_that_share_a_step_do_not_take_it_again(make_recipe: MakeRecipe, ranks: int, engine: str) -> None:
+    recipe = make_recipe("pretrain", train={"engine": engine})
+    model, dataset = prepare(recipe)
+    attempts: list[int] = []
+
+    def attempt(packs: Any) -> list[float]:
+        attempts.append(len(packs))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has little.")
+
+    accelerator: Any = Gpu()
+    accelerator.num_processes = ranks
+    within = WithinMemory(model, recipe, accelerator, checkpointing=False, warn=print)
+    with pytest.raises(TrainError, match=r"step 7: out of GPU memory .* cannot take a step again") as raised:
+        within.run(7, [dataset.batch([0, 1])], attempt)
+    assert 'set train.gradient_checkpointing = "on" or a smaller data.pack_tokens' in str(raised.value)
+    assert attempts == [1]
