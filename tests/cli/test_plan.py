@@ -73,6 +73,14 @@ def test_a_plan_of_all_gpus(capsys: pytest.CaptureFixture[str], recipe: str, tin
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_what_a_run_would_refuse_or_nobody_measured(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    out = said(capsys, recipe, "--data.pack-tokens", "50", "--train.precision", "fp32", "--gpu", "L4")
+    assert "the longest has 83 positions, more than data.pack_tokens: `dianjing train` will refuse it" in out
+    assert "Its speed is not known: only bf16's is." in out
+    (verdict,) = json.loads(said(capsys, recipe, "--train.precision", "fp32", "--gpu", "L4", "--json"))["verdicts"]
+    assert verdict["samples_per_second"] is verdict["hours"] is None
+
+
 def test_json_is_the_same_plan(capsys: pytest.CaptureFixture[str], recipe: str, make_recipe: Any) -> None:
     plan = json.loads(said(capsys, recipe, "--json", "--train.epochs", "3"))
     assert [verdict["gpu"] for verdict in plan["verdicts"]] == [gpu.name for gpu in GPUS]

@@ -74,6 +74,11 @@ def _heading(plan: Plan, name: str) -> Iterator[str]:
         yield f"  {part.replace('_', ' '):15}{section.folder}: {plan.weights.parameters[part]:,} parameters{what}"
     yield f"  {'projector':15}{plan.weights.parameters['projector']:,} parameters, all train"
     yield f"  {'data':15}{lengths.source}"
+    if lengths.longest > recipe.data.pack_tokens:
+        yield (
+            f"  {'':15}the longest has {lengths.longest:,} positions, more than data.pack_tokens: `dianjing train` "
+            "will refuse it"
+        )
     each = f"{lengths.tokens:,.0f} positions ({lengths.supervised:,.0f} supervised, {lengths.pictures:.2f} pictures)"
     yield f"  {'a record':15}{each}, {plan.flops.useful / 1e12:.2f} TFLOP"
     batch = plan.step_records
@@ -111,8 +116,8 @@ def _gpu_table(plan: Plan) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("")
     for verdict in plan.verdicts:
-        speed = f"{verdict.samples_per_second:.1f}" if verdict.fits else ""
-        time = f"{_hours(plan, verdict):.1f}" if verdict.fits else ""
+        known = verdict.fits and not math.isnan(verdict.samples_per_second)
+        speed, time = (f"{value:.1f}" if known else "" for value in (verdict.samples_per_second, _hours(plan, verdict)))
         style = "" if verdict.fits else "dim"
         memory = f"{verdict.gpu.gib:.0f} GiB"
         table.add_row(verdict.gpu.name, memory, in_units(verdict.needed), speed, time, _in_short(verdict), style=style)
@@ -157,7 +162,8 @@ def _verdict_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
 
 def _time_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
     if math.isnan(verdict.samples_per_second):
-        yield "Its speed is not known: give --tflops (bf16, dense, by the data sheet)."
+        missing = "give --tflops (bf16, dense, by the data sheet)" if math.isnan(verdict.gpu.bf16) else "only bf16's is"
+        yield f"Its speed is not known: {missing}."
         return
     run = f"{plan.samples:,} samples" if plan.samples else f"each {PER_RECORDS:,} records"
     yield f"{verdict.samples_per_second:.1f} samples/s, {_in_time(_hours(plan, verdict))} for {run}."

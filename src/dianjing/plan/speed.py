@@ -43,7 +43,7 @@ def samples_per_second(
     packs: int,
     gpus: int = 1,
 ) -> float:
-    """Return the samples that `gpus` GPUs get done in a second; nan if the GPU's speed is not known.
+    """Return the samples that `gpus` GPUs get done in a second; nan if its speed is not known, or the run is in fp32.
 
     A step has `records` over all GPUs, in so many `packs` on each. Few records a pack leave a GPU waiting for its CPU:
     a step takes no less than it takes to start.
@@ -59,6 +59,6 @@ def samples_per_second(
     step = seconds * records / gpus
     tower = TOWER_READ if recipe.vision_tower.tuning == "frozen" else TOWER_LAUNCH
     start = packs * (shapes.layers * DECODER_LAUNCH + shapes.tower_layers * tower)
-    if math.isnan(step):
+    if math.isnan(step) or recipe.train.precision == "fp32":
         return math.nan
     return records / max(step, start) * (SCALING if gpus > 1 else 1)

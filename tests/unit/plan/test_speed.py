@@ -26,7 +26,8 @@ def speed(make_recipe: MakeRecipe) -> Any:
     def predict(lengths: Lengths, gpu: Any = H200, *, packs: int = 9, gpus: int = 1, saving: bool = False, **llm: Any):
         tower = {"tuning": llm["tuning"], "lora_rank": 64} if llm else {}
         stage = "finetune" if llm else "pretrain"
-        recipe = make_recipe(stage, language_model={"lora_rank": 512, **llm}, vision_tower=tower)
+        llm = {"lora_rank": 512, **llm}
+        recipe = make_recipe(stage, language_model=llm, vision_tower=tower, train={"precision": "auto"})
         work = flops(INTERNLM2_1_8B, recipe, lengths)
         return samples_per_second(
             work, INTERNLM2_1_8B, recipe, gpu, checkpointing=saving, records=128, packs=packs, gpus=gpus
