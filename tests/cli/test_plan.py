@@ -132,6 +132,20 @@ def test_it_says_which_packs_are_sooner_done(capsys: pytest.CaptureFixture[str],
     assert verdict["faster"] is None
 
 
+@pytest.mark.parametrize("said_so", ["auto", "on", "off"])
+def test_packs_that_are_sooner_done_fit(capsys: pytest.CaptureFixture[str], vicuna: list[str], said_so: str) -> None:
+    flags = ["--gpu", "RTX 5090", "--language-model.frozen", "nf4", "--train.gradient-checkpointing", said_so]
+    flags += ["--data.pack-tokens", "2048"]
+    (verdict,) = json.loads(said(capsys, *vicuna, *flags, "--json"))["verdicts"]
+    assert verdict["fits"]
+    if verdict["faster"]:
+        words, speed = verdict["faster"]
+        flags += [word for part in words.split(", ") for word in f"--{part}".replace('"', "").split(" = ")]
+        (again,) = json.loads(said(capsys, *vicuna, *flags, "--json"))["verdicts"]
+        assert (again["fits"], again["samples_per_second"]) == (True, speed)
+    assert bool(verdict["faster"]) == (said_so == "on")
+
+
 def test_models_of_the_hub_by_their_data_files(
     capsys: pytest.CaptureFixture[str], recipe: str, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,8 +111,9 @@ class TrainConfig:
     """How several GPUs share the work: "ddp" = a whole model on each; "fsdp2", "deepspeed_zero3" = a shard on each;
     "deepspeed_zero2" = whole weights, sharded gradients and optimizer. Needs of memory differ, results do not."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Keep only each layer's input and compute the rest again in the backward pass: less memory, about a third more
-    time, the same result. "auto" = when the run would not fit the GPU's free memory without; off on a CPU."""
+    """Keep only each layer's input and compute the rest again: less memory, a third more time, the same result.
+
+    "auto" = when the run would not fit the GPU's free memory without; off on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the layers when the run starts (about a minute); "auto" = on a GPU."""
     log_every: int = 10

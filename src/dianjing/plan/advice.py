@@ -51,7 +51,8 @@ def faster(plan: Plan, gpu: Gpu) -> tuple[str, float] | None:
         fitting = (size for size in sizes if fits(plan, gpu, {"data.pack_tokens": size, CHECKPOINTING: said}))
         if size := next(fitting, 0):
             change = {"data.pack_tokens": size, **open_choice}
-            found.append((verdict_of(plan, gpu, change).samples_per_second, in_words(change)))
+            verdict = verdict_of(plan, gpu, change)
+            found += [(verdict.samples_per_second, in_words(change))] if verdict.fits else []
     best, words = max(found, default=(0.0, ""))
     return (words, best) if best > WORTH_IT * verdict_of(plan, gpu, {}).samples_per_second else None
 
