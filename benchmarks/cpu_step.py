@@ -41,6 +41,7 @@ from dianjing.tinyworld.render import render
 from dianjing.tinyworld.scene import sample_distinct
 from dianjing.tinyworld.wording import FORMS, describe
 from dianjing.train.engine import start_engine
+from dianjing.train.memory import WithinMemory
 from dianjing.train.optim import learning_rate_factor, make_optimizer, set_learning_rates
 from dianjing.train.step import Parts, take_step
 from dianjing.train.watch import Watch
@@ -92,6 +93,7 @@ def packed(recipe: Recipe, built: Built, dataset: Dataset) -> Step:
         engine=start_engine(recipe, accelerator, model),
         dataset=dataset,
         watch=Watch(),
+        within_memory=WithinMemory(model, recipe, accelerator, checkpointing=False, warn=print),
     )
 
     def step(indices: list[int]) -> float:

@@ -28,7 +28,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.flops import INTERNLM2_1_8B, flops
 from dianjing.config.schema import (
     DataConfig,
     LanguageModelConfig,
@@ -37,6 +36,11 @@ from dianjing.config.schema import (
     TrainConfig,
     VisionTowerConfig,
 )
+from dianjing.data.dataset import open_dataset
+from dianjing.plan.flops import flops
+from dianjing.plan.lengths import lengths_of
+from dianjing.plan.plan import make_plan
+from dianjing.plan.shapes import INTERNLM2_1_8B
 
 ROOF = 790e12
 """Operations a second that an H200 reaches in a large bf16 product of random matrices."""
@@ -258,6 +262,7 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
         "first_step_seconds": round(batch / steps[0]["samples_per_second"], 1),
         "total_seconds": round(time.time() - began, 1),
         "supervised_tokens_per_second": round(tokens / sum(seconds)),
+        "predicted_peak_gib": round(make_plan(recipe, []).plain.tensors / 2**30, 1),
     }
 
 
@@ -265,33 +270,18 @@ def summary(
     chosen: argparse.Namespace, stage: int, batch: int, seconds: list[float], steps: list[Any]
 ) -> dict[str, Any]:
     rate = batch / statistics.median(seconds)
-    count = lengths_of(chosen.work, stage)
-    work = flops(INTERNLM2_1_8B, stage, **count)
+    lengths = lengths_of(open_dataset(*encoder_of(chosen.work, stage)))
+    work = flops(INTERNLM2_1_8B, recipe_of(chosen.work, stage), lengths).useful
     return {
         "row": chosen.row,
         "samples_per_second": round(rate, 2),
         "spread": [round(batch / max(seconds), 2), round(batch / min(seconds), 2)],
-        "tokens_per_second": round(rate * count["tokens"]),
+        "tokens_per_second": round(rate * lengths.tokens),
         "share_of_roof": round(rate * work / ROOF, 3),
         "tflop_per_sample": round(work / 1e12, 3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1) if torch.cuda.is_available() else None,
         "losses": [round(step["loss"], 4) for step in steps[:3]] + [round(steps[-1]["loss"], 4)],
-    }
-
-
-def lengths_of(work: Path, stage: int) -> dict[str, float]:
-    """Return the means that the FLOP function needs, of the records as they are encoded."""
-    from dianjing.data.dataset import open_dataset
-
-    dataset = open_dataset(*encoder_of(work, stage))
-    lengths = dataset.lengths
-    number = len(lengths)
-    return {
-        "tokens": sum(lengths) / number,
-        "tokens_squared": sum(length**2 for length in lengths) / number,
-        "supervised": dataset.report["supervised tokens"] / number,
-        "pictures": dataset.report.get("pictures", 0) / number,
     }
 
 
@@ -339,7 +329,6 @@ def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
     from torch.nn.utils.rnn import pad_sequence
 
     from benchmarks.cpu_step import rows
-    from dianjing.data.dataset import open_dataset
     from dianjing.model.build import build
     from dianjing.model.lora import LoraLinear
     from dianjing.model.stage import apply_stage

@@ -25,7 +25,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}, {"precision": "bf16"}])
+@pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": "on"}, {"precision": "bf16"}])
 def test_compiled_layers_are_the_layers(make_recipe: MakeRecipe, traced: None, train: dict[str, Any]) -> None:
     settings = {"tuning": "lora"}
     recipe = make_recipe("finetune", language_model=settings, vision_tower=settings, train=train)

@@ -32,7 +32,7 @@ every_tuning = pytest.mark.parametrize(
 def test_a_pack_is_its_records_one_by_one(
     make_recipe: MakeRecipe, stage: str, tuning: dict[str, Any], checkpointing: bool
 ) -> None:
-    recipe = make_recipe(stage, train={"gradient_checkpointing": checkpointing}, **tuning)
+    recipe = make_recipe(stage, train={"gradient_checkpointing": "on" if checkpointing else "off"}, **tuning)
     model, dataset = prepare(recipe)
     everything = range(dataset.num_records)
     alone = outcome(model, [dataset.batch([index]) for index in everything])
@@ -50,7 +50,9 @@ def test_a_pack_is_what_upstream_computes(make_recipe: MakeRecipe, stage: str, t
 def test_gradient_checkpointing_changes_no_bit(make_recipe: MakeRecipe) -> None:
     outcomes = []
     for checkpointing in (False, True):
-        model, dataset = prepare(make_recipe("finetune", train={"gradient_checkpointing": checkpointing}, **ADAPTERS))
+        model, dataset = prepare(
+            make_recipe("finetune", train={"gradient_checkpointing": "on" if checkpointing else "off"}, **ADAPTERS)
+        )
         outcomes.append(outcome(model, [dataset.batch(range(dataset.num_records))]))
     (loss, gradients), (loss_again, gradients_again) = outcomes
     assert loss == loss_again

@@ -33,7 +33,7 @@ def test_a_resumed_run_is_a_straight_one(make_recipe: MakeRecipe, tmp_path: Path
         "finetune",
         language_model={**lora, "frozen": "nf4", "lora_head": True, "lora_share_qkv": True},
         vision_tower=lora,
-        train={"global_batch_size": 3, "save_every": 1, "gradient_checkpointing": True},
+        train={"global_batch_size": 3, "save_every": 1, "gradient_checkpointing": "on"},
     )
     # Sample answers on the way must leave the four bits as they are.
     answering = replace(recipe.train, sample_every=2, sample_path=str(recipe.data.path), sample_count=1)

@@ -106,7 +106,7 @@ def test_what_may_change_between_may_change(make_recipe: Any, tmp_path: Path) ->
     changed = replace(
         half,
         data=replace(half.data, workers=2),
-        train=replace(half.train, save_every=5, keep=1, log_every=3, gradient_checkpointing=True),
+        train=replace(half.train, save_every=5, keep=1, log_every=3, gradient_checkpointing="on"),
     )
     train(changed, resume=True, quiet=True)
     assert learned(run)["trainable.safetensors"] == learned(straight)["trainable.safetensors"]

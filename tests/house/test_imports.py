@@ -15,9 +15,10 @@ data.order data.collate data.dataset
 model.language formats model.vision model.weights model.attention model.frozen model.products
 model.fp8 model.fp8_kernels model.fp8_mlp model.build model.forward
 model.recorded model.lora model.stage model.compile model.adapter
+plan
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks
-train.engine train.step train.samples train.loop train.launch
+train.engine train.memory train.step train.samples train.loop train.launch
 formats.run
 use eval check export tinyworld make demo cli __main__
 """

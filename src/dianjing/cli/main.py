@@ -20,6 +20,7 @@ VERBS = {
     "recipes": "list the shipped recipes, or copy one to edit",
     "show": "show what the model sees of each record, and what it learns from it",
     "import": "make a run of a checkpoint of XTuner or LLaVA",
+    "plan": "say before a run what it takes: memory by part, on which GPUs it fits, how long it lasts",
     "train": "train what a recipe says",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",

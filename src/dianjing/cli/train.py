@@ -69,7 +69,7 @@ def take_gpus(arguments: list[str]) -> tuple[int | None, list[str]]:
     return int(number), words[:at] + words[at + 2 :]
 
 
-def parse(arguments: list[str]) -> tuple[str, set[str], dict[str, str]]:
+def parse(arguments: list[str], usage: str = USAGE) -> tuple[str, set[str], dict[str, str]]:
     """Return the recipe, the switches given, and the overrides by dotted field name.
 
     Raises:
@@ -93,7 +93,7 @@ def parse(arguments: list[str]) -> tuple[str, set[str], dict[str, str]]:
             recipes.append(word)
     if len(recipes) != 1:
         found = f"{len(recipes)} are given: {', '.join(recipes)}" if recipes else "none is given"
-        raise ConfigError(f"one recipe is needed, {found}; {USAGE}")
+        raise ConfigError(f"one recipe is needed, {found}; {usage}")
     return recipes[0], switches, overrides
 
 

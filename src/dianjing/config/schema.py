@@ -12,6 +12,8 @@ OnBad = Literal["error", "skip"]
 Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
 EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
+SHARDS_WEIGHTS = ("fsdp2", "deepspeed_zero3")
+"""Engines with which no rank holds a whole model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,10 @@ class TrainConfig:
     engine: EngineName = "ddp"
     """How several GPUs share the work: "ddp" = a whole model on each; "fsdp2", "deepspeed_zero3" = a shard on each;
     "deepspeed_zero2" = whole weights, sharded gradients and optimizer. Needs of memory differ, results do not."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep only each layer's input and compute the rest again: less memory, a third more time, the same result.
+
+    "auto" = when the run would not fit the GPU's free memory without; off on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the layers when the run starts (about a minute); "auto" = on a GPU."""
     log_every: int = 10

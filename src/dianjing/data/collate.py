@@ -79,7 +79,7 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _rectangle(lengths: Sequence[int]) -> tuple[int, int] | None:
+def rectangle_of(lengths: Sequence[int]) -> tuple[int, int] | None:
     """Return the rectangle that holds the documents, its sides round; None where it would be too empty."""
     sides = zip((len(lengths), max(lengths)), ROUND, strict=True)
     documents, longest = (-(-number // side) * side for number, side in sides)
@@ -108,7 +108,7 @@ def collate(
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         max_seqlen=max(lengths),
-        rectangle=_rectangle(lengths),
+        rectangle=rectangle_of(lengths),
         pixels=torch.stack(list(pixels)) if pixels else nothing,
         pixel_table=image_processor.table(),
         image_positions=(input_ids == image_token_id).nonzero()[:, 0],

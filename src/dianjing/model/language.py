@@ -80,21 +80,48 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrai
         ModelError: the folder is no causal LM that can be read, or its weights are not exactly the model's.
     """
     folder = Path(folder)
+    config, model_class = _configured(folder)
+    weight_files(folder)
+    if config.get("model_type") == "internlm2":
+        model, how = _load_internlm2(folder, config, dtype), "InternLM2, read as Llama"
+    else:
+        model = load_exactly(model_class, folder, dtype=dtype)
+        how = type(model).__name__
+    return model, LoadReport((f"language model: {how}, {count(model)} from {folder}",))
+
+
+def empty_language_model(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the causal LM of a folder's config.json, its weights without numbers (torch's meta device).
+
+    Raises:
+        ModelError: the folder is no causal LM that can be read.
+    """
+    folder = Path(folder)
+    config, model_class = _configured(folder)
+    try:
+        if config.get("model_type") == "internlm2":
+            shape = _as_llama(folder, config)
+        else:
+            shape = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return model_class._from_config(shape, dtype=dtype)
+    except (*BAD_CONFIG, OSError) as error:
+        raise ModelError(f"{folder}/config.json: {' '.join(str(error).split())}; copy it again") from None
+
+
+def _configured(folder: Path) -> tuple[dict[str, Any], Any]:
+    """Return config.json and the class of the LLM that it describes."""
     config = read_config(folder)
     kind = str(config.get("model_type"))
     _require_text_only(folder, config)
-    weight_files(folder)
     if kind == "internlm2":
-        model = _load_internlm2(folder, config, dtype)
-    elif kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        model = load_exactly(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]), folder, dtype=dtype)
-    else:
-        raise ModelError(
-            f'{folder}: model_type "{kind}" is no text LLM that can be read; give the folder of a causal LM whose '
-            "architecture transformers knows by itself (code in a model folder is never run)"
-        )
-    how = "InternLM2, read as Llama" if kind == "internlm2" else type(model).__name__
-    return model, LoadReport((f"language model: {how}, {count(model)} from {folder}",))
+        return config, LlamaForCausalLM
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return config, getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    raise ModelError(
+        f'{folder}: model_type "{kind}" is no text LLM that can be read; give the folder of a causal LM whose '
+        "architecture transformers knows by itself (code in a model folder is never run)"
+    )
 
 
 def _require_text_only(folder: Path, config: Mapping[str, Any]) -> None:
@@ -215,12 +242,17 @@ def make_config(config_class: Any, folder: Path, settings: Mapping[str, Any]) ->
 
 
 def _load_internlm2(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    settings = {name: config[name] for name in INTERNLM2_SETTINGS if name in config}
-    llama = make_config(LlamaConfig, folder, settings | {"attention_bias": bool(config.get("bias", False))})
+    llama = _as_llama(folder, config)
     weights: dict[str, Tensor] = {}
     for name, weight in read_weights(folder):
         weights |= internlm2_to_llama(name, weight, llama)
     return load_exactly(LlamaForCausalLM, folder, dtype=dtype, weights=weights, config=llama)
+
+
+def _as_llama(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Return InternLM2's configuration as Llama's."""
+    settings = {name: config[name] for name in INTERNLM2_SETTINGS if name in config}
+    return make_config(LlamaConfig, folder, settings | {"attention_bias": bool(config.get("bias", False))})
 
 
 def internlm2_to_llama(name: str, weight: Tensor, config: Any) -> dict[str, Tensor]:

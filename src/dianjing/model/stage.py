@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
-from dianjing.model.forward import num_tower_layers
+from dianjing.model.forward import RECORDED, num_tower_layers
 from dianjing.model.fp8 import Fp8Linear
 from dianjing.model.frozen import is_nf4, num_bytes, num_parameters
 from dianjing.model.lora import LoraLinear
@@ -103,8 +103,8 @@ def apply_stage(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageRe
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(model.device, torch.float32)  # adapters of FP8 layers are made on the CPU
-    if recipe.train.gradient_checkpointing:
-        _checkpoint_activations(model)
+    if recipe.train.gradient_checkpointing == "on":
+        checkpoint_activations(model)
     return _report(model, recipe)
 
 
@@ -145,11 +145,12 @@ def _tune_vision_tower(model: LlavaForConditionalGeneration, config: VisionTower
         _add_lora(tower, [name for layer in layers for name in _linear_names(tower, layer)], config)
 
 
-def _checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
-    """Let each layer keep only its input and compute the rest again in the backward pass.
+def checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
+    """Let each layer keep only its input and compute the rest again in the backward pass, from the next pass on.
 
     Not the last decoder layer: its backward pass comes first, so that it would save no memory.
     """
+    vars(model.model.vision_tower).pop(RECORDED, None)  # what is recorded keeps everything
     layers: Any = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers[:-1]]
     for layer in layers:
         layer.gradient_checkpointing = True
@@ -189,7 +190,7 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
     for part, beginnings in PARTS.items():
         weights = [weight for name, weight in model.named_parameters() if name.startswith(beginnings)]
         trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
-        frozen = {_held_as(weight) for weight in weights if not weight.requires_grad}
+        frozen = {held_as(weight) for weight in weights if not weight.requires_grad}
         rows.append(
             PartReport(
                 part=part.replace("_", " "),
@@ -204,5 +205,6 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
     return StageReport(recipe.stage, tuple(rows))
 
 
-def _held_as(weight: nn.Parameter) -> str:
+def held_as(weight: nn.Parameter) -> str:
+    """Return in words how a weight is held."""
     return "nf4" if is_nf4(weight) else PRECISIONS.get(weight.dtype, str(weight.dtype).removeprefix("torch."))

@@ -52,6 +52,18 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype) -> tuple[PreTraine
     return tower, LoadReport((f"vision tower: {type(tower).__name__}, {count(tower)} from {folder}{rest}",))
 
 
+def empty_vision_tower(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the vision tower of a folder's config.json, its weights without numbers (torch's meta device).
+
+    Raises:
+        ModelError: it is of no CLIP or SigLIP.
+    """
+    config = vision_config(Path(folder))
+    _, tower_class = TOWERS[family(config)]
+    with torch.device("meta"):
+        return tower_class._from_config(config, dtype=dtype)
+
+
 def vision_config(folder: Path) -> Any:
     """Return the configuration of the tower in a folder.
 

@@ -29,15 +29,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import LlavaForConditionalGeneration
 
-from dianjing.config.schema import Recipe
+from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import ConfigError
 from dianjing.model.forward import forward_loss
 from dianjing.model.weights import trainable_state
 from dianjing.train.optim import load_optimizer_state, make_optimizer, optimizer_state, require_memory_of
-
-SHARDS_WEIGHTS = ("fsdp2", "deepspeed_zero3")
-"""Engines with which no rank holds a whole model."""
 
 
 class Losses(nn.Module):

@@ -41,6 +41,8 @@ class StepResult:
     """From waiting for the batches to the new weights."""
     data_wait: float
     """The part of it spent waiting."""
+    notes: tuple[str, ...] = ()
+    """What went otherwise than planned."""
 
 
 class Log:
@@ -142,7 +144,7 @@ class StepLog:
         if not self._console.is_terminal:
             self._console.print(f"step {result.step}/{self._total_steps}  {line}")
         if self._run:
-            self._record(metrics)
+            self._record(metrics, [note for result in self._window for note in result.notes])
         self._window = []
 
     def curve(self) -> None:
@@ -166,9 +168,9 @@ class StepLog:
             "data_wait": sum(result.data_wait for result in self._window) / seconds,
         }
 
-    def _record(self, metrics: dict[str, float]) -> None:
+    def _record(self, metrics: dict[str, float], notes: list[str]) -> None:
         self._rows.append(metrics)
-        self._journal.write(json.dumps(metrics) + "\n")
+        self._journal.write(json.dumps({**metrics, **({"notes": notes} if notes else {})}, ensure_ascii=False) + "\n")
         self._journal.flush()
         for name, value in metrics.items():
             if name != "step":

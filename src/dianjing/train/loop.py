@@ -14,7 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from safetensors.torch import load_file
 
 from dianjing.config.load import save_recipe
-from dianjing.config.schema import Recipe
+from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset, step_batches
 from dianjing.data.order import run_indices
@@ -24,9 +24,10 @@ from dianjing.model.compile import compile_layers
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state
 from dianjing.train.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
-from dianjing.train.engine import SHARDS_WEIGHTS, require_engine, start_engine
+from dianjing.train.engine import require_engine, start_engine
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
+from dianjing.train.memory import WithinMemory, explained, plan_checkpointing
 from dianjing.train.ranks import SILENCE_MINUTES, one_voice
 from dianjing.train.samples import Samples
 from dianjing.train.state import TrainState, require_same_run, state_at
@@ -49,7 +50,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     """
     require_engine(recipe)
     accelerator = _start_accelerator(recipe)
-    with one_voice():
+    with one_voice(), explained():
         return _train(recipe, accelerator, resume=resume, quiet=quiet)
 
 
@@ -66,7 +67,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
         log.warn("the projector starts from nothing; projector.init_from takes it from a pretrain run")
     stage = apply_stage(built.model, recipe)
     log.show(stage)
-    if _compiles(recipe, accelerator):
+    if compiled := _compiles(recipe, accelerator):
         compile_layers(built.model)
     with log.busy("looking at every record and picture"):
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
@@ -78,6 +79,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
         start, state = state, read_state(checkpoint)
         require_same_run(state, start, checkpoint)
         load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
+    checkpointing, why = plan_checkpointing(built.model, recipe, dataset, accelerator, compiled=compiled)
+    log.show(*([why] if why else []))
     engine = start_engine(recipe, accelerator, built.model)
     if checkpoint:
         engine.load_memory(load_file(checkpoint / OPTIMIZER))
@@ -94,6 +97,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
         engine=engine,
         dataset=dataset,
         watch=Watch(),
+        within_memory=WithinMemory(built.model, recipe, accelerator, checkpointing=checkpointing, warn=log.warn),
     )
     _take_all_steps(parts, state, log, samples, run)
     log.peak_memory(accelerator.device)

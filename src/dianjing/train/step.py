@@ -20,6 +20,7 @@ from dianjing.data.dataset import Dataset
 from dianjing.data.order import steps_per_epoch
 from dianjing.train.engine import Engine
 from dianjing.train.log import StepResult
+from dianjing.train.memory import WithinMemory
 from dianjing.train.optim import learning_rate_factor, set_learning_rates
 from dianjing.train.watch import Watch
 
@@ -34,13 +35,13 @@ class Parts:
     engine: Engine
     dataset: Dataset
     watch: Watch
+    within_memory: WithinMemory
 
 
 def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch], data_wait: float) -> StepResult:
     """Take one optimizer step, `step` counted from 1, on this rank's packs of it."""
     began = time.perf_counter()
     recipe, watch, engine = parts.recipe, parts.watch, parts.engine
-    torch.manual_seed(_seed_of(recipe.seed, step, parts.accelerator.process_index))
     set_learning_rates(engine.optimizer, learning_rate_factor(step - 1, total_steps, recipe.train.warmup_ratio))
     tokens, pictures = over_ranks(
         parts.accelerator,
@@ -48,7 +49,12 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
         sum(batch.num_images for batch in batches),
     )
     watch.supervised(int(tokens), step)
-    losses = backward(parts, batches, int(tokens))
+
+    def attempt(packs: Sequence[Batch]) -> list[float]:
+        torch.manual_seed(_seed_of(recipe.seed, step, parts.accelerator.process_index))
+        return backward(parts, packs, int(tokens))
+
+    batches, losses = parts.within_memory.run(step, batches, attempt)
     (loss,) = over_ranks(parts.accelerator, sum(losses))
     learns = not pictures or engine.learns(parts.model.model.multi_modal_projector)
     norm = engine.step() if math.isfinite(loss) else math.nan
@@ -69,6 +75,7 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
         supervised_tokens=int(tokens),
         seconds=data_wait + time.perf_counter() - began,
         data_wait=data_wait,
+        notes=tuple(parts.within_memory.notes),
     )
 
 

@@ -63,7 +63,6 @@ def test_each_field_goes_where_it_belongs() -> None:
         "train.clip_norm": 1,
         "train.epochs": 2,
         "train.warmup_ratio": 0.03,
-        "train.gradient_checkpointing": True,
         "train.log_every": 10,
         "train.save_every": 125,
     }

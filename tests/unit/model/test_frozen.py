@@ -141,7 +141,9 @@ def test_dropout_and_checkpointing_leave_the_same_gradients(make_recipe: MakeRec
     results = []
     for saving in (False, True):
         recipe = make_recipe(
-            "finetune", language_model={**QLORA, "lora_dropout": 0.3}, train={"gradient_checkpointing": saving}
+            "finetune",
+            language_model={**QLORA, "lora_dropout": 0.3},
+            train={"gradient_checkpointing": "on" if saving else "off"},
         )
         model, dataset = prepare(recipe)
         torch.manual_seed(11)

@@ -1,0 +1,196 @@
+"""Activation checkpointing by plan, and what a step does when the GPU's memory is not enough after all.
+
+A step that runs out is taken again from its first pack: gradients are dropped, the same seed is set, and the passes
+take less memory than before. Its loss is a mean over all its tokens, so its gradient stays what it would have been.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from accelerate import Accelerator
+from transformers import LlavaForConditionalGeneration
+
+from dianjing.config.schema import Recipe
+from dianjing.data.collate import Batch, rectangle_of
+from dianjing.data.dataset import Dataset
+from dianjing.data.pack import pack
+from dianjing.errors import TrainError
+from dianjing.model.stage import checkpoint_activations
+from dianjing.plan.lengths import lengths_of
+from dianjing.plan.memory import CONTEXT_BYTES, memory
+from dianjing.plan.weights import weights_of
+
+ADVICE = (
+    'hold the LLM in four bits (language_model.frozen = "nf4"), lower language_model.lora_rank or data.max_tokens, or '
+    "take more GPUs (--gpus N --engine fsdp2); `dianjing plan` says what each of them saves"
+)
+
+
+def plan_checkpointing(
+    model: LlavaForConditionalGeneration, recipe: Recipe, dataset: Dataset, accelerator: Accelerator, *, compiled: bool
+) -> tuple[bool, str]:
+    """Return whether activations are checkpointed, and one line that says why, "" on a CPU.
+
+    Where the recipe leaves it open, the model is told here; all ranks come to the same answer.
+    """
+    said, on_gpu = recipe.train.gradient_checkpointing, accelerator.device.type == "cuda"
+    if said != "auto" or not on_gpu:
+        return said == "on", f"activation checkpointing: {said}, as the recipe says" if on_gpu else ""
+    weights, lengths = weights_of(model), lengths_of(dataset)
+    plain, saving = (
+        memory(weights, recipe, lengths, checkpointing=on, compiled=compiled, gpus=accelerator.num_processes).total
+        - CONTEXT_BYTES  # taken by now
+        for on in (False, True)
+    )
+    free = _free_bytes(accelerator)
+    if plain <= free:
+        return False, f"activation checkpointing: off, {_gib(plain)} of {_gib(free)} GiB needed (predicted)"
+    checkpoint_activations(model)
+    line = (
+        f"activation checkpointing: on, {_gib(saving)} of {_gib(free)} GiB needed (predicted), {_gib(plain)} without it"
+    )
+    return True, line if saving <= free else f"{line}. It may not fit: {ADVICE}"
+
+
+def _free_bytes(accelerator: Accelerator) -> int:
+    """Return what tensors may take, those that are there already included; of the rank with least."""
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    own = torch.tensor([free + torch.cuda.memory_reserved(accelerator.device)], device=accelerator.device)
+    return int(torch.as_tensor(accelerator.gather(own)).min())
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+class WithinMemory:
+    """Takes a step's packs in passes that fit, smaller ones from the first time that they do not."""
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        *,
+        checkpointing: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._accelerator = accelerator
+        self._repeats = accelerator.num_processes == 1 and recipe.train.engine == "ddp"
+        self._checkpointing = checkpointing
+        self._warn = warn
+        self._most_tokens: int | None = None
+        """Largest pack from now on; None: as they come."""
+        self.notes: list[str] = []
+        """What was changed, for the log of the step."""
+
+    def run(
+        self, step: int, batches: Sequence[Batch], attempt: Callable[[Sequence[Batch]], list[float]]
+    ) -> tuple[Sequence[Batch], list[float]]:
+        """Return what `attempt` returns for the packs of a step, and the packs it was given in the end.
+
+        `attempt` must set its own seed, and leave nothing behind but gradients.
+
+        Raises:
+            TrainError: memory is not enough for one record at a time.
+        """
+        self.notes = []
+        packs = self._split(batches)
+        while True:
+            try:
+                return packs, attempt(packs)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0].partition("\n")[0]
+            # Only here are the frames of the failed pass gone, and with them what they held.
+            self._relieve(step, packs, reason)
+            packs = self._split(packs)
+
+    def _relieve(self, step: int, packs: Sequence[Batch], reason: str) -> None:
+        """Let the next attempt take less memory.
+
+        Raises:
+            TrainError: nothing is left to try.
+        """
+        if not self._repeats:  # a pass that ended in the middle leaves the ranks waiting for one another
+            raise TrainError(
+                f"step {step}: out of GPU memory ({reason}), and ranks that share their work cannot take a step again. "
+                'Earlier checkpoints are intact: set train.gradient_checkpointing = "on" or a smaller data.pack_tokens '
+                f"and go on with --resume; or {ADVICE}"
+            )
+        self._model.zero_grad(set_to_none=True)
+        gc.collect()
+        if self._accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        largest = max(batch.num_tokens for batch in packs)
+        if not self._checkpointing:
+            checkpoint_activations(self._model)
+            self._checkpointing, change = True, "activation checkpointing is on from here"
+        elif any(len(batch.ids) > 1 for batch in packs):
+            shared = max(batch.num_tokens for batch in packs if len(batch.ids) > 1)
+            self._most_tokens = shared // 2
+            change = f"packs have at most {self._most_tokens:,} positions from here"
+        else:
+            raise TrainError(
+                f"step {step}: out of GPU memory ({reason}), with activation checkpointing and one record a pass "
+                f"(the longest has {largest:,} positions). Earlier checkpoints are intact, --resume goes on from them: "
+                f"{ADVICE}"
+            )
+        note = f"step {step} ran out of GPU memory ({reason}) and is taken again, nothing is lost: {change}"
+        self.notes.append(note)
+        self._warn(note)
+
+    def _split(self, batches: Sequence[Batch]) -> list[Batch]:
+        if self._most_tokens is None:
+            return [*batches]
+        return [part for batch in batches for part in split(batch, self._most_tokens)]
+
+
+def split(batch: Batch, most_tokens: int) -> list[Batch]:
+    """Return packs of the same records with at most so many positions; a longer record stands alone."""
+    if batch.num_tokens <= most_tokens or len(batch.ids) < 2:
+        return [batch]
+    bounds = list(pairwise(batch.cu_seqlens.tolist()))
+    members = pack([min(end - start, most_tokens) for start, end in bounds], most_tokens)
+    return [_records(batch, [bounds[i] for i in group], [batch.ids[i] for i in group]) for group in members]
+
+
+def _records(batch: Batch, bounds: Sequence[tuple[int, int]], ids: Sequence[str]) -> Batch:
+    """Return the batch of some of a batch's records, given by where they begin and end."""
+    rows = torch.cat([torch.arange(start, end) for start, end in bounds])
+    place = torch.full((batch.num_tokens,), -1).index_copy(0, rows, torch.arange(len(rows)))
+    lengths = [end - start for start, end in bounds]
+    image_rows, target_rows = place[batch.image_positions], place[batch.target_rows]
+    pictures = (image_rows.view(batch.num_images, -1) >= 0).all(1) if batch.num_images else image_rows >= 0
+    return Batch(
+        input_ids=batch.input_ids[rows],
+        position_ids=batch.position_ids[rows],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        max_seqlen=max(lengths),
+        rectangle=rectangle_of(lengths),
+        pixels=batch.pixels[pictures],
+        pixel_table=batch.pixel_table,
+        image_positions=image_rows[image_rows >= 0],
+        target_rows=target_rows[target_rows >= 0],
+        targets=batch.targets[target_rows >= 0],
+        ids=tuple(ids),
+    )
+
+
+@contextmanager
+def explained() -> Generator[None]:
+    """Say what to do when memory runs out where nothing smaller can be tried.
+
+    Raises:
+        TrainError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0].partition("\n")[0]
+        raise TrainError(f"out of GPU memory ({reason}). Earlier checkpoints are intact: {ADVICE}") from None
