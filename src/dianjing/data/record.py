@@ -131,20 +131,38 @@ def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
     Raises:
         DataError: the file is missing, is of another kind, or is not JSON.
     """
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in (".json", ".jsonl"):
-        raise DataError(f'{path}: the data file must end in .json (a list) or .jsonl, not in "{suffix}"')
+    lines = is_lines(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"{path}: cannot be read ({reason}); give a LLaVA JSON or JSONL file") from None
+        raise unreadable(path, error) from None
     before = len(problems)
-    found = _read_list(path, text) if suffix == ".json" else _read_lines(path, text, problems)
+    found = _read_lines(path, text, problems) if lines else _read_list(path, text)
     if not found and len(problems) == before:
         raise DataError(f"{path}: there is no record in it")
     return found
+
+
+def is_lines(path: str) -> bool:
+    """Return whether a data file is JSONL, and not a JSON list.
+
+    Raises:
+        DataError: its name tells neither.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in (".json", ".jsonl"):
+        raise DataError(
+            f'{path}: the data file must end in .json (a list) or .jsonl, not in "{suffix}"; '
+            "`dianjing check FILE --convert OUT.json` reads other formats"
+        )
+    return suffix == ".jsonl"
+
+
+def unreadable(path: str, error: OSError | UnicodeDecodeError) -> DataError:
+    """Return the error that says why a data file cannot be read."""
+    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    return DataError(f"{path}: cannot be read ({reason}); give a LLaVA JSON or JSONL file")
 
 
 def _read_list(path: str, text: str) -> list[tuple[Place, object]]:
@@ -159,13 +177,26 @@ def _read_list(path: str, text: str) -> list[tuple[Place, object]]:
 
 def _read_lines(path: str, text: str, problems: list[str]) -> list[tuple[Place, object]]:
     found: list[tuple[Place, object]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                found.append((Place(path, len(found), number), json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{path}: {_not_json(error, number)}")
+    filled = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for index, (number, line) in enumerate(filled):
+        place = Place(path, index, number)
+        try:
+            found.append((place, read_line(line, place)))
+        except DataError as error:
+            problems.append(str(error))
     return found
+
+
+def read_line(text: str, place: Place) -> object:
+    """Return the JSON value of a line of a JSONL file.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place.source}: {_not_json(error, place.line)}") from None
 
 
 def _not_json(error: Exception, first_line: int = 1) -> str:

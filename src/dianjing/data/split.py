@@ -51,9 +51,9 @@ _COMMENT = re.compile(rb"//[^\n]*+|/\*.*?\*/", re.DOTALL)
 
 
 @contextmanager
-def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
-    """Open a file as bytes that are read when they are looked at."""
-    with open(path, "rb") as file:
+def mapped(path: str | int) -> Iterator[mmap.mmap | bytes]:
+    """Open a file, or one that is open (its number), as bytes that are read when they are looked at."""
+    with open(path, "rb", closefd=isinstance(path, str)) as file:
         if file.seek(0, 2) == 0:
             yield b""
             return
