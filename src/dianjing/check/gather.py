@@ -15,7 +15,7 @@ from dianjing.check.look import ChunkResult
 from dianjing.check.records import Job, RecordChecker
 from dianjing.check.tokens import Reading
 from dianjing.data.parallel import spread
-from dianjing.data.record import is_lines
+from dianjing.data.read import is_lines
 from dianjing.data.split import Chunk, chunks, mapped
 from dianjing.errors import DataError
 from dianjing.progress import Watch

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dianjing.config.schema import DataConfig
-from dianjing.data import encode, picture, record, source, split, survey, template
+from dianjing.data import encode, picture, read, record, source, split, survey, template
 from dianjing.data.encode import Encoder, plain_backend
 from dianjing.data.record import bad_records
 from dianjing.data.source import DataFile
@@ -25,7 +25,10 @@ from dianjing.data.survey import ROW, Pictures, Survey
 from dianjing.errors import DataError
 from dianjing.progress import Watch
 
-DECIDING = [str(module.__file__) for module in (encode, picture, record, source, split, survey, template)] + [__file__]
+MODULES = (encode, picture, read, record, source, split, survey, template)
+DECIDING = [*(str(module.__file__) for module in MODULES), __file__]
+    __file__
+]
 """The files of the program that decide what a survey finds; with any change in them it is made anew."""
 KEPT = 32
 """Surveys on disk, those used last."""

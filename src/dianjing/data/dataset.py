@@ -83,8 +83,11 @@ class Dataset:
             folder = image_folder(self.config, record.source)
             with naming(record):
                 pixels += [self._pixels(folder, name) for name in record.images]
+        examples = [self.encoder.encode(record) for record in records]
+        lengths = [len(example.input_ids) for example in examples]
+        assert lengths == [self.lengths[i] for i in indices], f"{records[0].where}: read otherwise than at the door"
         return collate(
-            [self.encoder.encode(record) for record in records],
+            examples,
             pixels,
             image_token_id=self.encoder.image_token_id,
             image_processor=self.image_processor,

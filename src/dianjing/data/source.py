@@ -7,11 +7,13 @@ import json
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dianjing.data.record import Place, Record, is_lines, parse_record, turns_alone, unreadable
+from dianjing.data.read import Place, is_lines, unreadable
+from dianjing.data.record import Record, parse_record, turns_alone
 from dianjing.errors import DataError
 
 READ_BYTES = 2**20
@@ -97,7 +99,7 @@ class Records:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Record:
-        row = self._rows[number]
+        row: Any = self._rows[number]
         file = self._files[row["file"]]
         place = Place(file.path, int(row["record"]), int(row["line"]))
         value = json.loads(file.read(int(row["start"]), int(row["end"])).decode())

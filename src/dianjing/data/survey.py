@@ -20,7 +20,8 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Encoder, LongRecordError, prepared
 from dianjing.data.parallel import spread
 from dianjing.data.picture import check_image
-from dianjing.data.record import Place, Record, bad_records, parse_record, read_line, read_records, turns_alone
+from dianjing.data.read import Place, read_line, read_records
+from dianjing.data.record import Record, bad_records, parse_record, turns_alone
 from dianjing.data.source import WHOLE, DataFile
 from dianjing.data.split import Chunk, chunks, mapped
 from dianjing.errors import DataError
@@ -351,6 +352,6 @@ class _Gathered:
         start = 0
         for end, images in zip(ends.tolist(), found.images, strict=True):
             sizes = array("q", [found.looked_at[name][0] for name in images])
-            for part in (ids[start:end], labels[start:end], sizes.tobytes(), repr(images).encode()):
+            for part in (ids[start:end].data, labels[start:end].data, sizes.tobytes(), repr(images).encode()):
                 self._digest.update(part)
             start = end
