@@ -27,8 +27,6 @@ from dianjing.progress import Watch
 
 MODULES = (encode, picture, read, record, source, split, survey, template)
 DECIDING = [*(str(module.__file__) for module in MODULES), __file__]
-    __file__
-]
 """The files of the program that decide what a survey finds; with any change in them it is made anew."""
 KEPT = 32
 """Surveys on disk, those used last."""

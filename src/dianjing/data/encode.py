@@ -173,6 +173,10 @@ class _Collector(Encoder):
 
     texts: set[str] = field(default_factory=set[str])
 
+    def collect(self, record: Record) -> None:
+        """Take note of the texts of a record."""
+        self._tokens(spans(self.template, record.turns))
+
     def _ids(self, text: str) -> list[int]:
         self.texts.add(text)
         return []
@@ -195,7 +199,7 @@ def prepared(encoder: Encoder, records: Iterable[Record]) -> Encoder:
     settings = {one.name: getattr(encoder, one.name) for one in fields(encoder)}
     collector = _Collector(**settings)
     for record in records:
-        collector._tokens(spans(encoder.template, record.turns))
+        collector.collect(record)
     texts = list(collector.texts)
     found = plain_backend(encoder.tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     return _Prepared(**settings, ids=dict(zip(texts, (one.ids for one in found), strict=True)))

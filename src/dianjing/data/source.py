@@ -100,8 +100,8 @@ class Records:
 
     def __getitem__(self, number: int) -> Record:
         row: Any = self._rows[number]
-        file = self._files[row["file"]]
+        file = self._files[int(row["file"])]
         place = Place(file.path, int(row["record"]), int(row["line"]))
         value = json.loads(file.read(int(row["start"]), int(row["end"])).decode())
         record, _ = parse_record(value, place)
-        return record if row["turn"] == WHOLE else turns_alone(record)[row["turn"]]
+        return record if row["turn"] == WHOLE else turns_alone(record)[int(row["turn"])]

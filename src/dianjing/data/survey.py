@@ -177,7 +177,7 @@ class _Found:
     """Of all rows, a picture as one token."""
     labels: array[int] = field(default_factory=lambda: array("i"))
     looked_at: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """Picture -> size and time."""
+    """Picture, of records that are left out too -> size and time."""
     counts: Counter[str] = field(default_factory=Counter[str])
     notices: Counter[str] = field(default_factory=Counter[str])
     not_records: list[str] = field(default_factory=list[str])
@@ -190,7 +190,7 @@ class _Reader:
 
     def __init__(self, files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> None:
         self._files, self._config, self._encoder = files, config, encoder
-        self._check = lru_cache(maxsize=LOOKED_AT)(_checked)
+        self._check = lru_cache(maxsize=LOOKED_AT)(check_image)
 
     def __call__(self, task: Task) -> _Found:
         number, chunk = task
@@ -244,9 +244,12 @@ class _Reader:
                 f"{record.where}: {positions} positions with its pictures, but data.pack_tokens is "
                 f"{self._config.pack_tokens}; raise it, or shorten the record"
             )
+        folder = image_folder(self._config, record.source)
         with naming(record):
-            looked_at = {name: self._check(image_folder(self._config, record.source), name) for name in record.images}
-        found.looked_at |= looked_at
+            for name in record.images:
+                # Before the check: what changes after it, the next start sees.
+                found.looked_at[name] = _look(folder, name)
+                self._check(folder, name)
         supervised = len(labels) - labels.count(IGNORE_INDEX)
         start, end, line = at
         found.rows.append((found.file, start, end, record.index, line, turn, len(ids), images, supervised))
@@ -266,12 +269,6 @@ def _json(text: str) -> object:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError from error
-
-
-def _checked(folder: str, name: str) -> tuple[int, int]:
-    """Return size and time of a picture that is fine."""
-    _, time = _look(folder, name)
-    return check_image(folder, name), time
 
 
 class _Gathered:
@@ -332,15 +329,16 @@ class _Gathered:
         if folder not in pictures.folders:
             pictures.folders.append(folder)
         number_of_folder = pictures.folders.index(folder)
-        for name in (name for images in found.images for name in images):
-            number = self._numbers.setdefault((number_of_folder, name), len(pictures.names))
-            self._picture_of.append(number)
-            if number == len(pictures.names):
-                size, time = found.looked_at[name]
+        numbers: dict[str, int] = {}
+        for name, (size, time) in found.looked_at.items():
+            numbers[name] = self._numbers.setdefault((number_of_folder, name), len(pictures.names))
+            if numbers[name] == len(pictures.names):
                 pictures.folder.append(number_of_folder)
                 pictures.names.append(name)
                 pictures.sizes.append(size)
                 pictures.times.append(time)
+        for images in found.images:
+            self._picture_of.extend(numbers[name] for name in images)
 
     def _take_tokens(self, found: _Found, rows: NDArray[np.void]) -> None:
         """Add ids, labels, pictures' sizes and names of each row to the fingerprint, as 64-bit numbers and text."""
