@@ -132,7 +132,7 @@ class Entry:
             ValueError: the file is damaged, or is something else.
         """
         try:
-            with np.load(self.path, allow_pickle=False) as arrays:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 found = _unpacked({name: arrays[name] for name in arrays.files}, self._key)
         except FileNotFoundError:
             return None
