@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from array import array
 from collections import Counter
@@ -138,6 +139,8 @@ def _tasks(files: Sequence[DataFile]) -> Iterator[Task]:
                 if isinstance(found, Chunk):
                     empty = False
                     yield number, found
+                    if isinstance(data, mmap.mmap):
+                        data.madvise(mmap.MADV_DONTNEED)  # what was split need not stay in this process
                 elif found[0].code != "bom":
                     raise _refused(file)
         if empty:
