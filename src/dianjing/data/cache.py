@@ -201,10 +201,10 @@ def _unpacked(arrays: Mapping[str, Any], key: str) -> Survey:
     rows = arrays["rows"]
     pictures = Pictures(
         folders=about["folders"],
-        folder=array("i", arrays["folder"].tolist()),
+        folder=array("i", arrays["folder"].tobytes()),
         names=about["names"],
-        sizes=array("q", arrays["sizes"].tolist()),
-        times=array("q", arrays["times"].tolist()),
+        sizes=array("q", arrays["sizes"].tobytes()),
+        times=array("q", arrays["times"].tobytes()),
     )
     if about["key"] != key or rows.dtype != ROW or len(arrays["picture_of"]) != rows["images"].sum():
         raise ValueError("it belongs to other data")
