@@ -46,7 +46,7 @@ def key_of(files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> s
     pictures."""
     fields = {
         "program": [Path(path).read_text(encoding="utf-8") for path in DECIDING],
-        "versions": [version(name) for name in ("tokenizers", "transformers")],
+        "versions": [version(name) for name in ("pillow", "tokenizers", "transformers")],
         "paths": [file.path for file in files],
         "files": [file.digest().hex() for file in files],
         "folders": [os.path.abspath(survey.image_folder(config, file.path)) for file in files],
@@ -95,7 +95,8 @@ def _still_right(entry: Entry, files: Sequence[DataFile], config: DataConfig, wa
         return found, f"records and pictures are as at an earlier start ({entry.path})"
     if config.on_bad_record == "error":
         _require_usable(changed, found, files)
-    return None, f"{len(changed):,} pictures were changed after an earlier start; every record was read again"
+    some = f"{len(changed):,} of {len(found.pictures.names):,} pictures"
+    return None, f"{some} were changed after an earlier start; every record was read again"
 
 
 def _require_usable(changed: Sequence[int], found: Survey, files: Sequence[DataFile]) -> None:

@@ -60,7 +60,7 @@ def _groups(indices: Sequence[int], lengths: Sequence[int], size: int, generator
 
 
 def _permutation(n: int, generator: torch.Generator) -> list[int]:
-    return torch.randperm(n, generator=generator).tolist()
+    return torch.randperm(n, generator=generator).numpy().tolist()
 
 
 def steps_per_epoch(n: int, global_batch_size: int) -> int:

@@ -241,7 +241,7 @@ def test_a_picture_that_was_changed(config: DataConfig, opened: Open, surveys: l
     first = opened(config)
     Image.new("RGB", (7, 9)).save(Path(config.images) / "tall.jpg")
     second = opened(config)
-    assert second.opened.startswith("1 pictures were changed")
+    assert second.opened.startswith("1 of 4 pictures were changed")
     assert second.fingerprint != first.fingerprint
     os.utime(Path(config.images) / "wide.png", ns=(1, 1))
     third = opened(config)
