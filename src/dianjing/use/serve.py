@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dianjing.constants import IMAGE_MARKER
-from dianjing.data.image import load_image
+from dianjing.data.picture import load_image
 from dianjing.errors import ConfigError, DataError, ModelError
 
 HOST = "127.0.0.1"

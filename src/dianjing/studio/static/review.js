@@ -1,0 +1,331 @@
+// One record at a time: look, decide, edit, undo.
+
+import { $, about, element, request, say, toast } from "./page.js";
+import * as editor from "./editor.js";
+
+let shown = null; // the record on the page
+let filter = "all";
+let entered = false;
+let polling = 0;
+
+// What this tab changed: the records in order, and each one's version after it; undone in that order, also after a reload.
+const mine = {
+  read: () => JSON.parse(sessionStorage.getItem("mine") ?? '{"order": [], "versions": {}}'),
+  write: (value) => sessionStorage.setItem("mine", JSON.stringify({ ...value, order: value.order.slice(-500) })),
+};
+
+export async function enter(place) {
+  if (!about.data) return;
+  if (!entered) begin();
+  entered = true;
+  watchCheck();
+  const index = /^\d+$/.test(place) ? Number(place) : shown ? shown.index : 0;
+  if (!shown || shown.index !== index) await move(index, 1, "all");
+}
+
+export function leave() {
+  clearTimeout(polling);
+}
+
+export function index() {
+  return shown && shown.images.length ? shown.index : null;
+}
+
+export function key(event) {
+  const pressed = { ArrowRight: "j", ArrowLeft: "k" }[event.key] ?? event.key.toLowerCase();
+  const button = { j: "next", k: "previous", a: "accept", r: "reject", e: "edit", u: "undo", g: "generate", s: "sees" }[pressed];
+  if (!button || !about.data) return false;
+  $(button).click();
+  return true;
+}
+
+function begin() {
+  filter = sessionStorage.getItem("filter") ?? "all";
+  for (const button of $("filters").children) {
+    button.addEventListener("click", () => choose(button.dataset.filter));
+  }
+  $("previous").addEventListener("click", () => move(shown.index - 1, -1, filter));
+  $("next").addEventListener("click", () => move(shown.index + 1, 1, filter));
+  $("accept").addEventListener("click", () => decide("accept"));
+  $("reject").addEventListener("click", () => decide("reject"));
+  $("edit").addEventListener("click", () => edit(shown.messages ?? [], null));
+  $("undo").addEventListener("click", undo);
+  $("generate").addEventListener("click", generate);
+  $("sees").addEventListener("click", () => { $("seen").hidden = !$("seen").hidden; showSeen(); });
+  $("export").addEventListener("click", writeReviewed);
+  $("jump").addEventListener("change", () => {
+    const wanted = Number($("jump").value);
+    $("jump").value = "";
+    $("jump").blur();
+    move(Math.max(0, Math.floor(wanted)), 1, "all");
+  });
+  $("prompt").value = `conversation_${document.documentElement.lang}`;
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden && shown && !editor.isOpen()) refresh();
+  });
+  marks();
+}
+
+function marks() {
+  for (const button of $("filters").children) button.setAttribute("aria-pressed", button.dataset.filter === filter);
+}
+
+async function choose(name) {
+  filter = name;
+  sessionStorage.setItem("filter", name);
+  marks();
+  if (editor.isOpen()) return;
+  const found = await move(shown ? shown.index : 0, 1, filter, true);
+  if (!found) await move(shown ? shown.index : 0, -1, filter);
+}
+
+// Show the first record of a filter from `start` on, in one direction.
+async function move(start, step, chosen, quietly = false) {
+  if (editor.isOpen()) return false;
+  const { value } = await request(`next?from=${start}&step=${step}&filter=${chosen}`);
+  if (value.index === null) {
+    if (!quietly) toast(say(shown ? "no_more" : "nothing_here"));
+    await counts();
+    return false;
+  }
+  const { value: record } = await request(`records/${value.index}`);
+  show(record);
+  await counts();
+  return true;
+}
+
+async function refresh() {
+  const { value } = await request(`records/${shown.index}`);
+  if (value.version !== shown.version) show(value);
+  await counts();
+}
+
+function show(record) {
+  shown = record;
+  history.replaceState(null, "", `#review/${record.index}`);
+  $("record-name").textContent = record.id === String(record.index) ? say("record", { index: record.index }) : record.id;
+  $("record-name").title = say("record", { index: record.index });
+  $("status").textContent = say(record.status);
+  $("status").className = `chip ${record.status}`;
+  $("edited").hidden = !record.edited;
+  notice(record.changed_on_disk ? say("changed_on_disk") : "");
+  showPictures(record);
+  showConversation(record);
+  showFindings(record);
+  buttons();
+  showSeen();
+  scrollTo(0, 0);
+}
+
+function buttons() {
+  const busy = editor.isOpen();
+  for (const id of ["previous", "next", "accept", "reject", "undo"]) $(id).disabled = busy;
+  $("edit").disabled = busy || !shown?.can_edit;
+  $("generate").disabled = busy || !about.generate || !shown?.can_edit || shown?.images.length !== 1;
+}
+
+function notice(text) {
+  $("notice").textContent = text;
+  $("notice").hidden = !text;
+}
+
+function showPictures(record) {
+  const made = record.images.map((name, number) => {
+    const image = element("img", { alt: name, src: `records/${record.index}/pictures/${number}` });
+    const figure = element("figure", {}, image, element("figcaption", {}, name));
+    image.addEventListener("error", async () => {
+      const answer = await fetch(image.src);
+      const reason = answer.ok ? "" : (await answer.json()).error;
+      image.replaceWith(element("p", { class: "broken" }, say("picture_failed", { reason })));
+    });
+    return figure;
+  });
+  $("pictures").replaceChildren(...(made.length ? made : [element("p", { class: "empty" }, say("no_picture"))]));
+}
+
+function showConversation(record) {
+  if (record.messages === null) {
+    $("conversation").replaceChildren(
+      element("p", { class: "faint" }, say("as_it_stands")), element("pre", { class: "raw" }, record.raw));
+    return;
+  }
+  $("conversation").replaceChildren(...record.messages.map((message) => {
+    const known = message.from === "human" || message.from === "gpt";
+    return element("div", { class: `message ${known ? message.from : "other"}` },
+      element("div", { class: "who" }, known ? say(message.from) : message.from),
+      element("div", { class: "text" }, message.value));
+  }));
+}
+
+function showFindings(record) {
+  const made = record.findings.map((finding) =>
+    element("li", { class: finding.severity },
+      element("span", { class: `chip ${finding.severity}` }, say(finding.severity)),
+      element("code", {}, finding.code),
+      element("span", {}, finding.text),
+      finding.fix ? element("div", { class: "faint" }, say("what_to_do", { fix: finding.fix })) : null));
+  $("findings").replaceChildren(...(made.length ? [element("ul", { "aria-label": say("findings") }, ...made)] : []));
+}
+
+async function counts() {
+  const { value } = await request("state");
+  const number = value.counts;
+  for (const button of $("filters").children) {
+    button.querySelector(".count").textContent = number[button.dataset.filter].toLocaleString();
+  }
+  const done = number.accepted + number.rejected;
+  $("done-bar").style.width = `${(100 * done) / number.all}%`;
+  $("done-text").textContent = say("progress", { done: done.toLocaleString(), all: number.all.toLocaleString() });
+  if (shown) {
+    const { value: place } = await request(`next?from=${shown.index}&filter=${filter}`);
+    const here = place.index === shown.index;
+    $("position").textContent = here
+      ? say("position", { position: (place.position + 1).toLocaleString(), total: place.total.toLocaleString() }) : "";
+  }
+  const checks = {
+    running: () => say("checking", { progress: value.check.progress }),
+    done: () => say("check_done", { number: number.findings.toLocaleString() }),
+  };
+  const told = (checks[value.check.state] ?? (() => say("check_failed", { reason: value.check.state })))();
+  const refused = value.pictures_refused ? [say("pictures_refused", { number: value.pictures_refused })] : [];
+  $("check-state").textContent = [told, ...refused, ...value.whole.map((one) => one.text)].join(" · ");
+  return value.check.state;
+}
+
+// While the whole set is checked, its progress; then the findings of the shown record anew.
+async function watchCheck() {
+  clearTimeout(polling);
+  if ((await counts()) === "running") polling = setTimeout(watchCheck, 500);
+  else if (shown && !editor.isOpen()) {
+    const { value } = await request(`records/${shown.index}`);
+    if (value.index === shown.index) { shown = value; showFindings(value); }
+  }
+}
+
+// Send a change made on the shown version; another tab may have been faster.
+async function change(record, version, op, conversations) {
+  const body = conversations ? { op, version, conversations } : { op, version };
+  const { status, value } = await request(`records/${record}/change`, body, [409]);
+  if (status === 409) {
+    show(value.record);
+    await counts();
+    notice(say(op === "edit" ? "stale_draft" : "stale"));
+    return null;
+  }
+  const { order, versions } = mine.read();
+  // What another tab did in between is not undone from here.
+  const own = versions[record] === version ? order : order.filter((which) => which !== record);
+  if (op === "undo") own.splice(own.lastIndexOf(record), own.includes(record) ? 1 : 0);
+  else own.push(record);
+  mine.write({ order: own, versions: { ...versions, [record]: value.version } });
+  return value;
+}
+
+async function decide(op) {
+  const from = shown.index;
+  const record = await change(from, shown.version, op);
+  if (!record) return;
+  show(record);
+  const going = await move(from + 1, 1, filter, true);
+  if (!going) toast(say("no_more"));
+}
+
+async function undo() {
+  const { order, versions } = mine.read();
+  const record = order.at(-1) ?? shown.index;
+  if (!order.length && !shown.can_undo) {
+    toast(say("nothing_to_undo"));
+    return;
+  }
+  const value = await change(record, order.length ? versions[record] : shown.version, "undo");
+  if (!value) {
+    mine.write({ order: order.filter((which) => which !== record), versions });
+    return;
+  }
+  show(value);
+  await counts();
+  toast(say("undone"));
+}
+
+function edit(messages, proposal) {
+  const lines = proposal ? [
+    say("proposal", { model: proposal.model }),
+    ...(proposal.calls ? [] : [say("from_journal")]),
+    ...(Object.keys(proposal.dropped).length
+      ? [say("dropped", { reasons: Object.entries(proposal.dropped).map(([why, n]) => `${n} ${why}`).join(", ") })] : []),
+  ] : [];
+  $("conversation").hidden = !proposal;
+  editor.open(messages, lines, {
+    save: async (conversations) => {
+      const record = await change(shown.index, shown.version, "edit", conversations);
+      if (!record) {
+        $("conversation").hidden = false;
+        buttons();
+        return;
+      }
+      shut();
+      show(record);
+      await counts();
+    },
+    cancel: () => { shut(); notice(""); show(shown); },
+  });
+  buttons();
+}
+
+function shut() {
+  editor.close();
+  $("conversation").hidden = false;
+  buttons();
+}
+
+async function generate() {
+  if ($("generate").disabled) return;
+  const record = shown.index;
+  notice(say("asking"));
+  $("generate").disabled = true;
+  try {
+    const { value } = await request(`records/${record}/proposal`, { prompt: $("prompt").value });
+    notice("");
+    if (shown.index === record && !editor.isOpen()) edit(value.conversations, value);
+  } catch {
+    notice("");
+    buttons();
+  }
+}
+
+async function writeReviewed() {
+  const { value } = await request("export", {});
+  toast(say("exported", { file: value.file, ...value.counts }));
+}
+
+async function showSeen() {
+  const box = $("seen");
+  if (box.hidden || !shown) return;
+  const { value: listing } = await request("runs");
+  const recipes = [...(about.recipe ? [about.recipe] : []), ...listing.recipes, ...listing.runs];
+  if (!recipes.length) {
+    box.replaceChildren(element("h2", {}, say("sees")), element("p", { class: "faint" }, say("no_recipe")));
+    return;
+  }
+  const chosen = recipes.includes(box.dataset.recipe) ? box.dataset.recipe : recipes[0];
+  const select = element("select", { "aria-label": say("recipe"), onchange: () => { box.dataset.recipe = select.value; showSeen(); } },
+    ...recipes.map((name) => element("option", { selected: name === chosen }, name)));
+  const body = element("div", {}, element("p", { class: "faint" }, "..."));
+  box.replaceChildren(element("div", { class: "row" }, element("h2", {}, say("sees")), select), body);
+  const record = shown.index;
+  const query = `recipe=${encodeURIComponent(chosen)}`;
+  const answer = await fetch(`records/${record}/seen?${query}`);
+  const value = await answer.json();
+  if (shown.index !== record || !body.isConnected) return;
+  if (!answer.ok) {
+    body.replaceChildren(element("p", { class: "broken" }, value.error));
+    return;
+  }
+  const pictures = shown.images.map((name, number) => element("figure", {},
+    element("img", { alt: name, src: `records/${record}/seen/${number}?${query}` }),
+    element("figcaption", {}, say("after_preprocessing"))));
+  body.replaceChildren(
+    element("p", { class: "faint" }, value.headline), element("div", { class: "small" }, ...pictures),
+    element("pre", { class: "tokens" }, ...value.parts.map((part) => element("span", { class: part.kind }, part.text))),
+    element("p", { class: "faint" }, say("supervised_legend")));
+}
