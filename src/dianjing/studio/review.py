@@ -29,7 +29,7 @@ class Stale(Exception):
     """A change was made on a version of a record that is not the present one."""
 
 
-class Unusable(Exception):
+class Unusable(ValueError):
     """A change that cannot be made, and why."""
 
 
@@ -138,13 +138,14 @@ class Review:
 
     def _apply(self, line: Mapping[str, Any]) -> None:
         record, op = line["record"], line["op"]
-        if op not in OPS or line["version"] != self.version(record) + 1 or not 0 <= record < self._records:
+        follows = op in OPS and 0 <= record < self._records and line["version"] == self.version(record) + 1
+        if not follows or (op == "undo" and not self.can_undo(record)):
             raise ValueError("it does not follow from the lines before it")
         history = self._history.setdefault(record, [])
         if op == "undo":
             history.pop()
         elif op == "edit":
-            history.append(Decision(status="accepted", conversations=line["conversations"]))
+            history.append(Decision(status="accepted", conversations=checked(line["conversations"])))
         else:
             status: Status = "accepted" if op == "accept" else "rejected"
             history.append(replace(self.decision(record), status=status))

@@ -19,7 +19,14 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// The answer's JSON with its HTTP status; a failure is told once and thrown, but for those in `expected`.
+// A failure that the user has been told of; what waited for the answer ends there.
+export class Told extends Error {}
+
+addEventListener("unhandledrejection", (event) => {
+  if (event.reason instanceof Told) event.preventDefault();
+});
+
+// The answer's JSON with its HTTP status; a failure is told and thrown, but for those in `expected`.
 export async function request(path, body, expected = []) {
   const options = body === undefined
     ? {}
@@ -35,9 +42,9 @@ export async function upload(path, file) {
 export async function reach(path, options) {
   try {
     return await fetch(path, options);
-  } catch (error) {
+  } catch {
     toast(say("gone"), true);
-    throw error;
+    throw new Told("gone");
   }
 }
 
@@ -45,7 +52,7 @@ async function finish(response, expected) {
   const value = await response.json();
   if (!response.ok && !expected.includes(response.status)) {
     toast(value.error, true);
-    throw new Error(value.error);
+    throw new Told(value.error);
   }
   return { status: response.status, value };
 }

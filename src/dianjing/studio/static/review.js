@@ -4,6 +4,8 @@ import { $, about, element, request, say, toast } from "./page.js";
 import * as editor from "./editor.js";
 
 let shown = null; // the record on the page
+let busy = false;
+let asked = 0; // for the counts; only the latest answer is shown
 let filter = "all";
 let entered = false;
 let polling = 0;
@@ -20,7 +22,7 @@ export async function enter(place) {
   entered = true;
   watchCheck();
   const index = /^\d+$/.test(place) ? Number(place) : shown ? shown.index : 0;
-  if (!shown || shown.index !== index) await move(index, 1, "all");
+  if (!shown || shown.index !== index) await alone(() => move(index, 1, "all"));
 }
 
 export function leave() {
@@ -39,17 +41,29 @@ export function key(event) {
   return true;
 }
 
+// One thing at a time: a key pressed before the answer is here would be about a record that nobody has seen.
+async function alone(work) {
+  if (busy || editor.isOpen()) return;
+  busy = true;
+  try {
+    await work();
+  } finally {
+    busy = false;
+  }
+  await counts();
+}
+
 function begin() {
   filter = sessionStorage.getItem("filter") ?? "all";
   for (const button of $("filters").children) {
     button.addEventListener("click", () => choose(button.dataset.filter));
   }
-  $("previous").addEventListener("click", () => move(shown.index - 1, -1, filter));
-  $("next").addEventListener("click", () => move(shown.index + 1, 1, filter));
-  $("accept").addEventListener("click", () => decide("accept"));
-  $("reject").addEventListener("click", () => decide("reject"));
-  $("edit").addEventListener("click", () => edit(shown.messages ?? [], null));
-  $("undo").addEventListener("click", undo);
+  $("previous").addEventListener("click", () => alone(() => move(shown.index - 1, -1, filter)));
+  $("next").addEventListener("click", () => alone(() => move(shown.index + 1, 1, filter)));
+  $("accept").addEventListener("click", () => alone(() => decide("accept")));
+  $("reject").addEventListener("click", () => alone(() => decide("reject")));
+  $("edit").addEventListener("click", () => busy || edit(shown.messages ?? [], null));
+  $("undo").addEventListener("click", () => alone(undo));
   $("generate").addEventListener("click", generate);
   $("sees").addEventListener("click", () => { $("seen").hidden = !$("seen").hidden; showSeen(); });
   $("export").addEventListener("click", writeReviewed);
@@ -57,11 +71,11 @@ function begin() {
     const wanted = Number($("jump").value);
     $("jump").value = "";
     $("jump").blur();
-    move(Math.max(0, Math.floor(wanted)), 1, "all");
+    alone(() => move(Math.max(0, Math.floor(wanted)), 1, "all"));
   });
   $("prompt").value = `conversation_${document.documentElement.lang}`;
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden && shown && !editor.isOpen()) refresh();
+    if (!document.hidden && shown) alone(refresh);
   });
   marks();
 }
@@ -70,34 +84,30 @@ function marks() {
   for (const button of $("filters").children) button.setAttribute("aria-pressed", button.dataset.filter === filter);
 }
 
-async function choose(name) {
+function choose(name) {
   filter = name;
   sessionStorage.setItem("filter", name);
   marks();
-  if (editor.isOpen()) return;
-  const found = await move(shown ? shown.index : 0, 1, filter, true);
-  if (!found) await move(shown ? shown.index : 0, -1, filter);
+  alone(async () => {
+    const here = shown ? shown.index : 0;
+    if (!(await move(here, 1, filter, true))) await move(here, -1, filter);
+  });
 }
 
 // Show the first record of a filter from `start` on, in one direction.
 async function move(start, step, chosen, quietly = false) {
-  if (editor.isOpen()) return false;
   const { value } = await request(`next?from=${start}&step=${step}&filter=${chosen}`);
   if (value.index === null) {
     if (!quietly) toast(say(shown ? "no_more" : "nothing_here"));
-    await counts();
     return false;
   }
-  const { value: record } = await request(`records/${value.index}`);
-  show(record);
-  await counts();
+  show((await request(`records/${value.index}`)).value);
   return true;
 }
 
 async function refresh() {
   const { value } = await request(`records/${shown.index}`);
   if (value.version !== shown.version) show(value);
-  await counts();
 }
 
 function show(record) {
@@ -118,10 +128,10 @@ function show(record) {
 }
 
 function buttons() {
-  const busy = editor.isOpen();
-  for (const id of ["previous", "next", "accept", "reject", "undo"]) $(id).disabled = busy;
-  $("edit").disabled = busy || !shown?.can_edit;
-  $("generate").disabled = busy || !about.generate || !shown?.can_edit || shown?.images.length !== 1;
+  const writing = editor.isOpen();
+  for (const id of ["previous", "next", "accept", "reject", "undo"]) $(id).disabled = writing;
+  $("edit").disabled = writing || !shown?.can_edit;
+  $("generate").disabled = writing || !about.generate || !shown?.can_edit || shown?.images.length !== 1;
 }
 
 function notice(text) {
@@ -168,7 +178,10 @@ function showFindings(record) {
 }
 
 async function counts() {
+  const ticket = (asked += 1);
   const { value } = await request("state");
+  const { value: place } = shown ? await request(`next?from=${shown.index}&filter=${filter}`) : {};
+  if (ticket !== asked) return value.check.state;
   const number = value.counts;
   for (const button of $("filters").children) {
     button.querySelector(".count").textContent = number[button.dataset.filter].toLocaleString();
@@ -176,12 +189,8 @@ async function counts() {
   const done = number.accepted + number.rejected;
   $("done-bar").style.width = `${(100 * done) / number.all}%`;
   $("done-text").textContent = say("progress", { done: done.toLocaleString(), all: number.all.toLocaleString() });
-  if (shown) {
-    const { value: place } = await request(`next?from=${shown.index}&filter=${filter}`);
-    const here = place.index === shown.index;
-    $("position").textContent = here
-      ? say("position", { position: (place.position + 1).toLocaleString(), total: place.total.toLocaleString() }) : "";
-  }
+  $("position").textContent = place && place.index === shown.index
+    ? say("position", { position: (place.position + 1).toLocaleString(), total: place.total.toLocaleString() }) : "";
   const checks = {
     running: () => say("checking", { progress: value.check.progress }),
     done: () => say("check_done", { number: number.findings.toLocaleString() }),
@@ -198,7 +207,7 @@ async function watchCheck() {
   if ((await counts()) === "running") polling = setTimeout(watchCheck, 500);
   else if (shown && !editor.isOpen()) {
     const { value } = await request(`records/${shown.index}`);
-    if (value.index === shown.index) { shown = value; showFindings(value); }
+    if (value.index === shown.index && value.version === shown.version) showFindings(value);
   }
 }
 
@@ -208,7 +217,6 @@ async function change(record, version, op, conversations) {
   const { status, value } = await request(`records/${record}/change`, body, [409]);
   if (status === 409) {
     show(value.record);
-    await counts();
     notice(say(op === "edit" ? "stale_draft" : "stale"));
     return null;
   }
@@ -243,7 +251,6 @@ async function undo() {
     return;
   }
   show(value);
-  await counts();
   toast(say("undone"));
 }
 
@@ -279,14 +286,14 @@ function shut() {
 }
 
 async function generate() {
-  if ($("generate").disabled) return;
+  if (busy) return;
   const record = shown.index;
   notice(say("asking"));
   $("generate").disabled = true;
   try {
     const { value } = await request(`records/${record}/proposal`, { prompt: $("prompt").value });
     notice("");
-    if (shown.index === record && !editor.isOpen()) edit(value.conversations, value);
+    if (shown.index === record && !busy && !editor.isOpen()) edit(value.conversations, value);
   } catch {
     notice("");
     buttons();
