@@ -1,4 +1,4 @@
-"""The studio in a real browser: look, edit, reject, undo, reload, generate, two tabs, follow a run, ask with a picture."""
+"""The studio in a real browser: edit, reject, undo, reload, generate, two tabs, a run, a question about a picture."""
 
 from __future__ import annotations
 
@@ -150,7 +150,12 @@ def test_generate_and_write_the_reviewed_set(tab: Callable[[], Any], start: Open
 
 
 def test_chat_with_a_picture_and_see_what_the_model_sees(
-    tab: Callable[[], Any], start: Open, project: Path, make_recipe: MakeRecipe, tiny_llm: Path, tiny_dataset: TinyDataset
+    tab: Callable[[], Any],
+    start: Open,
+    project: Path,
+    make_recipe: MakeRecipe,
+    tiny_llm: Path,
+    tiny_dataset: TinyDataset,
 ) -> None:
     recipe = make_recipe(output=str(project / "runs" / "seeing"))
     write_run(recipe, seer_of(recipe))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +23,18 @@ class _Model:
     def __init__(self, path: str) -> None:
         self.path = path
         self.lock = threading.Lock()
+        """Held while it answers."""
         self.stamp = 0
         self.seer: Seer | None = None
 
 
 class Models:
-    """Every model by the name that the page knows; a run is loaded anew when it has a newer checkpoint."""
+    """Every model by its path; a run is loaded anew when it has a newer checkpoint."""
 
     def __init__(self) -> None:
         self.ending = threading.Event()
         self._models: dict[str, _Model] = {}
-        self._lock = threading.Lock()
+        self._loading = threading.Lock()
 
     def answer(
         self, path: str, image: Image | None, history: Sequence[tuple[str, str]], question: str
@@ -47,9 +49,8 @@ class Models:
         from dianjing.use.chat import BLIND
         from dianjing.use.generate import Conversation, prepare, stream
 
-        model = self._known(path)
-        with model.lock:
-            seer = self._loaded(model)
+        lock, seer = self._loaded(path)
+        with lock:
             yield BLIND if image and not seer.can_see else ""
             asked = [text for text, _ in history] + [question]
             asked[0] = with_markers(asked[0], int(image is not None))
@@ -64,19 +65,22 @@ class Models:
                 if self.ending.is_set():
                     return
 
-    def _known(self, path: str) -> _Model:
-        with self._lock:
-            return self._models.setdefault(path, _Model(path))
+    def _loaded(self, path: str) -> tuple[threading.Lock, Seer]:
+        """Return the model, read from disk if it is not in memory or a run has gone on since.
 
-    def _loaded(self, model: _Model) -> Seer:
-        """Return the model, read from disk if it is not in memory or a run has gone on since."""
+        While one is read, none answers and no other is read: transformers changes defaults of the whole process.
+        """
         from dianjing.use.load import load_for_use  # slow to import: transformers
 
-        stamp = _stamp(model.path)
-        if model.seer is None or stamp != model.stamp:
-            model.seer = None  # before the next one is loaded
-            model.seer, model.stamp = load_for_use(model.path), stamp
-        return model.seer
+        with self._loading:
+            model, stamp = self._models.setdefault(path, _Model(path)), _stamp(path)
+            if model.seer is None or stamp != model.stamp:
+                with ExitStack() as held:
+                    for other in self._models.values():
+                        held.enter_context(other.lock)
+                    model.seer = None  # before the next one is in memory
+                    model.seer, model.stamp = load_for_use(path), stamp
+            return model.lock, model.seer
 
 
 def _stamp(path: str) -> int:

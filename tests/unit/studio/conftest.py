@@ -59,7 +59,13 @@ class Served:
     folder: Path
 
     def ask(
-        self, path: str, body: Any = None, *, headers: dict[str, str] | None = None, method: str = "", prefix: str = f"/{TOKEN}"
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        headers: dict[str, str] | None = None,
+        method: str = "",
+        prefix: str = f"/{TOKEN}",
     ) -> Answer:
         """Send one request, its path as it is."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -90,9 +96,7 @@ def served(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Served]:
     hostile = [{"id": f"h{i}", "image": name, "conversations": talk} for i, name in enumerate(HOSTILE)]
     data = folder / "data.json"
     data.write_text(json.dumps([*tiny_records(), *hostile]), encoding="utf-8")
-    studio = Studio(
-        folder=folder, runs=Runs(folder, str(images)), models=Models(), desk=Desk(data, str(images))
-    )
+    studio = Studio(folder=folder, runs=Runs(folder, str(images)), models=Models(), desk=Desk(data, str(images)))
     with open_port(0) as listening:
         port = listening.getsockname()[1]
         app = Guard(app=build_app(studio), port=port, token=TOKEN)

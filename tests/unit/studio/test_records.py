@@ -50,7 +50,9 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     records.close()
 
 
-@pytest.mark.parametrize(("name", "content"), [("d.json", "[]"), ("d.jsonl", ""), ("d.txt", "[{}]"), ("none.json", None)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("d.json", "[]"), ("d.jsonl", ""), ("d.txt", "[{}]"), ("none.json", None)]
+)
 def test_a_file_without_records_is_refused(tmp_path: Path, name: str, content: str | None) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -105,7 +107,13 @@ def test_the_reviewed_set_is_what_was_kept(tiny_dataset: TinyDataset, tmp_path: 
     assert json.loads(out.read_text("utf-8")) == expected
     assert source.read_bytes() == tiny_dataset.path.read_bytes()
     assert counts == dict(
-        written=len(expected), accepted=2, edited=1, undecided=len(expected) - 2, rejected=1, unreadable=0, with_errors=0
+        written=len(expected),
+        accepted=2,
+        edited=1,
+        undecided=len(expected) - 2,
+        rejected=1,
+        unreadable=0,
+        with_errors=0,
     )
     assert len(load_records(str(out)).records) == len(expected)
     # Its own file is replaced; one that somebody changed is not.

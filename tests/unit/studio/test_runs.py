@@ -108,7 +108,9 @@ def test_the_model_is_shown_a_record_as_in_training(recipe: Recipe, tmp_path: Pa
     seen = Seen().text(str(tmp_path / "mine.toml"), fields, Place("data.json", 0, 0))
     kinds = [part["kind"] for part in seen["parts"]]
     assert {"plain", "supervised", "picture"} == set(kinds)
-    assert f"{NUM_IMAGE_TOKENS} image tokens" in next(part["text"] for part in seen["parts"] if part["kind"] == "picture")
+    assert f"{NUM_IMAGE_TOKENS} image tokens" in next(
+        part["text"] for part in seen["parts"] if part["kind"] == "picture"
+    )
     answer = next(turn["value"] for turn in fields["conversations"] if turn["from"] == "gpt")
     assert answer in "".join(part["text"] for part in seen["parts"] if part["kind"] == "supervised")
     image = fields["image"] if isinstance(fields["image"], str) else fields["image"][0]

@@ -112,16 +112,16 @@ function svg(tag, attributes, text) {
 
 // The loss over the steps, with a few round numbers at the sides.
 function curve(points) {
-  const [width, height, left, bottom, top] = [760, 280, 56, 34, 12];
+  const [width, height, left, right, bottom, top] = [760, 290, 56, 24, 44, 14];
   const steps = points.map(([step]) => step), losses = points.map(([, loss]) => loss).filter(Number.isFinite);
   const [first, final] = [Math.min(...steps), Math.max(...steps)];
   const ticks = round(Math.min(...losses), Math.max(...losses));
   const [low, high] = [ticks[0], ticks.at(-1)];
-  const x = (step) => left + ((step - first) / Math.max(final - first, 1)) * (width - left - 12);
+  const x = (step) => left + ((step - first) / Math.max(final - first, 1)) * (width - left - right);
   const y = (loss) => top + ((high - loss) / (high - low)) * (height - top - bottom);
   const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": say("loss"), class: "curve" });
   for (const tick of ticks) {
-    drawn.append(svg("line", { x1: left, x2: width - 12, y1: y(tick), y2: y(tick), class: "grid" }),
+    drawn.append(svg("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), class: "grid" }),
       svg("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, String(+tick.toFixed(6))));
   }
   for (const tick of round(first, final).filter((tick) => tick >= first && tick <= final && Number.isInteger(tick))) {
@@ -130,7 +130,7 @@ function curve(points) {
   const path = points.filter(([, loss]) => Number.isFinite(loss))
     .map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
   drawn.append(svg("path", { d: path, class: "line" }),
-    svg("text", { x: width - 12, y: height - 2, "text-anchor": "end" }, say("step")));
+    svg("text", { x: width - right, y: height - 7, "text-anchor": "end" }, say("step")));
   return element("figure", {}, element("figcaption", {}, say("loss")), drawn);
 }
 
