@@ -26,9 +26,12 @@ PATIENCE_MS = 60_000
 Open = Callable[..., str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Return a headless Chromium of this machine."""
+    """Return a headless Chromium of this machine.
+
+    Of one module only: while the driver is there, no other test of this process can run an event loop.
+    """
     if not CHROMIUM:
         pytest.skip("no chromium or google-chrome in PATH, and none in DIANJING_CHROMIUM")
     with playwright.sync_playwright() as driver:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import secrets
 import signal
 import threading
 import webbrowser
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,14 +68,18 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f'the studio needs {" and ".join(missing)}; pip install "dianjing[studio]"')
 
     # Slow to import, so a typing error is said before.
+    from dianjing.model.hub import ONLINE
     from dianjing.studio.app import build_app
     from dianjing.studio.guard import Guard
     from dianjing.use.serve import HOST, open_port, run_server
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    # What a recipe of the folder names is not downloaded by looking at it; by a run that is started it may be.
+    training = {name: os.environ[name] for name in (ONLINE,) if name in os.environ}
+    os.environ[ONLINE] = "0"
     with open_port(given.port) as listening:
         with console.status("reading the data file"):
-            studio = open_studio(given, console)
+            studio = open_studio(given, console, training)
         try:
             port, token = listening.getsockname()[1], secrets.token_urlsafe(16)
             address = f"http://{HOST}:{port}/{token}/"
@@ -91,8 +97,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def open_studio(given: Arguments, console: Console) -> Studio:
-    """Return all that the page can reach, the data file open."""
+def open_studio(given: Arguments, console: Console, training: Mapping[str, str]) -> Studio:
+    """Return all that the page can reach, the data file open; `training` is the environment of runs it starts."""
     from dianjing.studio.app import Studio
     from dianjing.studio.desk import Desk
     from dianjing.studio.models import Models
@@ -105,7 +111,7 @@ def open_studio(given: Arguments, console: Console) -> Studio:
     proposer = open_proposer(given, console)
     return Studio(
         folder=given.folder.resolve(),
-        runs=Runs(given.folder, given.images),
+        runs=Runs(given.folder, given.images, training),
         models=Models(),
         named_models=given.model,
         recipe=given.recipe,

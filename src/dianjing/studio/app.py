@@ -137,6 +137,7 @@ def build_app(studio: Studio) -> Starlette:
     handlers: Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
         DianjingError: _said,
         Unusable: _said,
+        OSError: _said,
         ClientDisconnect: _said,
     }
     app = Starlette(routes=routes, exception_handlers=cast(Any, handlers))

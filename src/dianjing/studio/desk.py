@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,6 +37,7 @@ class Desk:
         self.records = RecordFile(str(data))
         self.review = Review(data.with_name(f"{data.stem}.review.jsonl"), self.records.sha256, len(self.records))
         self.check = BackgroundCheck(str(data), self.root)
+        self._exporting = threading.Lock()
 
     def close(self) -> None:
         """End the check and give the journal back."""
@@ -152,17 +154,19 @@ class Desk:
         if self.records.changed():
             raise DataError(f"{self.data}: it was changed on disk while it is reviewed; start the studio again")
         out = reviewed_path(self.data)
-        return {"file": str(out), "counts": export(self.records, self.review, out)}
+        with self._exporting:
+            return {"file": str(out), "counts": export(self.records, self.review, out)}
 
     def _findings(self, index: int, fields: Mapping[str, Any] | None, images: list[str]) -> list[Finding]:
-        """Return the whole check's findings for a record as it stands in the file, and fresh ones for an edited one."""
-        edited = self.review.decision(index).conversations is not None
-        if self.check.state == "done" and not edited:
-            return self.check.by_record.get(index, [])
+        """Return what is wrong with a record as it is now; of one that was not edited, also beside the others."""
         if fields is None:
             problem = self.records[index].problem
             return [Finding(code="not_a_record", file=str(self.data), text=problem, record=index)]
-        return findings_of(fields, self.place(index), self.root, images)
+        alone = findings_of(fields, self.place(index), self.root, images)
+        if self.review.decision(index).conversations is not None:
+            return alone
+        known = self.check.by_record.get(index, [])
+        return known + [finding for finding in alone if finding.code not in {one.code for one in known}]
 
 
 def _finding_json(finding: Finding) -> dict[str, str]:

@@ -33,7 +33,8 @@ def export(records: RecordFile, review: Review, out: Path) -> dict[str, int]:
         {name: 0 for name in ("written", "accepted", "edited", "undecided", "rejected", "unreadable", "with_errors")}
     )
     aside = out.with_name(f".{out.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    aside.unlink(missing_ok=True)  # a link that stands there is not followed
+    with open(aside, "x", encoding="utf-8") as file:
         mark = "[\n"
         for fields in _kept(records, review, counts):
             file.write(mark + json.dumps(fields, ensure_ascii=False))

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,11 @@ class Started:
 class Runs:
     """What lies in a folder; `images` is the one folder beside it whose pictures may be shown."""
 
-    def __init__(self, folder: Path, images: str) -> None:
+    def __init__(self, folder: Path, images: str, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder.resolve()
         self._images = images
+        self._environment = dict(environment or {})
+        """Of the runs that are started, beside this process's own."""
         self._started: dict[Path, Started] = {}
         self._lock = threading.Lock()
 
@@ -83,9 +85,15 @@ class Runs:
                 raise ConfigError("a run is going on; stop it, or wait for it")
             log = file.with_name(f"{file.name}.log")
             command = [sys.executable, "-m", "dianjing", "train", str(file), *(["--resume"] if resume else [])]
-            with open(log, "wb") as out:
+            # A link that stands there is not followed.
+            with open(log, "wb", opener=lambda path, how: os.open(path, how | os.O_NOFOLLOW, 0o644)) as out:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, **self._environment},
                 )
             self._started[run] = Started(process=process, log=log)
         return self._name(run)

@@ -6,6 +6,7 @@ import * as review from "./review.js";
 let picture = {}; // {picture: name} or {record: index}
 let talks = []; // one a model: {model, history, log}
 let asked = 0; // answers under way
+let asking = new AbortController(); // ends them when the conversation is left
 let ready = false;
 
 export async function enter() {
@@ -68,6 +69,9 @@ function preview(source) {
 }
 
 function restart() {
+  asking.abort();
+  asking = new AbortController();
+  asked = 0;
   const models = [$("model-1").value, $("model-2").value].filter((name, i, all) => name && all.indexOf(name) === i);
   talks = models.map((model) => ({ model, history: [], log: element("div", { class: "log" }) }));
   $("columns").replaceChildren(...talks.map((talk) =>
@@ -87,19 +91,23 @@ async function answer(talk, question) {
     element("div", { class: "message human" }, element("div", { class: "who" }, say("human")), element("div", { class: "text" }, question)),
     element("div", { class: "message gpt waiting" }, element("div", { class: "who" }, say("gpt")), said));
   asked += 1;
+  const { signal } = asking;
   try {
-    const text = await read(talk, question, said);
+    const text = await read(talk, question, said, signal);
     if (text !== null) talk.history.push([question, text]);
+  } catch (error) {
+    if (!signal.aborted) throw error;
   } finally {
-    asked -= 1;
+    if (!signal.aborted) asked -= 1;
     said.parentElement.classList.remove("waiting");
   }
 }
 
 // Read the answer's lines as they come; null when it ended in an error.
-async function read(talk, question, said) {
+async function read(talk, question, said, signal) {
   const body = { model: talk.model, question, history: talk.history, ...picture };
-  const response = await reach("chat", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+  const headers = { "content-type": "application/json" };
+  const response = await reach("chat", { method: "POST", headers, body: JSON.stringify(body), signal });
   const fail = (text) => { said.replaceChildren(element("span", { class: "broken" }, text)); toast(text, true); return null; };
   if (!response.ok) return fail((await response.json()).error);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -42,14 +42,15 @@ export async function upload(path, file) {
 export async function reach(path, options) {
   try {
     return await fetch(path, options);
-  } catch {
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
     toast(say("gone"), true);
     throw new Told("gone");
   }
 }
 
 async function finish(response, expected) {
-  const value = await response.json();
+  const value = await response.json().catch(() => ({ error: `HTTP ${response.status}` }));
   if (!response.ok && !expected.includes(response.status)) {
     toast(value.error, true);
     throw new Told(value.error);

@@ -37,6 +37,7 @@ export function key(event) {
   const pressed = { ArrowRight: "j", ArrowLeft: "k" }[event.key] ?? event.key.toLowerCase();
   const button = { j: "next", k: "previous", a: "accept", r: "reject", e: "edit", u: "undo", g: "generate", s: "sees" }[pressed];
   if (!button || !about.data) return false;
+  if (event.repeat && button !== "next" && button !== "previous") return true; // a key held down decides once
   $(button).click();
   return true;
 }

@@ -45,13 +45,16 @@ function lists({ recipes, runs, going }) {
     going.includes(name) ? element("span", { class: "chip going" }, say("going")) : null)), say("no_runs"));
 }
 
-// Replaced only when it changed, so that a button is not taken away from under the pointer.
 function fill(list, items, empty) {
-  const made = items.length ? items : [element("li", { class: "faint" }, empty)];
-  const before = list.dataset.shown, now = made.map((item) => item.outerHTML).join("");
-  if (before === now) return;
-  list.dataset.shown = now;
-  list.replaceChildren(...made);
+  redraw(list, items.map((item) => item.outerHTML), () => (items.length ? items : [element("li", { class: "faint" }, empty)]));
+}
+
+// Drawn anew only when what it shows has changed: nothing flickers, closes, or is taken away from under the pointer.
+function redraw(box, shown, make) {
+  const now = JSON.stringify(shown);
+  if (box.dataset.shown === now) return;
+  box.dataset.shown = now;
+  box.replaceChildren(...make());
 }
 
 function open(name) {
@@ -72,7 +75,11 @@ async function show(name) {
     [say("rate"), last.learning_rate.toExponential(2)],
     [say("speed"), last.samples_per_second.toFixed(1)],
   ] : [];
-  $("run").replaceChildren(
+  if ($("run").dataset.name !== name) {
+    $("run").dataset.name = name;
+    $("run").replaceChildren(...["head", "curve", "samples", "log"].map((part) => element("div", { id: `run-${part}` })));
+  }
+  redraw($("run-head"), [name, state, run.going, figures], () => [
     element("div", { class: "headline" },
       element("h1", {}, name), element("span", { class: `chip ${run.going ? "going" : ""}`, id: "run-state" }, state),
       element("span", { class: "gap" }),
@@ -83,22 +90,25 @@ async function show(name) {
     last ? element("dl", { class: "figures" }, ...figures.map(([label, text]) =>
       element("div", {}, element("dt", {}, label), element("dd", {}, text))))
       : element("p", { class: "faint" }, run.going ? say("starting") : ""),
-    run.curve.length > 1 ? curve(run.curve) : element("span"),
-    samples(run),
-    run.log ? element("details", { open: !last || (run.exit_code ?? 0) !== 0 }, element("summary", {}, say("log")), element("pre", { class: "raw" }, run.log))
-      : element("span"));
+  ]);
+  redraw($("run-curve"), run.curve, () => (run.curve.length > 1 ? [curve(run.curve)] : []));
+  redraw($("run-samples"), run.samples, () => samples(run));
+  const failed = (run.exit_code ?? 0) !== 0;
+  redraw($("run-log"), [run.log, failed], () => (run.log
+    ? [element("details", { open: failed || $("run-log").querySelector("details")?.open },
+      element("summary", {}, say("log")), element("pre", { class: "raw" }, run.log))] : []));
 }
 
 function samples(run) {
-  if (!run.samples.length) return element("span");
+  if (!run.samples.length) return [];
   const rows = run.samples.map((row) => element("tr", {},
     element("td", {}, row.picture ? element("img", { alt: row.id,
       src: `run/picture?name=${encodeURIComponent(run.name)}&record=${encodeURIComponent(row.id)}` }) : ""),
     element("td", {}, row.question), element("td", { class: row.answer === row.reference ? "same" : "" }, row.answer),
     element("td", { class: "faint" }, row.reference)));
   const heads = ["", say("question"), say("answer"), say("reference")].map((text) => element("th", {}, text));
-  return element("div", {}, element("h2", {}, say("samples", { step: run.samples[0].step })),
-    element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows)));
+  return [element("h2", {}, say("samples", { step: run.samples[0].step })),
+    element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows))];
 }
 
 const SVG = "http://www.w3.org/2000/svg";
