@@ -32,7 +32,7 @@ from dianjing.studio.propose import Proposer
 from dianjing.studio.review import OPS, Stale, Unusable
 from dianjing.studio.runs import Runs
 from dianjing.studio.seen import Seen
-from dianjing.studio.words import LANGUAGES, chosen_language, words
+from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
 
 Result = TypeVar("Result")
 
@@ -220,6 +220,7 @@ async def _page(request: Request) -> Response:
         "recipe": studio.recipe,
         "filters": FILTERS,
         "words": words(language),
+        "codes": codes(language),
     }
     page = jinja2.Template(text, autoescape=True).render(t=words(language), language=language, about=about)
     return HTMLResponse(page)

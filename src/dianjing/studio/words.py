@@ -1,4 +1,4 @@
-"""The page's own words, in English and Chinese; what the check and errors say is theirs, in English."""
+"""The page's own words, and what the codes of the check mean, in English and Chinese; errors speak English."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def _table() -> Mapping[str, Mapping[str, str]]:
 def words(language: str) -> dict[str, str]:
     """Return every word of the page in one language."""
     return {name: texts[language] for name, texts in _table().items()}
+
+
+@cache
+def codes(language: str) -> dict[str, list[str]]:
+    """Return meaning and remedy of each finding's code in a language that is not the check's own; {} for English."""
+    if language == "en":
+        return {}
+    return json.loads((files("dianjing.studio") / f"codes_{language}.json").read_text(encoding="utf-8"))
 
 
 def chosen_language(accepted: str) -> str:

@@ -169,12 +169,16 @@ function showConversation(record) {
 }
 
 function showFindings(record) {
-  const made = record.findings.map((finding) =>
-    element("li", { class: finding.severity },
+  const made = record.findings.map((finding) => {
+    // In the reader's language where there is one; the check's own sentence, which names the place, in any case.
+    const [meaning, remedy] = about.codes[finding.code] ?? ["", finding.fix];
+    return element("li", { class: finding.severity },
       element("span", { class: `chip ${finding.severity}` }, say(finding.severity)),
       element("code", {}, finding.code),
-      element("span", {}, finding.text),
-      finding.fix ? element("div", { class: "faint" }, say("what_to_do", { fix: finding.fix })) : null));
+      element("span", {}, meaning || finding.text),
+      meaning ? element("div", { class: "faint" }, finding.text) : null,
+      finding.fix && remedy ? element("div", { class: "faint" }, say("what_to_do", { fix: remedy })) : null);
+  });
   $("findings").replaceChildren(...(made.length ? [element("ul", { "aria-label": say("findings") }, ...made)] : []));
 }
 
