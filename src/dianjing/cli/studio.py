@@ -87,7 +87,8 @@ def run(arguments: list[str]) -> int:
             if not given.no_browser:
                 threading.Timer(0.5, webbrowser.open, [address]).start()
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: runs get their checkpoint
-            run_server(Guard(app=build_app(studio), port=port, token=token), listening)
+            app = Guard(app=build_app(studio), port=port, token=token)
+            run_server(app, listening, studio.models.ending.set)
         finally:
             with console.status("stopping"):
                 stopped = studio.close()

@@ -41,7 +41,7 @@ MAX_BYTES = 32 * 2**20
 SHOWN_SIDE = 1600
 """A larger picture is shown this large."""
 LOSSLESS_PIXELS = 512 * 512
-UPLOADS = 8
+UPLOADS = 4
 """Pictures of one's own that are in memory at once."""
 MAX_TURNS = 200
 

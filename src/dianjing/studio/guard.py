@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Mapping
@@ -42,13 +43,21 @@ class Guard:
             await _refuse(send, refusal)
             return
 
+        begun = False
+
         async def send_safely(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
 
-        await self.app({**scope, "path": path, "raw_path": path.encode()}, receive, send_safely)
+        try:
+            await self.app({**scope, "path": path, "raw_path": path.encode()}, receive, send_safely)
+        except asyncio.CancelledError:  # Ctrl-C, and the answer took too long to be waited for
+            if not begun:
+                await _refuse(send, Refusal(503, "the studio was ended"))
 
     def _checked(self, headers: Mapping[str, str], path: str) -> str:
         """Return the path without its token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import sys
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dianjing.studio.app import MAX_BYTES
+from dianjing.studio.guard import Guard
 from tests.tiny import tiny_records
 from tests.unit.studio.conftest import HOSTILE, TOKEN, Served
 
@@ -227,6 +229,23 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(
     assert answer.status == 422
     assert answer.value["error"]
     assert served.ask("/state").value["counts"]["accepted"] == 0
+
+
+def test_what_the_end_cuts_off_is_told() -> None:
+    sent: list[Any] = []
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "path": f"/{TOKEN}/state", "headers": [(b"host", b"127.0.0.1:1")]}
+    asyncio.run(Guard(app=slow, port=1, token=TOKEN)(scope, receive, send))
+    assert (sent[0]["status"], json.loads(sent[1]["body"])) == (503, {"error": "the studio was ended"})
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,16 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text()) == []
     review.close()
     records.close()
+
+
+def test_the_reviewed_set_does_not_go_where_a_link_leads(tmp_path: Path) -> None:
+    source, precious = tmp_path / "data.jsonl", tmp_path / "precious"
+    source.write_text('{"id": "a"}\n')
+    precious.write_text("mine")
+    (tmp_path / ".out.json.tmp").symlink_to(precious)
+    records = RecordFile(str(source))
+    review = review_of(records, tmp_path)
+    assert export(records, review, tmp_path / "out.json")["written"] == 1
+    assert precious.read_text() == "mine"
+    review.close()
+    records.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dianjing.errors import DataError
@@ -37,6 +37,7 @@ def attempt(review: Review, record: int, op: Op, text: str) -> None:
 operations = st.lists(st.tuples(st.integers(0, RECORDS - 1), st.sampled_from(OPS), st.text(max_size=5)), max_size=30)
 
 
+@settings(deadline=None, max_examples=40)  # every line is flushed to disk
 @given(operations)
 def test_any_changes_replayed_are_the_same_state(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, Op, str]]
@@ -54,6 +55,7 @@ def test_any_changes_replayed_are_the_same_state(
     again.close()
 
 
+@settings(deadline=None, max_examples=40)  # every line is flushed to disk
 @given(operations)
 def test_undoing_everything_leads_back_to_the_file(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, Op, str]]

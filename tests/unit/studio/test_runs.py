@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, DataError
-from dianjing.studio.runs import POINTS, Runs
+from dianjing.studio.runs import POINTS, Runs, Started
 from dianjing.studio.seen import Seen
 from tests.conftest import MakeRecipe
 from tests.tiny import NUM_IMAGE_TOKENS, TinyDataset, tiny_records
@@ -116,3 +119,31 @@ def test_the_model_is_shown_a_record_as_in_training(recipe: Recipe, tmp_path: Pa
     image = fields["image"] if isinstance(fields["image"], str) else fields["image"][0]
     picture = Seen().picture(str(tmp_path / "mine.toml"), str(tiny_dataset.images), image)
     assert picture.width == picture.height
+
+
+STOPS = "import pathlib, signal, sys; signal.sigwait([signal.SIGTERM]); pathlib.Path(sys.argv[1]).touch()"
+
+
+def test_the_end_waits_for_the_checkpoint_of_a_run(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # inherited: the signal waits until it is waited for
+    try:
+        process = subprocess.Popen([sys.executable, "-c", STOPS, str(tmp_path / "checkpoint")])
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    runs._started[runs.folder / "mine"] = Started(process=process, log=tmp_path / "log")
+    assert runs.listing()["going"] == ["mine"]
+    assert runs.end() == ["mine"]
+    assert (tmp_path / "checkpoint").exists()
+    assert runs.listing()["going"] == runs.end() == []
+
+
+def test_a_log_does_not_go_where_a_link_leads(recipe: Recipe, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (tmp_path / "precious").write_text("mine")
+    save_recipe(replace(recipe, output=str(project / "run")), project / "mine.toml")
+    (project / "mine.toml.log").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"mine\.toml\.log"):
+        Runs(project, "").start("mine.toml", resume=False)
+    assert (tmp_path / "precious").read_text() == "mine"
