@@ -122,6 +122,7 @@ def test_two_tabs_lose_nothing(tab: Callable[[], Any], start: Open, project: Pat
 
 
 def test_generate_and_write_the_reviewed_set(tab: Callable[[], Any], start: Open, project: Path) -> None:
+    pytest.importorskip("openai", reason="asking an endpoint needs openai: pip install openai")
     page = tab()
     with Endpoint() as endpoint:
         page.goto(start(project, flags(project, "--base-url", endpoint.url, "--model-name", "m")))

@@ -36,6 +36,15 @@ from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
 
 Result = TypeVar("Result")
 
+
+class Answer(JSONResponse):
+    """JSON in ASCII, since the texts of the data may hold half a character (a lone surrogate)."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, allow_nan=False).encode()
+
+
 MAX_BYTES = 32 * 2**20
 """Of one request."""
 SHOWN_SIDE = 1600
@@ -157,7 +166,7 @@ def _desk(request: Request) -> Desk:
 
 
 async def _said(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, status_code=422)
+    return Answer({"error": str(error)}, status_code=422)
 
 
 async def _body(request: Request) -> bytes:
@@ -227,7 +236,7 @@ async def _page(request: Request) -> Response:
 
 
 async def _state(request: Request) -> Response:
-    return JSONResponse(_desk(request).state())
+    return Answer(_desk(request).state())
 
 
 async def _next(request: Request) -> Response:
@@ -237,11 +246,11 @@ async def _next(request: Request) -> Response:
     if not start.removeprefix("-").isascii() or not start.removeprefix("-").isdecimal():
         raise Unusable('"from" must be a number')
     step = -1 if query.get("step") == "-1" else 1
-    return JSONResponse(await in_thread(desk.next, max(int(start[:12]), 0 if step > 0 else -1), step, chosen))
+    return Answer(await in_thread(desk.next, max(int(start[:12]), 0 if step > 0 else -1), step, chosen))
 
 
 async def _record(request: Request) -> Response:
-    return JSONResponse(await in_thread(_desk(request).record, _index(request)))
+    return Answer(await in_thread(_desk(request).record, _index(request)))
 
 
 async def _change(request: Request) -> Response:
@@ -253,8 +262,8 @@ async def _change(request: Request) -> Response:
     try:
         await in_thread(desk.change, index, version, op, body.get("conversations"))
     except Stale:
-        return JSONResponse({"error": "stale", "record": await in_thread(desk.record, index)}, status_code=409)
-    return JSONResponse(await in_thread(desk.record, index))
+        return Answer({"error": "stale", "record": await in_thread(desk.record, index)}, status_code=409)
+    return Answer(await in_thread(desk.record, index))
 
 
 async def _proposal(request: Request) -> Response:
@@ -267,7 +276,7 @@ async def _proposal(request: Request) -> Response:
     name = desk.picture_name(index, 0)
     proposal = await in_thread(studio.proposer.propose, name, prompt)
     fields = ("conversations", "model", "calls", "dropped")
-    return JSONResponse({name: getattr(proposal, name) for name in fields})
+    return Answer({name: getattr(proposal, name) for name in fields})
 
 
 async def _picture(request: Request) -> Response:
@@ -281,7 +290,7 @@ async def _seen(request: Request) -> Response:
     fields = desk.fields(index)
     if fields is None:
         raise DataError("this record is no JSON object; a model sees nothing of it")
-    return JSONResponse(await in_thread(studio.seen.text, recipe, fields, desk.place(index)))
+    return Answer(await in_thread(studio.seen.text, recipe, fields, desk.place(index)))
 
 
 async def _seen_picture(request: Request) -> Response:
@@ -293,15 +302,15 @@ async def _seen_picture(request: Request) -> Response:
 
 async def _export(request: Request) -> Response:
     await _json(request)
-    return JSONResponse(await in_thread(_desk(request).export))
+    return Answer(await in_thread(_desk(request).export))
 
 
 async def _runs(request: Request) -> Response:
-    return JSONResponse(await in_thread(_studio(request).runs.listing))
+    return Answer(await in_thread(_studio(request).runs.listing))
 
 
 async def _run(request: Request) -> Response:
-    return JSONResponse(await in_thread(_studio(request).runs.run, request.query_params.get("name", "")))
+    return Answer(await in_thread(_studio(request).runs.run, request.query_params.get("name", "")))
 
 
 async def _run_picture(request: Request) -> Response:
@@ -312,13 +321,13 @@ async def _run_picture(request: Request) -> Response:
 async def _start(request: Request) -> Response:
     body, runs = await _json(request), _studio(request).runs
     name, resume = _given(body, "recipe", str), _given(body, "resume", bool)
-    return JSONResponse({"name": await in_thread(lambda: runs.start(name, resume=resume))})
+    return Answer({"name": await in_thread(lambda: runs.start(name, resume=resume))})
 
 
 async def _stop(request: Request) -> Response:
     body = await _json(request)
     await in_thread(_studio(request).runs.stop, _given(body, "name", str))
-    return JSONResponse({})
+    return Answer({})
 
 
 async def _upload(request: Request) -> Response:
@@ -331,7 +340,7 @@ async def _upload(request: Request) -> Response:
     studio.uploads.move_to_end(name)
     while len(studio.uploads) > UPLOADS:
         studio.uploads.popitem(last=False)
-    return JSONResponse({"name": name})
+    return Answer({"name": name})
 
 
 def _opened(content: bytes) -> Image.Image:

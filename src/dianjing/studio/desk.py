@@ -15,7 +15,7 @@ from dianjing.data.record import Place
 from dianjing.errors import DataError
 from dianjing.studio.export import export, reviewed_path
 from dianjing.studio.findings import BackgroundCheck, findings_of
-from dianjing.studio.records import RecordFile, images_of, messages_of, text_of, with_messages
+from dianjing.studio.records import RecordFile, images_of, messages_of, with_messages
 from dianjing.studio.review import Op, Review
 
 Filter = Literal["all", "findings", "undecided", "accepted", "rejected"]
@@ -82,7 +82,7 @@ class Desk:
             "can_undo": self.review.can_undo(index),
             "can_edit": fields is not None,
             "messages": messages,
-            "raw": "" if messages is not None else raw.text if fields is None else text_of(fields),
+            "raw": "" if messages is not None else raw.text,
             "images": images,
             "findings": [_finding_json(finding) for finding in self._findings(index, fields, images)],
             "changed_on_disk": self.records.changed(),

@@ -12,7 +12,7 @@ from typing import Any
 
 from dianjing.data.record import Place, examine
 from dianjing.errors import DataError
-from dianjing.studio.records import RecordFile, with_messages
+from dianjing.studio.records import RecordFile, encodable, with_messages
 from dianjing.studio.review import Review
 
 
@@ -37,7 +37,8 @@ def export(records: RecordFile, review: Review, out: Path) -> dict[str, int]:
     with open(aside, "x", encoding="utf-8") as file:
         mark = "[\n"
         for fields in _kept(records, review, counts):
-            file.write(mark + json.dumps(fields, ensure_ascii=False))
+            text = json.dumps(fields, ensure_ascii=False)
+            file.write(mark + (text if encodable(text) else json.dumps(fields)))
             mark = ",\n"
         file.write("[]\n" if mark == "[\n" else "\n]\n")
         file.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +125,12 @@ def images_of(fields: Mapping[str, Any]) -> list[str]:
     """Return the names of a record's pictures; what is no name is left to the findings."""
     value = fields.get("image")
     names = cast(list[object], value) if isinstance(value, list) else [value]
-    return [name for name in names if isinstance(name, str) and name][:MAX_PICTURES]
+    return [name for name in names if isinstance(name, str) and name and encodable(name)][:MAX_PICTURES]
+
+
+def encodable(text: str) -> bool:
+    """Return whether a text can be written as UTF-8, which half a character (a lone surrogate) cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def with_messages(fields: Mapping[str, Any], messages: Sequence[Message]) -> dict[str, Any]:
@@ -138,8 +142,3 @@ def with_messages(fields: Mapping[str, Any], messages: Sequence[Message]) -> dic
     stale = {"conversation", "messages", *(["types"] if len(before) != len(messages) else [])}
     kept = {name: value for name, value in fields.items() if name not in stale}
     return {**kept, "conversations": [dict(message) for message in messages]}
-
-
-def text_of(fields: Mapping[str, Any]) -> str:
-    """Return a record as readable JSON."""
-    return _shown(json.dumps(fields, ensure_ascii=False, indent=1))

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from dianjing.errors import DataError
 from dianjing.journal import JournalFile
-from dianjing.studio.records import Message, read_messages
+from dianjing.studio.records import Message, encodable, read_messages
 
 Status = Literal["undecided", "accepted", "rejected"]
 Op = Literal["accept", "reject", "edit", "undo"]
@@ -166,8 +166,6 @@ def checked(value: object) -> list[Message]:
     for message in messages:
         if message["from"] not in ROLES:
             raise Unusable(f'a message is from "human" or "gpt", not from "{message["from"]}"')
-        try:
-            message["value"].encode()
-        except UnicodeEncodeError:
-            raise Unusable("a text holds half a character (a lone surrogate)") from None
+        if not encodable(message["value"]):
+            raise Unusable("a text holds half a character (a lone surrogate)")
     return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from PIL.Image import Image
 
 from dianjing.config.load import load_recipe
 from dianjing.data.picture import load_image
-from dianjing.errors import ConfigError, DataError
+from dianjing.errors import ConfigError, DataError, DianjingError
 
 DEPTH = 4
 """Folders below the first that are looked through."""
@@ -130,20 +131,25 @@ class Runs:
         started = self._started.get(run)
         if not started:
             run = self.recipe(name).parent
-        rows = read_journal(run)
+        try:
+            rows = [_finite(row) for row in read_journal(run)]
+            curve = [[row["step"], row["loss"]] for row in _thinned(rows)]
+            samples = self._samples(run)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{run}: its {JOURNAL} or samples.jsonl is damaged: {error!r}") from None
         journal = run / JOURNAL
         age = time.time() - journal.stat().st_mtime if journal.is_file() else None
         code = started.process.poll() if started else None
         return {
             "name": name,
-            "curve": [[row["step"], row["loss"]] for row in _thinned(rows)],
+            "curve": curve,
             "last": rows[-1] if rows else None,
             "total_steps": _total_steps(run),
             "seconds_since_last_line": age,
             "going": bool(started) and code is None,
             "exit_code": code,
             "log": _end_of(started.log) if started else "",
-            "samples": self._samples(run),
+            "samples": samples,
         }
 
     def picture(self, name: str, record: str) -> Image:
@@ -165,7 +171,12 @@ class Runs:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             rows += [json.loads(line)] if line.endswith("\n") else []
         last = max((row["step"] for row in rows), default=0)
-        _, images = self._sample_pictures(run)
+        try:
+            _, images = self._sample_pictures(run)
+        except (
+            DianjingError
+        ):  # the recipe or the held-out file is not what it was; the answers can be read all the same
+            images = {}
         return [{**row, "picture": row["id"] in images} for row in rows if row["step"] == last]
 
     def _sample_pictures(self, run: Path) -> tuple[str, dict[str, str]]:
@@ -216,7 +227,12 @@ def _is_recipe(path: Path) -> bool:
         return False
 
 
-def _thinned(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the numbers of a row that JSON can hold; None for the others."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def _thinned(rows: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
     """Return at most POINTS of the rows, evenly, the last one among them."""
     every = -(-len(rows) // POINTS) or 1
     return [row for i, row in enumerate(rows) if i % every == 0 or i == len(rows) - 1]

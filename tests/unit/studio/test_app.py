@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dianjing.studio.app import MAX_BYTES
+from dianjing.studio.app import MAX_BYTES, Answer
+from dianjing.studio.desk import Desk
 from dianjing.studio.guard import Guard
-from tests.tiny import tiny_records
+from tests.tiny import TinyDataset, tiny_records
 from tests.unit.studio.conftest import HOSTILE, TOKEN, Served
 
 FIRST_HOSTILE = len(tiny_records())
@@ -123,6 +124,37 @@ def test_no_address_leads_out_of_the_folder(served: Served, path: str) -> None:
     answer = served.ask(path)
     assert answer.status in (404, 422)
     assert b"root:" not in answer.content
+
+
+ODD = [
+    r'{"id": "a", "image": "\ud800.png", "conversations": [{"from": "human", "value": "\udfff"}]}',
+    '{"id": NaN, "x": Infinity, "conversations": [{"from": "human", "value": 3}]}',
+    '{"id": {"a": 1}, "image": {"b": 2}, "conversations": {"from": "human"}}',
+    '{"id": "deep", "x": ' + "[" * 400 + "]" * 400 + "}",
+    '{"image": [["a"], 3, "", "wide.png"], "messages": [{"role": "tool", "content": "x"}]}',
+    "[1, 2]",
+    '"text"',
+    "{broken",
+    '{"id": "\u202egnp.exe", "conversations": [{"from": "<b>", "value": "</script><script>alert(1)</script>"}]}',
+    '{"conversations": []}',
+]
+
+
+def test_odd_records_are_shown_and_written(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
+    data = tmp_path / "odd.jsonl"
+    data.write_text("\n".join(ODD), encoding="utf-8")
+    desk = Desk(data, str(tiny_dataset.images))
+    try:
+        for index in range(len(ODD)):
+            shown = desk.record(index)
+            assert json.loads(bytes(Answer(shown).body)) == shown
+            assert shown["findings"]
+            assert shown["messages"] is not None or shown["raw"]
+        counts = desk.export()["counts"]
+    finally:
+        desk.close()
+    assert (counts["written"], counts["unreadable"]) == (7, 3)
+    assert len(json.loads((tmp_path / "odd.reviewed.json").read_text("utf-8"))) == 7
 
 
 def test_pictures_are_written_anew(served: Served) -> None:

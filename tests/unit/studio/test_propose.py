@@ -14,6 +14,8 @@ from dianjing.studio.propose import Proposer
 from tests.chaos.endpoint import Behaviour, Endpoint, good
 from tests.tiny import TinyDataset
 
+pytest.importorskip("openai", reason="asking an endpoint needs openai: pip install openai")
+
 
 def proposer(images: Path, journal: Path, endpoint: Endpoint) -> Proposer:
     return Proposer(

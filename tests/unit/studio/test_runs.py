@@ -83,6 +83,25 @@ def test_sample_pictures_come_from_the_named_folders_only(
     assert named.picture(name, first).size
 
 
+@pytest.mark.parametrize("text", ["{}\n", "[]\n", "nonsense\n", '{"step": 1, "loss": "x"}\n'])
+def test_a_damaged_journal_is_named(recipe: Recipe, tmp_path: Path, text: str) -> None:
+    write_run(tmp_path / "project" / "one", recipe)
+    (tmp_path / "project" / "one" / "train.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        Runs(tmp_path / "project", "").run("one")
+
+
+def test_what_is_no_number_is_left_out_of_the_curve(recipe: Recipe, tmp_path: Path) -> None:
+    write_run(tmp_path / "project" / "one", recipe)
+    with (tmp_path / "project" / "one" / "train.jsonl").open("w") as file:
+        file.write(json.dumps({"step": 1, "loss": float("nan"), **ROW}) + "\n")
+    (tmp_path / "project" / "one" / "recipe.toml").write_text("damaged")
+    run = Runs(tmp_path / "project", "").run("one")
+    assert run["curve"] == [[1, None]]
+    assert run["samples"][0]["picture"] is False
+    json.dumps(run, allow_nan=False)
+
+
 @pytest.mark.parametrize("name", ["", "..", "../outside", "/etc", "none", "one/../one"])
 def test_only_what_is_listed_is_opened(recipe: Recipe, tmp_path: Path, name: str) -> None:
     write_run(tmp_path / "project" / "one", recipe)

@@ -71,9 +71,9 @@ async function show(name) {
   const last = run.last;
   const figures = last ? [
     [say("step"), `${last.step}${run.total_steps ? ` / ${run.total_steps}` : ""}`],
-    ["loss", last.loss.toFixed(4)],
-    [say("rate"), last.learning_rate.toExponential(2)],
-    [say("speed"), last.samples_per_second.toFixed(1)],
+    ["loss", last.loss?.toFixed(4) ?? "NaN"],
+    [say("rate"), last.learning_rate?.toExponential(2) ?? "NaN"],
+    [say("speed"), last.samples_per_second?.toFixed(1) ?? "NaN"],
   ] : [];
   if ($("run").dataset.name !== name) {
     $("run").dataset.name = name;
@@ -124,6 +124,7 @@ function svg(tag, attributes, text) {
 function curve(points) {
   const [width, height, left, right, bottom, top] = [760, 290, 56, 24, 44, 14];
   const steps = points.map(([step]) => step), losses = points.map(([, loss]) => loss).filter(Number.isFinite);
+  if (!losses.length) return element("span");
   const [first, final] = [Math.min(...steps), Math.max(...steps)];
   const ticks = round(Math.min(...losses), Math.max(...losses));
   const [low, high] = [ticks[0], ticks.at(-1)];
