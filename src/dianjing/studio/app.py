@@ -223,6 +223,7 @@ async def _page(request: Request) -> Response:
         "folder": studio.folder.name or str(studio.folder),
         "data": studio.desk.data.name if studio.desk else "",
         "journal": studio.desk.data.with_name(f"{studio.desk.data.stem}.review.jsonl").name if studio.desk else "",
+        "data_hash": studio.desk.records.sha256[:16] if studio.desk else "",
         "generate": studio.proposer is not None,
         "prompts": list(shipped_prompts()),
         "models": list(studio.named_models),

@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from dianjing.errors import ConfigError, DataError, DianjingError
 
 DEPTH = 4
 """Folders below the first that are looked through."""
+MANY = 2000
+"""A folder with more in it holds data, not recipes and runs, and is passed over."""
 POINTS = 600
 """Of a curve, at most."""
 LOG_BYTES = 8192
@@ -211,8 +214,11 @@ class Runs:
 def _walk(folder: Path, depth: int, without: Path | None) -> Iterator[tuple[Path, list[str]]]:
     try:
         with os.scandir(folder) as found:
-            entries = [entry for entry in found if not entry.name.startswith(".") and not entry.is_symlink()]
+            inside = list(islice(found, MANY + 1))
+            entries = [entry for entry in inside if not entry.name.startswith(".") and not entry.is_symlink()]
     except OSError:
+        return
+    if len(inside) > MANY:
         return
     yield folder, [entry.name for entry in entries if entry.is_file()]
     for entry in sorted(entries, key=lambda entry: entry.name):

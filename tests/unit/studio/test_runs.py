@@ -54,6 +54,15 @@ def test_recipes_and_runs_of_the_folder_are_listed(recipe: Recipe, tmp_path: Pat
     assert Runs(project, "").listing() == {"recipes": ["mine.toml"], "runs": ["runs/one"], "going": []}
 
 
+def test_a_folder_full_of_data_is_passed_over(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dianjing.studio.runs.MANY", 5)
+    for folder, others in (("few", 3), ("many", 6)):
+        write_run(tmp_path / folder / "one", recipe)
+        for number in range(others):
+            (tmp_path / folder / f"{number}.png").touch()
+    assert Runs(tmp_path, "").listing()["runs"] == ["few/one"]
+
+
 def test_a_run_is_followed_by_its_files(recipe: Recipe, tmp_path: Path) -> None:
     write_run(tmp_path / "project" / "one", recipe)
     run = Runs(tmp_path / "project", "").run("one")

@@ -11,9 +11,11 @@ let entered = false;
 let polling = 0;
 
 // What this tab changed: the records in order, and each one's version after it; undone in that order, also after a reload.
+// Kept by the data file's hash: another file may be reviewed at the same address later.
 const mine = {
-  read: () => JSON.parse(sessionStorage.getItem("mine") ?? '{"order": [], "versions": {}}'),
-  write: (value) => sessionStorage.setItem("mine", JSON.stringify({ ...value, order: value.order.slice(-500) })),
+  name: `mine-${about.data_hash}`,
+  read: () => JSON.parse(sessionStorage.getItem(mine.name) ?? '{"order": [], "versions": {}}'),
+  write: (value) => sessionStorage.setItem(mine.name, JSON.stringify({ ...value, order: value.order.slice(-500) })),
 };
 
 export async function enter(place) {
