@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 
 from dianjing.cli.flags import parse
+from dianjing.config.load import find_recipe
 from dianjing.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,8 +107,6 @@ def open_studio(given: Arguments, console: Console, training: Mapping[str, str])
     from dianjing.studio.runs import Runs
 
     if given.recipe:
-        from dianjing.config.load import find_recipe
-
         find_recipe(given.recipe)
     proposer = open_proposer(given, console)
     return Studio(

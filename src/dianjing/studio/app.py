@@ -23,6 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from dianjing.config.load import find_recipe
 from dianjing.data.picture import load_image
 from dianjing.errors import DataError, DianjingError
 from dianjing.make.prompts import shipped_prompts
@@ -36,15 +37,6 @@ from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
 
 Result = TypeVar("Result")
 
-
-class Answer(JSONResponse):
-    """JSON in ASCII, since the texts of the data may hold half a character (a lone surrogate)."""
-
-    def render(self, content: Any) -> bytes:
-        """Return the body."""
-        return json.dumps(content, allow_nan=False).encode()
-
-
 MAX_BYTES = 32 * 2**20
 """Of one request."""
 SHOWN_SIDE = 1600
@@ -53,6 +45,14 @@ LOSSLESS_PIXELS = 512 * 512
 UPLOADS = 4
 """Pictures of one's own that are in memory at once."""
 MAX_TURNS = 200
+
+
+class Answer(JSONResponse):
+    """JSON in ASCII, since the texts of the data may hold half a character (a lone surrogate)."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, allow_nan=False).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Studio:
         Raises:
             DataError: it is neither named on the command line nor in the folder.
         """
-        return self.recipe if name == self.recipe else str(self.runs.recipe(name))
+        return str(find_recipe(name) if name and name == self.recipe else self.runs.recipe(name))
 
 
 async def in_thread(function: Callable[..., Result], *given: Any) -> Result:

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dianjing.studio.app import MAX_BYTES, Answer
+from dianjing.errors import DataError
+from dianjing.studio.app import MAX_BYTES, Answer, Studio
 from dianjing.studio.desk import Desk
 from dianjing.studio.guard import Guard
+from dianjing.studio.models import Models
+from dianjing.studio.runs import Runs
 from tests.tiny import TinyDataset, tiny_records
 from tests.unit.studio.conftest import HOSTILE, TOKEN, Served
 
@@ -261,6 +264,14 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(
     assert answer.status == 422
     assert answer.value["error"]
     assert served.ask("/state").value["counts"]["accepted"] == 0
+
+
+def test_a_recipe_may_be_a_shipped_one(tmp_path: Path) -> None:
+    studio = Studio(folder=tmp_path, runs=Runs(tmp_path, ""), models=Models(), recipe="tinyworld_pretrain")
+    assert Path(studio.recipe_path("tinyworld_pretrain")).name == "tinyworld_pretrain.toml"
+    for name in ("", "tinyworld_finetune"):
+        with pytest.raises(DataError):
+            studio.recipe_path(name)
 
 
 def test_what_the_end_cuts_off_is_told() -> None:

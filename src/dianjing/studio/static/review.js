@@ -240,9 +240,9 @@ async function decide(op) {
   const from = shown.index;
   const record = await change(from, shown.version, op);
   if (!record) return;
+  if (await move(from + 1, 1, filter, true)) return;
   show(record);
-  const going = await move(from + 1, 1, filter, true);
-  if (!going) toast(say("no_more"));
+  toast(say("no_more"));
 }
 
 async function undo() {
@@ -271,14 +271,17 @@ function edit(messages, proposal) {
   $("conversation").hidden = !proposal;
   editor.open(messages, lines, {
     save: async (conversations) => {
-      const record = await change(shown.index, shown.version, "edit", conversations);
-      if (!record) {
-        $("conversation").hidden = false;
-        buttons();
-        return;
+      if (busy) return;
+      busy = true;
+      try {
+        const record = await change(shown.index, shown.version, "edit", conversations);
+        if (record) {
+          shut();
+          show(record);
+        } else $("conversation").hidden = false; // how the record stands now, above the text that is not saved yet
+      } finally {
+        busy = false;
       }
-      shut();
-      show(record);
       await counts();
     },
     cancel: () => { shut(); notice(""); show(shown); },
@@ -299,10 +302,10 @@ async function generate() {
   $("generate").disabled = true;
   try {
     const { value } = await request(`records/${record}/proposal`, { prompt: $("prompt").value });
-    notice("");
     if (shown.index === record && !busy && !editor.isOpen()) edit(value.conversations, value);
-  } catch {
-    notice("");
+    else toast(say("proposal_waits", { index: record }));
+  } finally {
+    if (shown.index === record) notice("");
     buttons();
   }
 }
