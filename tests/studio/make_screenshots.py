@@ -78,9 +78,11 @@ def endpoint(records: Mapping[str, dict[str, Any]]) -> Iterator[str]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextmanager
@@ -91,9 +93,11 @@ def studio(project: Path, base_url: str) -> Iterator[str]:
     command = [sys.executable, "-m", "dianjing", "studio", str(project), *flags, *asked]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=project.parent)
     assert process.stderr
-    yield next(found[0] for line in process.stderr if (found := re.search(r"http://127\S+/", line)))
-    process.send_signal(signal.SIGINT)
-    process.communicate()
+    try:
+        yield next(found[0] for line in process.stderr if (found := re.search(r"http://127\S+/", line)))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
 
 
 def save(page: Any, name: str, language: str) -> None:

@@ -21,8 +21,8 @@ from dianjing.config.load import find_recipe
 from dianjing.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dianjing.studio.app import Studio
     from dianjing.studio.propose import Proposer
+    from dianjing.studio.studio import Studio
 
 NAME = "studio"
 SUMMARY = "review records, follow runs and ask models on a page of this machine"
@@ -101,10 +101,10 @@ def run(arguments: list[str]) -> int:
 
 def open_studio(given: Arguments, console: Console, training: Mapping[str, str]) -> Studio:
     """Return all that the page can reach, the data file open; `training` is the environment of runs it starts."""
-    from dianjing.studio.app import Studio
     from dianjing.studio.desk import Desk
     from dianjing.studio.models import Models
     from dianjing.studio.runs import Runs
+    from dianjing.studio.studio import Studio
 
     if given.recipe:
         find_recipe(given.recipe)

@@ -7,9 +7,7 @@ import io
 import json
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -23,16 +21,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from dianjing.config.load import find_recipe
 from dianjing.data.picture import load_image
 from dianjing.errors import DataError, DianjingError
 from dianjing.make.prompts import shipped_prompts
 from dianjing.studio.desk import FILTERS, Desk
-from dianjing.studio.models import Models
-from dianjing.studio.propose import Proposer
 from dianjing.studio.review import OPS, Stale, Unusable
-from dianjing.studio.runs import Runs
-from dianjing.studio.seen import Seen
+from dianjing.studio.studio import Studio
 from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
 
 Result = TypeVar("Result")
@@ -42,8 +36,6 @@ MAX_BYTES = 32 * 2**20
 SHOWN_SIDE = 1600
 """A larger picture is shown this large."""
 LOSSLESS_PIXELS = 512 * 512
-UPLOADS = 4
-"""Pictures of one's own that are in memory at once."""
 MAX_TURNS = 200
 
 
@@ -53,50 +45,6 @@ class Answer(JSONResponse):
     def render(self, content: Any) -> bytes:
         """Return the body."""
         return json.dumps(content, allow_nan=False).encode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Studio:
-    """All that the page can reach."""
-
-    folder: Path
-    runs: Runs
-    models: Models
-    named_models: tuple[str, ...] = ()
-    recipe: str = ""
-    """Shows what its model sees, when the folder has no recipe of its own."""
-    desk: Desk | None = None
-    proposer: Proposer | None = None
-    seen: Seen = field(default_factory=Seen)
-    uploads: OrderedDict[str, Image.Image] = field(default_factory=OrderedDict)
-    """Pictures of one's own by their hash, the oldest first."""
-
-    def close(self) -> list[str]:
-        """Stop what goes on, and return the runs that were stopped."""
-        self.models.ending.set()
-        if self.desk:
-            self.desk.close()
-        return self.runs.end()
-
-    def model_path(self, name: str) -> str:
-        """Return the folder of a model that may be asked.
-
-        Raises:
-            DataError: it is neither named on the command line nor a run of the folder.
-        """
-        if name in self.named_models:
-            return name
-        if name in self.runs.listing()["runs"]:
-            return str(self.runs.folder / name)
-        raise DataError(f'there is no model "{name[:200]}"; name it on the command line (--model)')
-
-    def recipe_path(self, name: str) -> str:
-        """Return the file of a recipe whose reading may be shown.
-
-        Raises:
-            DataError: it is neither named on the command line nor in the folder.
-        """
-        return str(find_recipe(name) if name and name == self.recipe else self.runs.recipe(name))
 
 
 async def in_thread(function: Callable[..., Result], *given: Any) -> Result:
@@ -337,10 +285,7 @@ async def _upload(request: Request) -> Response:
         raise Unusable("send a picture")
     studio, content = _studio(request), await _body(request)
     name = sha256(content).hexdigest()[:32]
-    studio.uploads[name] = await in_thread(_opened, content)
-    studio.uploads.move_to_end(name)
-    while len(studio.uploads) > UPLOADS:
-        studio.uploads.popitem(last=False)
+    studio.keep(name, await in_thread(_opened, content))
     return Answer({"name": name})
 
 
@@ -351,13 +296,7 @@ def _opened(content: bytes) -> Image.Image:
 
 
 async def _uploaded(request: Request) -> Response:
-    return _png(_upload_named(_studio(request), request.path_params["name"]))
-
-
-def _upload_named(studio: Studio, name: str) -> Image.Image:
-    if name not in studio.uploads:
-        raise DataError("this picture is not in memory any more; choose it again")
-    return studio.uploads[name]
+    return _png(_studio(request).upload(request.path_params["name"]))
 
 
 async def _chat(request: Request) -> Response:
@@ -383,7 +322,7 @@ def _turn(value: Any) -> tuple[str, str]:
 def _chat_picture(studio: Studio, body: Mapping[str, Any]) -> Image.Image | None:
     """Return the picture that was uploaded, or that of a record."""
     if body.get("picture") is not None:
-        return _upload_named(studio, _given(body, "picture", str))
+        return studio.upload(_given(body, "picture", str))
     if body.get("record") is not None and studio.desk:
         index = _given(body, "record", int)
         if 0 <= index < len(studio.desk.records):

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from dianjing.errors import DataError
-from dianjing.studio.app import MAX_BYTES, Answer, Studio
+from dianjing.studio.app import MAX_BYTES, Answer
 from dianjing.studio.desk import Desk
 from dianjing.studio.guard import Guard
 from dianjing.studio.models import Models
 from dianjing.studio.runs import Runs
+from dianjing.studio.studio import UPLOADS, Studio
 from tests.tiny import TinyDataset, tiny_records
 from tests.unit.studio.conftest import HOSTILE, TOKEN, Served
 
@@ -167,6 +168,20 @@ def test_pictures_are_written_anew(served: Served) -> None:
     name = served.ask("/records/0").value["images"][0]
     with Image.open(served.folder / "images" / name) as image:
         assert shown.size == image.size
+
+
+def test_pictures_of_ones_own_stay_in_memory_and_few(served: Served) -> None:
+    before = sorted(served.folder.rglob("*"))
+    names = []
+    for red in range(UPLOADS + 1):
+        file = io.BytesIO()
+        Image.new("RGB", (30, 20), (red, 0, 0)).save(file, "PNG")
+        names.append(served.ask("/pictures", file.getvalue(), headers={"content-type": "image/png"}).value["name"])
+    assert served.ask(f"/pictures/{names[0]}").status == 422
+    for red, name in list(enumerate(names))[1:]:
+        with Image.open(io.BytesIO(served.ask(f"/pictures/{name}").content)) as shown:
+            assert shown.getpixel((0, 0)) == (red, 0, 0)
+    assert sorted(served.folder.rglob("*")) == before
 
 
 def test_a_change_is_kept_and_undone(served: Served) -> None:
