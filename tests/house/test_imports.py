@@ -9,7 +9,7 @@ import pytest
 from tests.house.source import MODULES, Module
 
 READING_ORDER = """
-errors constants progress config.schema config.fields config.load model.hub tinyworld.folders
+errors constants progress journal config.schema config.fields config.load model.hub tinyworld.folders
 data.read data.record data.sentencepiece data.chat_template data.template data.encode data.picture data.image data.pack
 data.order data.collate data.split data.source data.parallel data.survey data.cache data.dataset
 model.language formats model.vision model.weights model.attention model.frozen model.products
@@ -20,7 +20,7 @@ use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks
 train.engine train.memory train.step train.samples train.loop train.launch
 formats.run
-use eval check export tinyworld make demo cli __main__
+use eval check export tinyworld make demo studio cli __main__
 """
 """From the bottom up; an entry is a file, or a package whose other files have no order among themselves.
 

@@ -133,10 +133,10 @@ def read_settings(given: Arguments) -> Settings:
 def read_reading(given: Arguments, recipe: Recipe | None) -> Reading:
     """Return how the LLM of a recipe, or of --llm, reads records."""
     from dianjing.check.tokens import Reading
-    from dianjing.cli.show import image_tokens_of
     from dianjing.data.encode import load_tokenizer
     from dianjing.data.template import special_strings_missing, template_for
     from dianjing.tinyworld.folders import resolve
+    from dianjing.use.segments import image_tokens_of
 
     folder = resolve(recipe.language_model.folder if recipe else given.llm, "language_model")
     tokenizer = load_tokenizer(folder)

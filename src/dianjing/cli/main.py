@@ -27,6 +27,7 @@ VERBS = {
     "compare": "put the answers of several models beside the pictures, on one HTML page",
     "export": "write a run as a Hugging Face LLaVA folder that equals it",
     "serve": "answer over HTTP as OpenAI's API does, on this machine",
+    "studio": "review records, follow runs and ask models on a page of this machine",
 }
 """Each is the module of that name here, imported only when it is called; the text is its SUMMARY."""
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,6 @@ from rich.console import Console
 from rich.text import Text
 
 from dianjing.config.schema import DataConfig
-from dianjing.constants import IGNORE_INDEX
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor, load_image
@@ -30,6 +28,7 @@ from dianjing.data.template import OWN, TEMPLATES, doubts, template_for
 from dianjing.errors import ConfigError
 from dianjing.progress import watched
 from dianjing.tinyworld.folders import resolve
+from dianjing.use.segments import headline, image_tokens_of, segments
 
 NAME = "show"
 SUMMARY = "show what the model sees of each record, and what it learns from it"
@@ -121,36 +120,6 @@ def counts(dataset: Dataset) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in dataset.report.items() if number)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Neighbouring tokens of one kind: "plain", "supervised", or "picture" (one picture each)."""
-
-    kind: str
-    text: str
-
-
-def segments(example: Example, encoder: Encoder) -> list[Segment]:
-    """Return a record as text again, cut where the kind of its tokens changes."""
-    images = iter(example.images)
-    found: list[Segment] = []
-
-    def kind(pair: tuple[int, int]) -> str:
-        token, label = pair
-        if token == encoder.image_token_id:
-            return "picture"
-        return "plain" if label == IGNORE_INDEX else "supervised"
-
-    for name, pairs in groupby(zip(example.input_ids, example.labels, strict=True), kind):
-        ids = [token for token, _ in pairs]
-        if name == "picture":
-            names = [next(images) for _ in range(len(ids) // encoder.num_image_tokens)]
-            found += [Segment(name, f"[{image}: {encoder.num_image_tokens} image tokens]") for image in names]
-        else:
-            text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            found.append(Segment(name, str(text)))
-    return found
-
-
 def print_record(example: Example, encoder: Encoder, *, as_json: bool) -> None:
     """Print a record for a program, or for a person."""
     if as_json:
@@ -160,13 +129,6 @@ def print_record(example: Example, encoder: Encoder, *, as_json: bool) -> None:
     console = Console(highlight=False)
     console.rule(Text(headline(example)))
     console.print(Text.assemble(*((part.text, STYLES[part.kind]) for part in segments(example, encoder))))
-
-
-def headline(example: Example) -> str:
-    """Return the record's name and measures in one line."""
-    supervised = sum(label != IGNORE_INDEX for label in example.labels)
-    cut = f", {example.truncated} tokens cut off" if example.truncated else ""
-    return f"{example.id}: {len(example.input_ids)} positions, {supervised} of them supervised{cut}"
 
 
 def page(dataset: Dataset, indices: Iterable[int]) -> str:
@@ -195,12 +157,3 @@ def _inline(image: Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def image_tokens_of(tower: Path) -> int:
-    """Return how many tokens a picture becomes with the vision tower of a folder."""
-    # Imported here because it takes seconds, and only a tower needs it.
-    from dianjing.model.vision import num_image_tokens, select_strategy, vision_config
-
-    config = vision_config(tower)
-    return num_image_tokens(config, select_strategy(config))

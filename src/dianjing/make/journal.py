@@ -8,10 +8,6 @@ A `sent` without an outcome was under way when a run was killed: it alone is ask
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast
 
-from dianjing.errors import DataError
+from dianjing.journal import JournalFile
 
 Status = Literal["ok", "invalid", "refused", "failed"]
 FORMAT = {"journal": "dianjing make", "version": 1}
@@ -85,7 +81,7 @@ class Journal:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self.totals = Totals()
-        self._file = -1
+        self._file = JournalFile(path, FORMAT, "give another --out")
 
     def __enter__(self) -> Journal:
         """Lock and read the journal.
@@ -93,56 +89,21 @@ class Journal:
         Raises:
             DataError: another run has it open, or it is not a journal.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            whole = self.read()
-        except OSError:
-            os.close(self._file)
-            raise DataError(f"{self.path}: another run is writing it; wait for it, or give another --out") from None
-        except DataError:
-            os.close(self._file)
-            raise
-        os.ftruncate(self._file, whole)
-        if not whole:
-            self._append(FORMAT)
-        elif os.pread(self._file, 1, whole - 1) != b"\n":
-            os.write(self._file, b"\n")
+        self._file.open(self._take)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
-        self._file = -1
+        self._file.close()
 
-    def read(self) -> int:
-        """Take in what is on disk, if anything is, and return how many bytes of it are whole lines.
-
-        The last line of a killed run may be torn; its call counts as without an answer.
+    def read(self) -> None:
+        """Take in what is on disk, if anything is; the call of a torn last line counts as without an answer.
 
         Raises:
             DataError: a line that is not the last is no JSON object.
         """
-        content = self.path.read_bytes() if self.path.exists() else b""
-        *lines, last = content.split(b"\n")
-        torn = 0 if _is_object(last) else len(last)
-        if torn and not lines and not json.dumps(FORMAT).startswith(last.decode(errors="replace")):
-            raise DataError(f"{self.path}: it is no journal; move it away, or give another --out")
-        lines += [last] if last and not torn else []
-        for number, line in enumerate(lines, 1):
-            try:
-                fields: Any = json.loads(line)
-                if not isinstance(fields, dict) or (number == 1 and fields != FORMAT):
-                    raise ValueError("it is of another kind")
-                self._take(cast(dict[str, Any], fields))
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise DataError(
-                    f"{self.path}: line {number} is not a line of this journal ({error}); remove that line if you "
-                    "edited it, or move the file away to begin anew"
-                ) from None
-        return len(content) - torn
+        self._file.read(self._take)
 
     def entry(self, key: str) -> Entry:
         """Return what is known of a request."""
@@ -157,23 +118,10 @@ class Journal:
         self._write({"status": status, "key": key, **fields})
 
     def _write(self, fields: dict[str, Any]) -> None:
-        self._append(fields)
+        self._file.append(fields)
         self._take(fields)
 
-    def _append(self, fields: Mapping[str, Any]) -> None:
-        line = json.dumps(fields, ensure_ascii=True).encode() + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what a short write to a file means
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, size)  # or the next line would stand in the middle of this one
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-
     def _take(self, fields: dict[str, Any]) -> None:
-        if fields == FORMAT:
-            return
         entry = self.entries.setdefault(fields["key"], Entry())
         status = cast("Status | Literal['sent']", fields["status"])
         if status == "sent":
@@ -200,11 +148,3 @@ class Journal:
                 usage.prompt_tokens += tokens["prompt_tokens"]
                 usage.completion_tokens += tokens["completion_tokens"]
                 usage.most_prompt_tokens = max(usage.most_prompt_tokens, tokens["prompt_tokens"])
-
-
-def _is_object(line: bytes) -> bool:
-    """Return whether a line is a whole JSON object, which no beginning of one is."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False

@@ -92,7 +92,7 @@ def look(images: Path, advance: Callable[[int, int], None] = lambda done, total:
     duplicates: dict[str, str] = {}
     first: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for done, found in enumerate(pool.map(lambda name: _look(root, name), names), 1):
+        for done, found in enumerate(pool.map(lambda name: look_at(root, name), names), 1):
             if isinstance(found, str):
                 refused[_printable(names[done - 1])] = found
             elif found.sha256 in first:
@@ -104,8 +104,8 @@ def look(images: Path, advance: Callable[[int, int], None] = lambda done, total:
     return Pictures(root=root, kept=tuple(kept), refused=refused, duplicates=duplicates, other_files=others)
 
 
-def _look(root: str, name: str) -> Picture | str:
-    """Return a picture, or why it cannot be used."""
+def look_at(root: str, name: str) -> Picture | str:
+    """Return one picture of a folder, or why it cannot be used."""
     if _printable(name) != name:
         return "its name is not UTF-8, which a data file cannot hold; rename it"
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -146,6 +147,9 @@ def ask(
 @contextmanager
 def _interruptible(work: Work) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait for the answers under way, which are paid for; the second one does not wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # who called has the signals
+        return
     loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
 
     def hear() -> None:

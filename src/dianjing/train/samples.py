@@ -38,7 +38,7 @@ class Samples:
         if not self._every:
             return
         self._root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
-        self._questions = _choose(recipe.train.sample_path, recipe.train.sample_count)
+        self._questions = sample_questions(recipe.train.sample_path, recipe.train.sample_count)
         check_pictures(self._questions, self._root)
         self._seer = Seer(
             name=str(run),
@@ -91,7 +91,7 @@ class Samples:
         return Column(name=f"step {step}", can_see=True, answers=answers, summary=summarise(scored))
 
 
-def _choose(path: str, count: int) -> list[Question]:
+def sample_questions(path: str, count: int) -> list[Question]:
     """Return the first questions of `count` records spread over the file."""
     records = load_records(path).records
     return [questions_of(record)[0] for record in records[:: max(1, len(records) // count)][:count]]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dianjing.constants import IMAGE_MARKER
-from dianjing.data.image import load_image
+from dianjing.data.picture import load_image
 from dianjing.errors import ConfigError, DataError, ModelError
 
 HOST = "127.0.0.1"
@@ -260,11 +260,16 @@ def open_port(port: int) -> socket.socket:
         raise ConfigError(f"--port {port}: {error}; choose another, or 0 for any free one") from None
 
 
-def run_server(app: App, listening: socket.socket) -> None:
-    """Serve until Ctrl-C."""
+def run_server(app: App, listening: socket.socket, ending: Callable[[], object] = lambda: None) -> None:
+    """Serve until Ctrl-C; `ending` is called when it comes, before the answers under way are waited for."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            ending()
+            super().handle_exit(sig, frame)
+
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     with suppress(KeyboardInterrupt):  # the server ends in peace first, then raises it again
         server.run(sockets=[listening])
 

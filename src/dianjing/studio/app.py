@@ -1,0 +1,339 @@
+"""The addresses of the page, and what each answers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import jinja2
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from dianjing.data.picture import load_image
+from dianjing.errors import DataError, DianjingError
+from dianjing.make.prompts import shipped_prompts
+from dianjing.studio.desk import FILTERS, Desk
+from dianjing.studio.review import OPS, Stale, Unusable
+from dianjing.studio.studio import Studio
+from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
+
+Result = TypeVar("Result")
+
+MAX_BYTES = 32 * 2**20
+"""Of one request."""
+SHOWN_SIDE = 1600
+"""A larger picture is shown this large."""
+LOSSLESS_PIXELS = 512 * 512
+MAX_TURNS = 200
+
+
+class Answer(JSONResponse):
+    """JSON in ASCII, since the texts of the data may hold half a character (a lone surrogate)."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, allow_nan=False).encode()
+
+
+async def in_thread(function: Callable[..., Result], *given: Any) -> Result:
+    """Return what a slow function returns; its thread does not keep the program from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(set_it: Callable[[Any], None], value: Any) -> None:
+        if not future.cancelled():
+            set_it(value)
+
+    def work() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], Any] = (future.set_result, function(*given))
+        except BaseException as error:
+            outcome = (future.set_exception, error)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await future
+
+
+def build_app(studio: Studio) -> Starlette:
+    """Return the application; `Guard` stands before it."""
+    routes = [
+        Route("/", _page),
+        Mount("/static", StaticFiles(directory=str(files("dianjing.studio") / "static"))),
+        Route("/state", _state),
+        Route("/next", _next),
+        Route("/records/{index:int}", _record),
+        Route("/records/{index:int}/change", _change, methods=["POST"]),
+        Route("/records/{index:int}/proposal", _proposal, methods=["POST"]),
+        Route("/records/{index:int}/pictures/{number:int}", _picture),
+        Route("/records/{index:int}/seen", _seen),
+        Route("/records/{index:int}/seen/{number:int}", _seen_picture),
+        Route("/export", _export, methods=["POST"]),
+        Route("/runs", _runs),
+        Route("/run", _run),
+        Route("/run/picture", _run_picture),
+        Route("/runs/start", _start, methods=["POST"]),
+        Route("/runs/stop", _stop, methods=["POST"]),
+        Route("/pictures", _upload, methods=["POST"]),
+        Route("/pictures/{name}", _uploaded),
+        Route("/chat", _chat, methods=["POST"]),
+    ]
+    handlers: Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+        DianjingError: _said,
+        Unusable: _said,
+        OSError: _said,
+        ClientDisconnect: _said,
+    }
+    app = Starlette(routes=routes, exception_handlers=cast(Any, handlers))
+    app.state.studio = studio
+    return app
+
+
+def _studio(request: Request) -> Studio:
+    return request.app.state.studio
+
+
+def _desk(request: Request) -> Desk:
+    desk = _studio(request).desk
+    if desk is None:
+        raise DataError("no data is under review; name it on the command line (--data)")
+    return desk
+
+
+async def _said(request: Request, error: Exception) -> Response:
+    return Answer({"error": str(error)}, status_code=422)
+
+
+async def _body(request: Request) -> bytes:
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > MAX_BYTES:
+            raise Unusable(f"a request may have at most {MAX_BYTES >> 20} MiB")
+    return bytes(content)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    if request.headers.get("content-type", "").split(";")[0] != "application/json":
+        raise Unusable("send the request as application/json")
+    try:
+        value = json.loads(await _body(request))
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"the request is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Unusable("the request must be a JSON object")
+    return cast(dict[str, Any], value)
+
+
+def _given(body: Mapping[str, Any], name: str, kind: type[Result]) -> Result:
+    value = body.get(name)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise Unusable(f'"{name}" must be of type {kind.__name__}')
+    return value
+
+
+def _index(request: Request) -> int:
+    index, number = request.path_params["index"], len(_desk(request).records)
+    if index >= number:
+        raise DataError(f"there is no record {index}; there are {number}")
+    return index
+
+
+def _png(image: Image.Image) -> Response:
+    """Return a picture written anew: of the file itself nothing is sent."""
+    shown = image.copy()
+    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    file = io.BytesIO()
+    small = shown.width * shown.height <= LOSSLESS_PIXELS
+    shown.save(file, "PNG" if small else "JPEG", **({"compress_level": 1} if small else {"quality": 90}))
+    return Response(file.getvalue(), media_type="image/png" if small else "image/jpeg")
+
+
+async def _page(request: Request) -> Response:
+    studio = _studio(request)
+    given = request.query_params.get("lang", "")
+    language = given if given in LANGUAGES else chosen_language(request.headers.get("accept-language", ""))
+    text = (files("dianjing.studio") / "page.html.j2").read_text(encoding="utf-8")
+    about = {
+        "folder": studio.folder.name or str(studio.folder),
+        "data": studio.desk.data.name if studio.desk else "",
+        "journal": studio.desk.data.with_name(f"{studio.desk.data.stem}.review.jsonl").name if studio.desk else "",
+        "data_hash": studio.desk.records.sha256[:16] if studio.desk else "",
+        "generate": studio.proposer is not None,
+        "prompts": list(shipped_prompts()),
+        "models": list(studio.named_models),
+        "recipe": studio.recipe,
+        "filters": FILTERS,
+        "words": words(language),
+        "codes": codes(language),
+    }
+    page = jinja2.Template(text, autoescape=True).render(t=words(language), language=language, about=about)
+    return HTMLResponse(page)
+
+
+async def _state(request: Request) -> Response:
+    return Answer(_desk(request).state())
+
+
+async def _next(request: Request) -> Response:
+    desk, query = _desk(request), request.query_params
+    chosen = next((one for one in FILTERS if one == query.get("filter")), "all")
+    start = query.get("from", "0")
+    if not start.removeprefix("-").isascii() or not start.removeprefix("-").isdecimal():
+        raise Unusable('"from" must be a number')
+    step = -1 if query.get("step") == "-1" else 1
+    return Answer(await in_thread(desk.next, max(int(start[:12]), 0 if step > 0 else -1), step, chosen))
+
+
+async def _record(request: Request) -> Response:
+    return Answer(await in_thread(_desk(request).record, _index(request)))
+
+
+async def _change(request: Request) -> Response:
+    desk, index, body = _desk(request), _index(request), await _json(request)
+    op = next((one for one in OPS if one == body.get("op")), None)
+    if op is None:
+        raise Unusable(f'"op" must be one of {", ".join(OPS)}')
+    version = _given(body, "version", int)
+    try:
+        await in_thread(desk.change, index, version, op, body.get("conversations"))
+    except Stale:
+        return Answer({"error": "stale", "record": await in_thread(desk.record, index)}, status_code=409)
+    return Answer(await in_thread(desk.record, index))
+
+
+async def _proposal(request: Request) -> Response:
+    studio, desk, index, body = _studio(request), _desk(request), _index(request), await _json(request)
+    if studio.proposer is None:
+        raise DataError("no endpoint is named; give --base-url and --model-name on the command line")
+    prompt = _given(body, "prompt", str)
+    if prompt not in shipped_prompts():
+        raise Unusable("there is no such prompt")
+    name = desk.picture_name(index, 0)
+    proposal = await in_thread(studio.proposer.propose, name, prompt)
+    fields = ("conversations", "model", "calls", "dropped")
+    return Answer({name: getattr(proposal, name) for name in fields})
+
+
+async def _picture(request: Request) -> Response:
+    number = request.path_params["number"]
+    return _png(await in_thread(_desk(request).picture, _index(request), number))
+
+
+async def _seen(request: Request) -> Response:
+    studio, desk, index = _studio(request), _desk(request), _index(request)
+    recipe = studio.recipe_path(request.query_params.get("recipe", ""))
+    fields = desk.fields(index)
+    if fields is None:
+        raise DataError("this record is no JSON object; a model sees nothing of it")
+    return Answer(await in_thread(studio.seen.text, recipe, fields, desk.place(index)))
+
+
+async def _seen_picture(request: Request) -> Response:
+    studio, desk = _studio(request), _desk(request)
+    recipe = studio.recipe_path(request.query_params.get("recipe", ""))
+    name = desk.picture_name(_index(request), request.path_params["number"])
+    return _png(await in_thread(studio.seen.picture, recipe, desk.root, name))
+
+
+async def _export(request: Request) -> Response:
+    await _json(request)
+    return Answer(await in_thread(_desk(request).export))
+
+
+async def _runs(request: Request) -> Response:
+    return Answer(await in_thread(_studio(request).runs.listing))
+
+
+async def _run(request: Request) -> Response:
+    return Answer(await in_thread(_studio(request).runs.run, request.query_params.get("name", "")))
+
+
+async def _run_picture(request: Request) -> Response:
+    query = request.query_params
+    return _png(await in_thread(_studio(request).runs.picture, query.get("name", ""), query.get("record", "")))
+
+
+async def _start(request: Request) -> Response:
+    body, runs = await _json(request), _studio(request).runs
+    name, resume = _given(body, "recipe", str), _given(body, "resume", bool)
+    return Answer({"name": await in_thread(lambda: runs.start(name, resume=resume))})
+
+
+async def _stop(request: Request) -> Response:
+    body = await _json(request)
+    await in_thread(_studio(request).runs.stop, _given(body, "name", str))
+    return Answer({})
+
+
+async def _upload(request: Request) -> Response:
+    """Keep a picture in memory, opened as carefully as one of a data set."""
+    if not request.headers.get("content-type", "").startswith("image/"):
+        raise Unusable("send a picture")
+    studio, content = _studio(request), await _body(request)
+    name = sha256(content).hexdigest()[:32]
+    studio.keep(name, await in_thread(_opened, content))
+    return Answer({"name": name})
+
+
+def _opened(content: bytes) -> Image.Image:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "picture").write_bytes(content)
+        return load_image(folder, "picture")
+
+
+async def _uploaded(request: Request) -> Response:
+    return _png(_studio(request).upload(request.path_params["name"]))
+
+
+async def _chat(request: Request) -> Response:
+    """Answer a question as lines of JSON: {"notice"}, then {"text"} in pieces, or {"error"}."""
+    studio, body = _studio(request), await _json(request)
+    question = _given(body, "question", str)
+    if not question.strip():
+        raise Unusable("ask something")
+    path = studio.model_path(_given(body, "model", str))
+    history = [_turn(turn) for turn in _given(body, "history", list)[:MAX_TURNS]]
+    image = _chat_picture(studio, body)
+    answer = studio.models.answer(path, image, history, question)
+    notice = await in_thread(lambda: next(answer))
+    return StreamingResponse(_lines(notice, answer), media_type="application/x-ndjson")
+
+
+def _turn(value: Any) -> tuple[str, str]:
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
+        raise Unusable('"history" must be a list of [question, answer]')
+    return value[0], value[1]
+
+
+def _chat_picture(studio: Studio, body: Mapping[str, Any]) -> Image.Image | None:
+    """Return the picture that was uploaded, or that of a record."""
+    if body.get("picture") is not None:
+        return studio.upload(_given(body, "picture", str))
+    if body.get("record") is not None and studio.desk:
+        index = _given(body, "record", int)
+        if 0 <= index < len(studio.desk.records):
+            return studio.desk.picture(index, 0)
+    return None
+
+
+async def _lines(notice: str, answer: Iterator[str]) -> AsyncIterator[str]:
+    yield json.dumps({"notice": notice}) + "\n"
+    try:
+        while (piece := await in_thread(next, answer, None)) is not None:
+            yield json.dumps({"text": piece}) + "\n"
+    except DianjingError as error:
+        yield json.dumps({"error": str(error)}) + "\n"

@@ -1,0 +1,88 @@
+"""The models that can be asked from the page: loaded when first asked, one question at a time each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL.Image import Image
+
+from dianjing.data.record import with_markers
+from dianjing.errors import DataError
+
+if TYPE_CHECKING:
+    from dianjing.use.generate import Seer
+
+MAX_NEW_TOKENS = 256
+
+
+class _Model:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        """Held while it answers."""
+        self.stamp = 0
+        self.seer: Seer | None = None
+
+
+class Models:
+    """Every model by its path; a run is loaded anew when it has a newer checkpoint."""
+
+    def __init__(self) -> None:
+        self.ending = threading.Event()
+        self._models: dict[str, _Model] = {}
+        self._loading = threading.Lock()
+
+    def answer(
+        self, path: str, image: Image | None, history: Sequence[tuple[str, str]], question: str
+    ) -> Iterator[str]:
+        """Yield first "" or a notice that the model cannot see, then the answer in pieces.
+
+        The picture belongs to the first question. Another question to the same model waits until this one is answered.
+
+        Raises:
+            DianjingError: the model cannot be loaded, or the conversation is too long for it.
+        """
+        from dianjing.use.chat import BLIND
+        from dianjing.use.generate import Conversation, prepare, stream
+
+        lock, seer = self._loaded(path)
+        with lock:
+            yield BLIND if image and not seer.can_see else ""
+            asked = [text for text, _ in history] + [question]
+            asked[0] = with_markers(asked[0], int(image is not None))
+            past = [(text, answer) for text, (_, answer) in zip(asked, history, strict=False)]
+            conversation = Conversation(past, asked[-1], [image] if image else [])
+            try:
+                prepare(seer, conversation)
+            except ValueError as error:
+                raise DataError(str(error)) from None
+            for piece in stream(seer, conversation, MAX_NEW_TOKENS):
+                yield piece
+                if self.ending.is_set():
+                    return
+
+    def _loaded(self, path: str) -> tuple[threading.Lock, Seer]:
+        """Return the model, read from disk if it is not in memory or a run has gone on since.
+
+        While one is read, none answers and no other is read: transformers changes defaults of the whole process.
+        """
+        from dianjing.use.load import load_for_use  # slow to import: transformers
+
+        with self._loading:
+            model, stamp = self._models.setdefault(path, _Model(path)), _stamp(path)
+            if model.seer is None or stamp != model.stamp:
+                with ExitStack() as held:
+                    for other in self._models.values():
+                        held.enter_context(other.lock)
+                    model.seer = None  # before the next one is in memory
+                    model.seer, model.stamp = load_for_use(path), stamp
+            return model.lock, model.seer
+
+
+def _stamp(path: str) -> int:
+    """Return when a run last got a checkpoint; 0 for what is no run."""
+    return max((one.stat().st_mtime_ns for one in Path(path).glob("checkpoints/step-*")), default=0)

@@ -1,0 +1,263 @@
+"""Recipes and runs of the folder: one is started as its own process, any is followed by the files it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from dianjing.config.load import load_recipe
+from dianjing.data.picture import load_image
+from dianjing.errors import ConfigError, DataError, DianjingError
+
+DEPTH = 4
+"""Folders below the first that are looked through."""
+MANY = 2000
+"""A folder with more in it holds data, not recipes and runs, and is passed over."""
+POINTS = 600
+"""Of a curve, at most."""
+LOG_BYTES = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A run that was started here."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class Runs:
+    """What lies in a folder; `images` is the one folder beside it whose pictures may be shown."""
+
+    def __init__(self, folder: Path, images: str, environment: Mapping[str, str] | None = None) -> None:
+        self.folder = folder.resolve()
+        self._images = images
+        self._environment = dict(environment or {})
+        """Of the runs that are started, beside this process's own."""
+        self._started: dict[Path, Started] = {}
+        self._lock = threading.Lock()
+
+    def listing(self) -> dict[str, Any]:
+        """Return the recipes and runs there are, by their path in the folder, and which run is going on."""
+        recipes, runs = self._found()
+        going = [self._name(run) for run, one in self._started.items() if one.process.poll() is None]
+        fresh = [self._name(run) for run in self._started]  # its folder may not be there yet
+        return {
+            "recipes": sorted(map(self._name, recipes)),
+            "runs": sorted({*map(self._name, runs), *fresh}),
+            "going": going,
+        }
+
+    def recipe(self, name: str) -> Path:
+        """Return the file of a recipe, or of the recipe that a run was made with.
+
+        Raises:
+            DataError: there is no such one in the folder.
+        """
+        recipes, runs = self._found()
+        known = {self._name(path): path for path in recipes} | {self._name(run): run / "recipe.toml" for run in runs}
+        if name not in known:
+            raise DataError(f'there is no recipe or run "{name[:200]}" in {self.folder}')
+        return known[name]
+
+    def start(self, name: str, *, resume: bool) -> str:
+        """Start a run and return its name.
+
+        Raises:
+            DianjingError: the recipe cannot be used, writes outside the folder, or a run is going on.
+        """
+        file = self.recipe(name)
+        run = Path(load_recipe(file).output).expanduser().resolve()
+        if self.folder not in run.parents:
+            raise ConfigError(f"{name}: its output {run} is outside {self.folder}; start the studio on a folder above")
+        with self._lock:
+            if any(one.process.poll() is None for one in self._started.values()):
+                raise ConfigError("a run is going on; stop it, or wait for it")
+            log = file.with_name(f"{file.name}.log")
+            command = [sys.executable, "-m", "dianjing", "train", str(file), *(["--resume"] if resume else [])]
+            # A link that stands there is not followed.
+            with open(log, "wb", opener=lambda path, how: os.open(path, how | os.O_NOFOLLOW, 0o644)) as out:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, **self._environment},
+                )
+            self._started[run] = Started(process=process, log=log)
+        return self._name(run)
+
+    def stop(self, name: str) -> None:
+        """Ask a run that was started here to stop, which it does after its step, with a checkpoint.
+
+        Raises:
+            DataError: it is not one of those, or is at its end.
+        """
+        started = self._started.get(self.folder / name)
+        if not started or started.process.poll() is not None:
+            raise DataError(f'"{name[:200]}" is not a run that goes on here')
+        started.process.send_signal(signal.SIGTERM)
+
+    def end(self) -> list[str]:
+        """Stop what was started here, wait for the checkpoints, and return the names."""
+        going = {run: one for run, one in self._started.items() if one.process.poll() is None}
+        for one in going.values():
+            one.process.send_signal(signal.SIGTERM)
+        for one in going.values():
+            one.process.wait()
+        return [self._name(run) for run in going]
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Return how far a run is: its curve, its latest sample answers, the end of its log.
+
+        Raises:
+            DataError: there is no such run.
+        """
+        from dianjing.train.log import JOURNAL, read_journal  # slow to import: torch
+
+        run = self.folder / name
+        started = self._started.get(run)
+        if not started:
+            run = self.recipe(name).parent
+        try:
+            rows = [_finite(row) for row in read_journal(run)]
+            curve = [[row["step"], row["loss"]] for row in _thinned(rows)]
+            samples = self._samples(run)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{run}: its {JOURNAL} or samples.jsonl is damaged: {error!r}") from None
+        journal = run / JOURNAL
+        age = time.time() - journal.stat().st_mtime if journal.is_file() else None
+        code = started.process.poll() if started else None
+        return {
+            "name": name,
+            "curve": curve,
+            "last": rows[-1] if rows else None,
+            "total_steps": _total_steps(run),
+            "seconds_since_last_line": age,
+            "going": bool(started) and code is None,
+            "exit_code": code,
+            "log": _end_of(started.log) if started else "",
+            "samples": samples,
+        }
+
+    def picture(self, name: str, record: str) -> Image:
+        """Return the picture of a run's sample question, if it lies in the folder.
+
+        Raises:
+            DianjingError: there is no such run or question, or its picture is elsewhere.
+        """
+        root, images = self._sample_pictures(self.recipe(name).parent)
+        if record not in images:
+            raise DataError("there is no picture of this question in the folder")
+        return load_image(root, images[record])
+
+    def _samples(self, run: Path) -> list[dict[str, Any]]:
+        path = run / "samples.jsonl"
+        if not path.is_file():
+            return []
+        rows: list[dict[str, Any]] = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            rows += [json.loads(line)] if line.endswith("\n") else []
+        last = max((row["step"] for row in rows), default=0)
+        try:
+            _, images = self._sample_pictures(run)
+        except (
+            DianjingError
+        ):  # the recipe or the held-out file is not what it was; the answers can be read all the same
+            images = {}
+        return [{**row, "picture": row["id"] in images} for row in rows if row["step"] == last]
+
+    def _sample_pictures(self, run: Path) -> tuple[str, dict[str, str]]:
+        """Return the image folder of a run's sample questions and each one's first picture; none from elsewhere."""
+        from dianjing.train.samples import sample_questions  # slow to import: torch
+
+        recipe = load_recipe(run / "recipe.toml")
+        root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
+        if not recipe.train.sample_path or not self._may_read(recipe.train.sample_path) or not self._may_read(root):
+            return root, {}
+        questions = sample_questions(recipe.train.sample_path, recipe.train.sample_count)
+        return root, {question.id: question.images[0] for question in questions if question.images}
+
+    def _may_read(self, path: str) -> bool:
+        resolved = Path(path).expanduser().resolve()
+        named = Path(self._images).resolve() if self._images else self.folder
+        return any(one == resolved or one in resolved.parents for one in (self.folder, named))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _found(self) -> tuple[list[Path], list[Path]]:
+        """Return recipes and runs; links to elsewhere and hidden folders are left alone."""
+        recipes, runs = [], []
+        for folder, files in _walk(self.folder, DEPTH, Path(self._images).resolve() if self._images else None):
+            if "recipe.toml" in files and folder != self.folder:
+                runs.append(folder)
+            recipes += [folder / name for name in files if name.endswith(".toml") and _is_recipe(folder / name)]
+        return [path for path in recipes if path.parent not in runs], runs
+
+
+def _walk(folder: Path, depth: int, without: Path | None) -> Iterator[tuple[Path, list[str]]]:
+    try:
+        with os.scandir(folder) as found:
+            inside = list(islice(found, MANY + 1))
+            entries = [entry for entry in inside if not entry.name.startswith(".") and not entry.is_symlink()]
+    except OSError:
+        return
+    if len(inside) > MANY:
+        return
+    yield folder, [entry.name for entry in entries if entry.is_file()]
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        if depth and entry.is_dir() and Path(entry.path) != without:
+            yield from _walk(Path(entry.path), depth - 1, without)
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        return "stage" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the numbers of a row that JSON can hold; None for the others."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def _thinned(rows: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
+    """Return at most POINTS of the rows, evenly, the last one among them."""
+    every = -(-len(rows) // POINTS) or 1
+    return [row for i, row in enumerate(rows) if i % every == 0 or i == len(rows) - 1]
+
+
+def _total_steps(run: Path) -> int | None:
+    """Return how many steps a run has in all, which its checkpoints know; None before the first."""
+    from dianjing.train.checkpoint import checkpoints, read_state
+
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            return read_state(checkpoint).total_steps
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _end_of(log: Path) -> str:
+    with open(log, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LOG_BYTES))
+        return file.read().decode(errors="replace")

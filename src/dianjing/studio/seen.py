@@ -1,0 +1,60 @@
+"""What the model of a recipe sees of a record: its pictures after preprocessing, and which tokens are supervised."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
+
+from dianjing.config.load import load_recipe
+from dianjing.data.picture import load_image
+from dianjing.data.record import Place, parse_record
+
+if TYPE_CHECKING:
+    from dianjing.data.encode import Encoder
+    from dianjing.data.image import ImageProcessor
+
+
+class Seen:
+    """Reads records as runs do; the tokenizer and the preprocessing of a recipe are loaded once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reader = lru_cache(maxsize=8)(_reader)
+
+    def text(self, recipe: str, fields: Mapping[str, Any], place: Place) -> dict[str, Any]:
+        """Return the record as the model is fed it, in parts of one kind.
+
+        Raises:
+            DianjingError: the recipe, a folder or the record cannot be used.
+        """
+        from dianjing.use.segments import headline, segments
+
+        with self._lock:
+            encoder, _ = self._reader(recipe, os.stat(recipe).st_mtime_ns)
+            example = encoder.encode(parse_record(dict(fields), place)[0])
+            parts = segments(example, encoder)
+        return {
+            "headline": headline(example),
+            "parts": [{"kind": part.kind, "text": part.text} for part in parts],
+        }
+
+    def picture(self, recipe: str, root: str, name: str) -> Image:
+        """Return a picture as the vision tower gets it.
+
+        Raises:
+            DianjingError: the recipe, a folder or the picture cannot be used.
+        """
+        with self._lock:
+            _, processor = self._reader(recipe, os.stat(recipe).st_mtime_ns)
+        return processor.to_picture(processor(load_image(root, name)))
+
+
+def _reader(path: str, modified: int) -> tuple[Encoder, ImageProcessor]:
+    from dianjing.use.segments import reader_of  # slow to import: torch, transformers
+
+    return reader_of(load_recipe(path))
