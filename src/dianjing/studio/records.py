@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dianjing.check.fixes import read_value
-from dianjing.check.gather import is_lines
-from dianjing.check.split import MAX_RECORD_BYTES, Flaw, mapped, split
+from dianjing.data.read import is_lines
+from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import DataError
 
 RAW_CHARACTERS = 20_000
