@@ -104,8 +104,8 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[Element | Flaw]:
         end = _end(data, position)
         if end is None:
             text = (
-                "a record begins here that does not end: a bracket or a quote is missing, it is nested too deeply or too "
-                "large; what follows was not read"
+                "a record begins here that does not end: a bracket or a quote is missing, or it is nested too deeply "
+                "or too large; what follows was not read"
             )
             yield Flaw("json_unread", position, text)
             return
