@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dianjing.check.codes import Finding, Findings
-from dianjing.check.gather import Gathered, Names, Watch, gather
+from dianjing.check.gather import Gathered, Names, gather
 from dianjing.check.names import Folder
-from dianjing.check.parallel import spread
 from dianjing.check.pictures import Picture, PictureChecker
 from dianjing.check.tokens import Reading
 from dianjing.check.whole import leaked_records, picture_findings, record_findings
 from dianjing.config.schema import Recipe
 from dianjing.data.pack import pack
+from dianjing.data.parallel import spread
 from dianjing.errors import DataError
+from dianjing.progress import Watch
 
 PICTURES_AT_ONCE = 32
 

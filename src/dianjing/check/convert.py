@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from dianjing.check.fixes import ROLES
-from dianjing.check.gather import is_lines
 from dianjing.check.pictures import SUFFIXES
-from dianjing.check.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.picture import PictureError, open_picture, picture_path
-from dianjing.data.record import Place, examine
+from dianjing.data.read import Place, is_lines
+from dianjing.data.record import examine
+from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import ConfigError, DataError
 
 CAPTION_QUESTION = "Describe the picture."

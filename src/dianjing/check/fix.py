@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from dianjing.check.fixes import Change, corrected, read_value, with_names
-from dianjing.check.gather import is_lines
-from dianjing.check.split import MAX_RECORD_BYTES, Element, Flaw, mapped, split
+from dianjing.data.read import is_lines
+from dianjing.data.split import MAX_RECORD_BYTES, Element, Flaw, mapped, split
 from dianjing.errors import DataError
 
 UNREAD = ("json_unread", "encoding")

@@ -6,20 +6,20 @@ import os
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 from dianjing.check.codes import Finding, Findings
 from dianjing.check.look import ChunkResult
-from dianjing.check.parallel import spread
 from dianjing.check.records import Job, RecordChecker
-from dianjing.check.split import Chunk, chunks, mapped
 from dianjing.check.tokens import Reading
+from dianjing.data.parallel import spread
+from dianjing.data.read import is_lines
+from dianjing.data.split import Chunk, chunks, mapped
 from dianjing.errors import DataError
+from dianjing.progress import Watch
 
-Watch = Callable[[str, int, int], None]
-"""Is told what is being done, how far it is and how far it goes."""
 WHOLE_FILE = ("encoding", "file_empty")
 """Because of one of them training refuses a file whole..."""
 WHOLE_LIST = (*WHOLE_FILE, "json_syntax", "json_unread", "json_comment", "json_trailing_comma", "json_not_a_list")
@@ -174,18 +174,3 @@ def _checked(job: Job, workers: int, watch: Watch) -> Iterator[ChunkResult | Fin
     except OSError as error:
         raise DataError(f"{job.path}: cannot be read ({error.strerror}); give a LLaVA JSON or JSONL file") from None
     yield from between
-
-
-def is_lines(path: str) -> bool:
-    """Return whether a data file is JSONL, and not a JSON list.
-
-    Raises:
-        DataError: its name tells neither.
-    """
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in (".json", ".jsonl"):
-        raise DataError(
-            f'{path}: the data file must end in .json (a list) or .jsonl, not in "{suffix}"; '
-            "`dianjing check FILE --convert OUT.json` reads other formats"
-        )
-    return suffix == ".jsonl"

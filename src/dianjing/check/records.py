@@ -10,10 +10,10 @@ from typing import cast
 from dianjing.check.codes import Finding
 from dianjing.check.fixes import Change, corrected, read_value
 from dianjing.check.look import ChunkResult, Where, look
-from dianjing.check.split import MAX_RECORD_BYTES, Chunk
 from dianjing.check.tokens import Measurer, Reading
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.record import NOTICES, Place, Record, examine
+from dianjing.data.split import MAX_RECORD_BYTES, Chunk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dianjing.config.schema import DataConfig
 from dianjing.constants import IGNORE_INDEX
-from dianjing.data.encode import Encoder, LongRecordError, image_token_id, load_tokenizer
+from dianjing.data.encode import Encoder, LongRecordError, image_token_id, load_tokenizer, prepared
 from dianjing.data.record import Record, turns_alone
-from dianjing.data.template import spans, template_for
+from dianjing.data.template import template_for
 from dianjing.errors import DataError
 
 
@@ -40,68 +40,32 @@ class Measured:
     """Why it is not used, or what is cut."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Collector(Encoder):
-    """Takes note of the texts that the encoder asks ids for."""
-
-    texts: set[str] = field(default_factory=set)
-
-    def _text(self, text: str, before: str = "") -> list[int]:
-        self.texts.add(text)
-        return []
-
-    def collect(self, record: Record) -> None:
-        """Take note of the texts of a record."""
-        self._tokens(spans(self.template, record.turns))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prepared(Encoder):
-    """Has the ids of many texts at hand."""
-
-    ids: dict[str, list[int]] = field(default_factory=dict)
-
-    def _text(self, text: str, before: str = "") -> list[int]:
-        found = None if before else self.ids.get(text)
-        # The encoder appends to the list it gets.
-        return super()._text(text, before) if found is None else list(found)
-
-
 class Measurer:
     """Measures records, the tokenizer called once for many of them."""
 
     def __init__(self, reading: Reading) -> None:
         self._data = reading.data
-        self._tokenizer = load_tokenizer(reading.tokenizer_folder)
-        template, _ = template_for(self._tokenizer, reading.template)
-        self._settings = {
-            "tokenizer": self._tokenizer,
-            "template": template,
-            "num_image_tokens": reading.num_image_tokens,
-            "max_tokens": reading.data.max_tokens,
-            "on_long_record": reading.data.on_long_record,
-            "image_token_id": image_token_id(self._tokenizer),
-        }
-        special = {*template.special_strings, *template.stop_words, *self._tokenizer.all_special_tokens}
+        tokenizer = load_tokenizer(reading.tokenizer_folder)
+        template, _ = template_for(tokenizer, reading.template)
+        self._encoder = Encoder(
+            tokenizer=tokenizer,
+            template=template,
+            num_image_tokens=reading.num_image_tokens,
+            max_tokens=reading.data.max_tokens,
+            on_long_record=reading.data.on_long_record,
+            image_token_id=image_token_id(tokenizer),
+        )
+        special = {*template.special_strings, *template.stop_words, *tokenizer.all_special_tokens}
         self.special_strings = tuple(sorted(text for text in special if text.strip()))
 
     def measure(self, records: Sequence[Record]) -> list[list[Measured]]:
         """Return the measures of each record; of its turns alone too, where the recipe trains on them."""
         items = [[record, *self._turns_alone(record)] for record in records]
-        ids = self._ids(record for group in items for record in group)
-        encoder = _Prepared(**self._settings, ids=ids)
+        encoder = prepared(self._encoder, (record for group in items for record in group))
         return [[self._measured(encoder, record) for record in group] for group in items]
 
     def _turns_alone(self, record: Record) -> list[Record]:
         return turns_alone(record) if self._data.turns == "both" and len(record.turns) > 1 else []
-
-    def _ids(self, records: Iterable[Record]) -> dict[str, list[int]]:
-        collector = _Collector(**self._settings)
-        for record in records:
-            collector.collect(record)
-        texts = list(collector.texts)
-        found = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return dict(zip(texts, (one.ids for one in found), strict=True))
 
     def _measured(self, encoder: Encoder, record: Record) -> Measured:
         try:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dianjing.check.codes import CODES
 from dianjing.cli.flags import parse
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import DataConfig, Recipe
 from dianjing.errors import ConfigError
+from dianjing.progress import watched
 
 if TYPE_CHECKING:
     from dianjing.check.check import Result, Settings
@@ -156,15 +156,7 @@ def watched_check(settings: Settings, notices: Console) -> Result:
     """Check with a progress bar."""
     from dianjing.check.check import check
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notices, transient=True, disable=not notices.is_terminal) as progress:
-        tasks = {}
-
-        def watch(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done)
-
+    with watched(notices) as watch:
         return check(settings, watch)
 
 

@@ -87,14 +87,14 @@ def servable(model: str, port: int, console: Console) -> Path:
 
 def _exported(run: Path, console: Console) -> Path:
     """Return the export of a run's newest checkpoint, made if it is not there yet."""
+    from dianjing.data.cache import cache_folder
     from dianjing.export.export import export
     from dianjing.train.checkpoint import newest
     from dianjing.use.load import load_for_use
 
     checkpoint = newest(run)
     state = f"{checkpoint} {checkpoint.stat().st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dianjing" / "serve"
-    out = cache / hashlib.sha256(state.encode()).hexdigest()[:16] / run.name
+    out = cache_folder("serve") / hashlib.sha256(state.encode()).hexdigest()[:16] / run.name
     if not out.is_dir():
         console.print(f"exporting {checkpoint} to {out}")
         export(load_for_use(str(run), "cpu"), out)

@@ -22,11 +22,13 @@ from rich.text import Text
 
 from dianjing.config.schema import DataConfig
 from dianjing.constants import IGNORE_INDEX
-from dianjing.data.dataset import Dataset, image_folder, open_dataset
+from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
 from dianjing.data.image import ImageProcessor, load_image
+from dianjing.data.survey import image_folder
 from dianjing.data.template import OWN, TEMPLATES, doubts, template_for
 from dianjing.errors import ConfigError
+from dianjing.progress import watched
 from dianjing.tinyworld.folders import resolve
 
 NAME = "show"
@@ -70,10 +72,10 @@ def run(arguments: list[str]) -> int:
     )
     if chosen.out and not chosen.vision_tower:
         raise ConfigError("--out shows the pictures after preprocessing: say which --vision-tower does it")
-    dataset, how = open_records(chosen)
+    notices = Console(stderr=True, highlight=False)
+    dataset, how = open_records(chosen, notices)
     limit = chosen.limit if chosen.limit is not None else dataset.num_records if chosen.json else RECORDS_SHOWN
     shown = range(min(limit, dataset.num_records))
-    notices = Console(stderr=True, highlight=False)
     for line in (how, *report_lines(dataset)):
         notices.print(line, markup=False, soft_wrap=True)
     for i in shown:
@@ -84,7 +86,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def open_records(chosen: Arguments) -> tuple[Dataset, str]:
+def open_records(chosen: Arguments, notices: Console) -> tuple[Dataset, str]:
     """Return the records as a run with these settings would read them, cut where they are too long, and how the
     template was chosen."""
     tokenizer = load_tokenizer(resolve(chosen.llm, "language_model", weights=False))
@@ -99,12 +101,16 @@ def open_records(chosen: Arguments) -> tuple[Dataset, str]:
         image_token_id=image_token_id(tokenizer),
     )
     config = DataConfig(path=chosen.data, images=chosen.images, max_tokens=chosen.max_tokens, pack_tokens=sys.maxsize)
-    return open_dataset(config, encoder, ImageProcessor.from_folder(tower) if tower else None), how
+    image_processor = ImageProcessor.from_folder(tower) if tower else None
+    with watched(notices) as watch:
+        return open_dataset(config, encoder, image_processor, watch), how
 
 
 def report_lines(dataset: Dataset) -> Iterator[str]:
     """Yield what is worth knowing about the whole set."""
     yield counts(dataset)
+    if dataset.opened:
+        yield dataset.opened
     yield from doubts(dataset.encoder.template, dataset.encoder.tokenizer)
     if cut := dataset.report["truncated"]:
         yield f"warning: records cut to {dataset.encoder.max_tokens} tokens (--max-tokens): {cut}"
@@ -170,7 +176,7 @@ def page(dataset: Dataset, indices: Iterable[int]) -> str:
     records: list[dict[str, Any]] = []
     for i in indices:
         record, example = dataset.records[i], dataset.example(i)
-        folder = image_folder(dataset.config, record)
+        folder = image_folder(dataset.config, record.source)
         seen = [processor.to_picture(processor(load_image(folder, name))) for name in record.images]
         records.append(
             {

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from array import array
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
+import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from dianjing.config.schema import DataConfig
-from dianjing.constants import IGNORE_INDEX
+from dianjing.data.cache import cached_survey
 from dianjing.data.collate import Batch, collate
-from dianjing.data.encode import Encoder, Example, LongRecordError
-from dianjing.data.image import ImageProcessor, check_image, load_image
+from dianjing.data.encode import Encoder, Example
+from dianjing.data.image import ImageProcessor, load_image
 from dianjing.data.pack import pack
-from dianjing.data.record import Record, bad_records, load_records, turns_alone
+from dianjing.data.source import DataFile, Records
+from dianjing.data.survey import image_folder, naming
 from dianjing.errors import DataError
+from dianjing.progress import Watch
 
 CACHE_BYTES = 512 * 2**20
 """Memory for pictures that are used again, in each process."""
@@ -38,7 +38,7 @@ class Dataset:
     encoder: Encoder
     image_processor: ImageProcessor | None
     """None: the records can be looked at, but no batch can be made."""
-    records: tuple[Record, ...]
+    records: Records
     lengths: tuple[int, ...]
     """Positions of each record, pictures expanded."""
     modality_lengths: tuple[int, ...]
@@ -49,6 +49,8 @@ class Dataset:
     """One message a record that was left out."""
     fingerprint: str
     """Changes with any id, label, picture name or picture file's size."""
+    opened: str = ""
+    """What is worth saying about the cache."""
 
     def __post_init__(self) -> None:
         side = self.image_processor.size if self.image_processor else 1
@@ -76,12 +78,16 @@ class Dataset:
         """
         assert self.image_processor, "a data set without an image processor makes no batches"
         pixels: list[UInt8[Tensor, "3 height width"]] = []
-        for record in (self.records[i] for i in indices):
-            with _naming(record):
-                folder = image_folder(self.config, record)
+        records = [self.records[i] for i in indices]
+        for record in records:
+            folder = image_folder(self.config, record.source)
+            with naming(record):
                 pixels += [self._pixels(folder, name) for name in record.images]
+        examples = [self.encoder.encode(record) for record in records]
+        lengths = [len(example.input_ids) for example in examples]
+        assert lengths == [self.lengths[i] for i in indices], f"{records[0].where}: read otherwise than at the door"
         return collate(
-            [self.example(i) for i in indices],
+            examples,
             pixels,
             image_token_id=self.encoder.image_token_id,
             image_processor=self.image_processor,
@@ -92,8 +98,13 @@ class Dataset:
         return self.image_processor.pixels(load_image(folder, name))
 
 
-def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImageProcessor | None) -> Dataset:
-    """Read every record, look at every picture and encode everything once.
+def open_dataset(
+    config: DataConfig,
+    encoder: Encoder,
+    image_processor: ImageProcessor | None,
+    watch: Watch = lambda doing, done, total: None,
+) -> Dataset:
+    """Read every record, look at every picture and encode everything once; a later start knows it from the cache.
 
     Raises:
         DataError: a file cannot be read; or some records cannot be used, all named in one error, unless
@@ -101,90 +112,21 @@ def open_dataset(config: DataConfig, encoder: Encoder, image_processor: ImagePro
     """
     if config.images and not os.path.isdir(config.images):
         raise DataError(f"{config.images}: there is no such image folder; name it (data.images)")
-    loaded = load_records(config.path, on_bad_record="skip")
-    problems, too_long = list(loaded.skipped), list[str]()
-    records: list[Record] = []
-    lengths: list[int] = []
-    modality_lengths: list[int] = []
-    counts: Counter[str] = Counter()
-    digest = hashlib.sha256()
-    file_size = lru_cache(maxsize=None)(check_image)
-    for record in _with_turns_alone(loaded.records) if config.turns == "both" else loaded.records:
-        try:
-            example = _fitting(encoder.encode(record), config, record)
-            with _naming(record):
-                sizes = [file_size(image_folder(config, record), name) for name in record.images]
-        except LongRecordError as error:
-            too_long.append(str(error))
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            records.append(record)
-            lengths.append(len(example.input_ids))
-            tokens = len(example.input_ids) - example.num_images * (encoder.num_image_tokens - 1)
-            modality_lengths.append(tokens if record.images else -tokens)
-            counts.update(_counted(record, example))
-            digest.update(array("q", [*example.input_ids, *example.labels, *sizes]).tobytes())
-            digest.update(repr(record.images).encode())
-    refused = [*(problems if config.on_bad_record == "error" else ())]
-    refused += too_long if config.on_long_record == "error" else ()
-    if refused:
-        raise bad_records(refused)
-    skipped = (*problems, *too_long)
-    if not records:
-        raise DataError("\n  ".join([f"{config.path}: no record is left to use; skipped:", *skipped[:3]]))
+    files = [DataFile(path) for path in ([config.path] if isinstance(config.path, str) else config.path)]
+    found, opened = cached_survey(files, config, encoder, watch)
+    tokens, images = (found.rows[name].astype(np.int64) for name in ("tokens", "images"))
     return Dataset(
         config=config,
         encoder=encoder,
         image_processor=image_processor,
-        records=tuple(records),
-        lengths=tuple(lengths),
-        modality_lengths=tuple(modality_lengths),
-        report={"records": len(records), **counts, "skipped": len(skipped), **loaded.notices},
-        skipped=skipped,
-        fingerprint=digest.hexdigest(),
+        records=Records(files, found.rows),
+        lengths=tuple((tokens + images * (encoder.num_image_tokens - 1)).tolist()),
+        modality_lengths=tuple(np.where(images > 0, tokens, -tokens).tolist()),
+        report=found.report,
+        skipped=found.skipped,
+        fingerprint=found.fingerprint,
+        opened=opened,
     )
-
-
-def _with_turns_alone(records: Sequence[Record]) -> Iterator[Record]:
-    for record in records:
-        yield record
-        if len(record.turns) > 1:
-            yield from turns_alone(record)
-
-
-def image_folder(config: DataConfig, record: Record) -> str:
-    """Return the folder that a record's picture paths are relative to."""
-    return config.images or os.path.dirname(record.source) or "."
-
-
-def _fitting(example: Example, config: DataConfig, record: Record) -> Example:
-    if len(example.input_ids) > config.pack_tokens:
-        raise DataError(
-            f"{record.where}: {len(example.input_ids)} positions with its pictures, but data.pack_tokens is "
-            f"{config.pack_tokens}; raise it, or shorten the record"
-        )
-    return example
-
-
-def _counted(record: Record, example: Example) -> dict[str, int]:
-    return {
-        "pictures": len(record.images),
-        "text-only": int(not record.images),
-        "turns": len(record.turns),
-        "positions": len(example.input_ids),
-        "supervised tokens": sum(label != IGNORE_INDEX for label in example.labels),
-        "truncated": int(example.truncated > 0),
-    }
-
-
-@contextmanager
-def _naming(record: Record) -> Generator[None]:
-    """Say in which record a picture could not be used."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{record.where}: {error}") from None
 
 
 class _Packs(TorchDataset[Batch | DataError | None]):

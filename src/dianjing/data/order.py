@@ -60,7 +60,7 @@ def _groups(indices: Sequence[int], lengths: Sequence[int], size: int, generator
 
 
 def _permutation(n: int, generator: torch.Generator) -> list[int]:
-    return [int(index) for index in torch.randperm(n, generator=generator)]
+    return torch.randperm(n, generator=generator).numpy().tolist()
 
 
 def steps_per_epoch(n: int, global_batch_size: int) -> int:

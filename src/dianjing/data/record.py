@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +9,7 @@ from typing import ParamSpec, TypeVar, cast
 
 from dianjing.config.schema import OnBad
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.read import Place, kind_of, read_records
 from dianjing.errors import DataError
 
 Given = ParamSpec("Given")
@@ -66,18 +65,6 @@ class Record:
         return f'{Place(self.source, self.index, self.line)} ("{self.id}")'
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a record stands, for messages."""
-
-    source: str
-    index: int
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.source}: " + (f"line {self.line}" if self.line else f"record {self.index}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RecordSet:
     """All usable records, and what was noticed and skipped on the way."""
@@ -125,55 +112,6 @@ def bad_records(problems: Sequence[str]) -> DataError:
     return DataError("\n  ".join(lines) + '\nPut them right, or leave them out with data.on_bad_record = "skip".')
 
 
-def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
-    """Return the JSON values of a file with their places; a bad line of a JSONL file is added to `problems`.
-
-    Raises:
-        DataError: the file is missing, is of another kind, or is not JSON.
-    """
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in (".json", ".jsonl"):
-        raise DataError(f'{path}: the data file must end in .json (a list) or .jsonl, not in "{suffix}"')
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"{path}: cannot be read ({reason}); give a LLaVA JSON or JSONL file") from None
-    before = len(problems)
-    found = _read_list(path, text) if suffix == ".json" else _read_lines(path, text, problems)
-    if not found and len(problems) == before:
-        raise DataError(f"{path}: there is no record in it")
-    return found
-
-
-def _read_list(path: str, text: str) -> list[tuple[Place, object]]:
-    try:
-        values: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {_not_json(error)}") from None
-    if not isinstance(values, list):
-        raise DataError(f"{path}: it holds {_kind(values)}, not a list of records; put [ and ] around them")
-    return [(Place(path, i, 0), value) for i, value in enumerate(cast(list[object], values))]
-
-
-def _read_lines(path: str, text: str, problems: list[str]) -> list[tuple[Place, object]]:
-    found: list[tuple[Place, object]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                found.append((Place(path, len(found), number), json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{path}: {_not_json(error, number)}")
-    return found
-
-
-def _not_json(error: Exception, first_line: int = 1) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON at line {first_line + error.lineno - 1}, column {error.colno}: {error.msg}"
-    return f"not JSON that can be read: {error}"
-
-
 def parse_record(value: object, place: Place) -> tuple[Record, Counter[str]]:
     """Return the record that a JSON value describes, and what was noticed in it.
 
@@ -211,7 +149,7 @@ def examine(value: object, place: Place) -> Examined:
     """Return the record that a JSON value describes, or everything that keeps it from being one."""
     found = Examined(id=str(place.index))
     if not isinstance(value, dict):
-        text = f'{_kind(value)}, not a record {{"image": ..., "conversations": [...]}}'
+        text = f'{kind_of(value)}, not a record {{"image": ..., "conversations": [...]}}'
         found.problems.append(RecordError("not_a_record", "", text))
         return found
     fields = cast(dict[str, object], value)
@@ -241,7 +179,7 @@ def _id(fields: Mapping[str, object], place: Place) -> str:
     if value is None:
         return str(place.index)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RecordError("id_type", "id", f"id is {_kind(value)}; write a string or a whole number")
+        raise RecordError("id_type", "id", f"id is {kind_of(value)}; write a string or a whole number")
     return str(value)
 
 
@@ -251,7 +189,7 @@ def _images(value: object) -> tuple[str, ...]:
     values = cast(list[object], value) if isinstance(value, list) else [value]
     for name in values:
         if not isinstance(name, str) or not name:
-            kind = "an empty string" if name == "" else _kind(name)
+            kind = "an empty string" if name == "" else kind_of(name)
             text = f"image is {kind}; write a path, a list of paths, or null for a text-only record"
             raise RecordError("image_type", "image", text)
         _check_characters(name, "image")
@@ -269,7 +207,7 @@ def _messages(fields: Mapping[str, object], found: Examined) -> list[tuple[str, 
         raise RecordError("conversations_missing", "conversations", text)
     values = fields[key]
     if not isinstance(values, list):
-        text = f'{key} is {_kind(values)}; write a list of {{"from": ..., "value": ...}}'
+        text = f'{key} is {kind_of(values)}; write a list of {{"from": ..., "value": ...}}'
         raise RecordError("conversations_type", key, text)
     if not values:
         text = f"{key} is empty; add a question and its answer, or remove the record"
@@ -280,7 +218,7 @@ def _messages(fields: Mapping[str, object], found: Examined) -> list[tuple[str, 
 
 def _message(value: object, name: str) -> tuple[str, str]:
     if not isinstance(value, dict):
-        raise RecordError("message_type", name, f'{name} is {_kind(value)}; write {{"from": ..., "value": ...}}')
+        raise RecordError("message_type", name, f'{name} is {kind_of(value)}; write {{"from": ..., "value": ...}}')
     fields = cast(dict[str, object], value)
     role, text = fields.get("from"), fields.get("value")
     if role not in ("human", "gpt"):
@@ -288,7 +226,7 @@ def _message(value: object, name: str) -> tuple[str, str]:
         text = f'{name} {said}; only "human" and "gpt" are known: rename its role or remove the message'
         raise RecordError("role_unknown", f"{name}.from", text)
     if not isinstance(text, str):
-        raise RecordError("value_type", f"{name}.value", f"{name}.value is {_kind(text)}; write a string")
+        raise RecordError("value_type", f"{name}.value", f"{name}.value is {kind_of(text)}; write a string")
     _check_characters(text, f"{name}.value")
     return str(role), text
 
@@ -365,11 +303,6 @@ def _types(value: object, turns: int) -> tuple[str, ...]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _kind(value: object) -> str:
-    kinds = ((type(None), "null"), (dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), "a number")
 
 
 def turns_alone(record: Record) -> list[Record]:

@@ -67,6 +67,8 @@ class Log:
         """Print what was found in the data, and what was left out."""
         found = ", ".join(f"{count:,} {name}" for name, count in dataset.report.items() if count)
         self.show(f"data: {found}")
+        if dataset.opened:
+            self.show(dataset.opened)
         for text in dataset.skipped[:SKIPPED_SHOWN]:
             self.warn(f"  skipped: {text}")
         if len(dataset.skipped) > SKIPPED_SHOWN:

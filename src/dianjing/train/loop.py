@@ -23,6 +23,7 @@ from dianjing.model.build import build
 from dianjing.model.compile import compile_layers
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state
+from dianjing.progress import watched
 from dianjing.train.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
 from dianjing.train.engine import SHARDS_WEIGHTS, require_engine, start_engine
 from dianjing.train.interrupt import Interrupt, Stopped
@@ -68,8 +69,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
     log.show(stage)
     if _compiles(recipe, accelerator):
         compile_layers(built.model)
-    with log.busy("looking at every record and picture"):
-        dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
+    with watched(log.console) as watch:
+        dataset = open_dataset(recipe.data, built.encoder, built.image_processor, watch)
     log.data(dataset)
     require_pictures(dataset, recipe.stage)
 

@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_read(folder: Path, name: str) -> None:
 
 
 def test_several_processes_find_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dianjing.check import split as split_module
+    from dianjing.data import split as split_module
 
     monkeypatch.setattr(split_module, "CHUNK_RECORDS", 4)
     conversation = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": " "}]

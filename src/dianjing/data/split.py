@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,19 +47,19 @@ class Chunk:
 
 # A whole value of the usual depth is one match; [^"...]++ and (?>...) keep it linear whatever is in it.
 _STRING = rb'"(?>[^"\\]++|\\.)*+"'
-_INSIDE = rb'(?>[^"{}\[\]/]++|' + _STRING + rb")*+"
+_inside = rb'(?>[^"{}\[\]/]++|' + _STRING + rb")*+"
 for _ in range(4):
-    _INSIDE = rb'(?>[^"{}\[\]/]++|' + _STRING + rb"|[{\[]" + _INSIDE + rb"[}\]])*+"
-_USUAL = re.compile(rb"[{\[]" + _INSIDE + rb"[}\]]", re.DOTALL)
+    _inside = rb'(?>[^"{}\[\]/]++|' + _STRING + rb"|[{\[]" + _inside + rb"[}\]])*+"
+_USUAL = re.compile(rb"[{\[]" + _inside + rb"[}\]]", re.DOTALL)
 _TOKEN = re.compile(_STRING + rb"|//[^\n]*+|/\*.*?\*/|[\[\]{},]|\"", re.DOTALL)
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _COMMENT = re.compile(rb"//[^\n]*+|/\*.*?\*/", re.DOTALL)
 
 
 @contextmanager
-def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
-    """Open a file as bytes that are read when they are looked at."""
-    with open(path, "rb") as file:
+def mapped(path: str | int) -> Generator[mmap.mmap | bytes]:
+    """Open a file, or one that is open (its number), as bytes that are read when they are looked at."""
+    with open(path, "rb", closefd=isinstance(path, str)) as file:
         if file.seek(0, 2) == 0:
             yield b""
             return
@@ -127,7 +127,7 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[Element | Flaw]:
             return
 
 
-def _skip(data: mmap.mmap | bytes, position: int) -> Iterator[Flaw]:
+def _skip(data: mmap.mmap | bytes, position: int) -> Generator[Flaw, None, int]:
     """Pass over blanks and comments; return what follows them."""
     while True:
         position = _end_of(_SPACE, data, position)

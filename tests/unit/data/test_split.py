@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dianjing.check import split as split_module
 from dianjing.check.fixes import read_value
-from dianjing.check.split import Chunk, Flaw, chunks, split
+from dianjing.data import split as split_module
+from dianjing.data.split import Chunk, Flaw, chunks, split
 
 VALUES = st.recursive(
     st.none()

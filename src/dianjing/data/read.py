@@ -1,0 +1,108 @@
+"""A JSON or JSONL file -> its JSON values, each with the place where it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import cast
+
+from dianjing.errors import DataError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record stands, for messages."""
+
+    source: str
+    index: int
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}: " + (f"line {self.line}" if self.line else f"record {self.index}")
+
+
+def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
+    """Return the JSON values of a file with their places; a bad line of a JSONL file is added to `problems`.
+
+    Raises:
+        DataError: the file is missing, is of another kind, or is not JSON.
+    """
+    lines = is_lines(path)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from None
+    before = len(problems)
+    found = _read_lines(path, text, problems) if lines else _read_list(path, text)
+    if not found and len(problems) == before:
+        raise DataError(f"{path}: there is no record in it")
+    return found
+
+
+def is_lines(path: str) -> bool:
+    """Return whether a data file is JSONL, and not a JSON list.
+
+    Raises:
+        DataError: its name tells neither.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in (".json", ".jsonl"):
+        raise DataError(
+            f'{path}: the data file must end in .json (a list) or .jsonl, not in "{suffix}"; '
+            "`dianjing check FILE --convert OUT.json` reads other formats"
+        )
+    return suffix == ".jsonl"
+
+
+def unreadable(path: str, error: OSError | UnicodeDecodeError) -> DataError:
+    """Return the error that says why a data file cannot be read."""
+    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    return DataError(f"{path}: cannot be read ({reason}); give a LLaVA JSON or JSONL file")
+
+
+def _read_list(path: str, text: str) -> list[tuple[Place, object]]:
+    try:
+        values: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {_not_json(error)}") from None
+    if not isinstance(values, list):
+        raise DataError(f"{path}: it holds {kind_of(values)}, not a list of records; put [ and ] around them")
+    return [(Place(path, i, 0), value) for i, value in enumerate(cast(list[object], values))]
+
+
+def _read_lines(path: str, text: str, problems: list[str]) -> list[tuple[Place, object]]:
+    found: list[tuple[Place, object]] = []
+    filled = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for index, (number, line) in enumerate(filled):
+        place = Place(path, index, number)
+        try:
+            found.append((place, read_line(line, place)))
+        except DataError as error:
+            problems.append(str(error))
+    return found
+
+
+def read_line(text: str, place: Place) -> object:
+    """Return the JSON value of a line of a JSONL file.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place.source}: {_not_json(error, place.line)}") from None
+
+
+def _not_json(error: Exception, first_line: int = 1) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON at line {first_line + error.lineno - 1}, column {error.colno}: {error.msg}"
+    return f"not JSON that can be read: {error}"
+
+
+def kind_of(value: object) -> str:
+    """Return how a message names a JSON value."""
+    kinds = ((type(None), "null"), (dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "a number")
