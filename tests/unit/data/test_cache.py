@@ -374,11 +374,12 @@ def test_relative_paths_from_another_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    records = [{**record, "image": "a.png"} for record in tiny_records()[:1]]
-    for folder, side in (("one", 3), ("two", 5)):
+    records = [{**record, "image": "a.bmp"} for record in tiny_records()[:1]]
+    for folder, colour in (("one", "red"), ("two", "blue")):
         (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path / folder)
         Path("data.json").write_text(json.dumps(records))
-        Image.new("RGB", (side, side)).save("a.png")
+        Image.new("RGB", (4, 4), colour).save("a.bmp")
+        os.utime("a.bmp", ns=(1, 1))
         opened(DataConfig(path="data.json"))
     assert len(surveys) == 2
