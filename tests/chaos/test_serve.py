@@ -1,4 +1,4 @@
-"""A real server, `transformers serve`, with a model of our own: its records load, and train."""
+"""A real server, `transformers serve`, with a model of our own: its records pass `check`, and train."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def served(model: Path) -> Iterator[str]:
 
 
 @pytest.mark.timeout(180)
-def test_records_of_a_real_server_load_and_train(
+def test_records_of_a_real_server_pass_check_and_train(
     make: Maker, model: Path, served: str, make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make.images.mkdir()
@@ -86,6 +86,8 @@ def test_records_of_a_real_server_load_and_train(
     assert {record.images for record in [*records, *held_out]} <= {(f"{i:02d}.png",) for i in range(20)}
     assert len(records) + len(held_out) > 15
     assert all(turn.question.removeprefix("<image>\n") in QUESTIONS for record in records for turn in record.turns)
+    for written in (make.out, make.out.with_name("data_held_out.json")):
+        assert main(["check", str(written), "--images", str(make.images)]) == 0, capsys.readouterr()
 
     recipe = make_recipe("finetune", output=str(tmp_path / "run"))
     data = DataConfig(path=str(make.out), images=str(make.images), pack_tokens=256)

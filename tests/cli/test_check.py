@@ -80,8 +80,29 @@ def test_the_summary_names_records_and_what_to_do(capsys: pytest.CaptureFixture[
     page = report.read_text(encoding="utf-8")
     assert "picture_missing" in page
     assert page.count("<svg") >= 5
+    assert '<details class="error" open>' in page, "few errors lie open"
     assert "http://" not in page
     assert "https://" not in page
+
+
+def test_the_page_of_a_clean_set_and_of_a_refused_one(
+    capsys: pytest.CaptureFixture[str], data: TinyDataset, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    records = [record for record in tiny_records() if record["id"] in ("square", "text")]
+    data.path.write_text(json.dumps(records), encoding="utf-8")
+    assert run(capsys, data.path, "--images", data.images, "--report", report)[0] == 0
+    page = report.read_text(encoding="utf-8")
+    assert "Nothing was found." in page
+    assert "<details" not in page
+
+    records = [{**record, "id": "<b>&"} for record in records]
+    data.path.write_text(json.dumps(records)[:-1] + ", // why\n]", encoding="utf-8")
+    assert run(capsys, data.path, "--images", data.images, "--report", report)[0] == 1
+    page = report.read_text(encoding="utf-8")
+    assert f"training would refuse {data.path} as a whole" in page
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>" not in page
 
 
 def test_what_a_run_would_use(capsys: pytest.CaptureFixture[str], make_recipe: Any, tmp_path: Path) -> None:

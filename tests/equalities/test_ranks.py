@@ -38,11 +38,16 @@ for path in sys.argv[1:]:
 DEEPSPEED = ["deepspeed_zero2", "deepspeed_zero3"] if importlib.util.find_spec("deepspeed") else []
 
 
-def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
-    """Start python with these arguments as two ranks that meet over gloo."""
+def start_ranks(*arguments: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """Start python with these arguments as ranks that meet over gloo."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": str(ranks),
+    }
     return [
         subprocess.Popen(
             [sys.executable, *arguments],
@@ -50,7 +55,7 @@ def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]
 
 
@@ -102,7 +107,7 @@ def test_ranks_and_engines_change_nothing(make_recipe: Any, tmp_path: Path, engi
         for engine in engines:
             two.append(changed(recipe, Path(f"{one}-{engine}"), engine))
             two.append(changed(recipe, Path(f"{one}-{engine}-resumed"), engine, begun_by=one))
-    results = finish(start_two("-c", TRAIN_ALL, *(f"{recipe.output}.toml" for recipe in two)))
+    results = finish(start_ranks("-c", TRAIN_ALL, *(f"{recipe.output}.toml" for recipe in two)))
     assert [code for code, _ in results] == [0, 0], results
     for recipe in two:
         one = tmp_path / recipe.stage
@@ -131,7 +136,7 @@ def test_a_signal_to_one_rank_stops_both_and_one_rank_goes_on(make_recipe: Any, 
     recipe = make_recipe(train={"global_batch_size": 4, "epochs": 60, "save_every": 10})
     run = Path(recipe.output)
     save_recipe(recipe, tmp_path / "recipe.toml")
-    processes = start_two("-m", "dianjing", "train", str(tmp_path / "recipe.toml"), "--quiet")
+    processes = start_ranks("-m", "dianjing", "train", str(tmp_path / "recipe.toml"), "--quiet")
     while not checkpoints(run):
         assert [process.poll() for process in processes] == [None, None]
         time.sleep(0.005)

@@ -10,8 +10,8 @@ from tests.house.source import MODULES, Module
 
 READING_ORDER = """
 errors constants progress journal config.schema config.fields config.load model.hub tinyworld.folders
-data.read data.record data.sentencepiece data.chat_template data.template data.encode data.picture data.image data.pack
-data.order data.collate data.split data.source data.parallel data.survey data.cache data.dataset
+data.split data.read data.record data.sentencepiece data.chat_template data.template data.encode data.picture data.image
+data.pack data.order data.collate data.source data.parallel data.survey data.cache data.dataset
 model.language formats model.vision model.weights model.attention model.frozen model.products
 model.fp8 model.fp8_kernels model.fp8_mlp model.build model.forward
 model.recorded model.lora model.stage model.compile model.adapter

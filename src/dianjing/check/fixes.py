@@ -14,6 +14,8 @@ ROLES = {
     **dict.fromkeys(("human", "user", "asker"), "human"),
     **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "model", "ai"), "gpt"),
 }
+MOST_CHANGES = 1000
+"""In the text of one record."""
 _COMMENT = r"//[^\n]*+|/\*.*?\*/"
 _PART = re.compile(
     rf'"(?>[^"\\]++|\\.)*+"|(?P<comment>{_COMMENT})|(?P<comma>,)(?=(?>\s|{_COMMENT})*+[\]}}])', re.DOTALL
@@ -51,12 +53,18 @@ def read_value(text: str) -> tuple[object, list[Change]]:
 
 
 def _mend(text: str) -> tuple[str, list[Change]]:
-    """Blank out comments and commas before a closing bracket; every other character stays where it is."""
+    """Blank out comments and commas before a closing bracket; every other character stays where it is.
+
+    Raises:
+        ValueError: there are too many.
+    """
     changes: list[Change] = []
 
     def blank(part: re.Match[str]) -> str:
         if part.lastgroup is None:
             return part.group()
+        if len(changes) == MOST_CHANGES:
+            raise ValueError(f"more than {MOST_CHANGES:,} comments and commas too many")
         code = "json_comment" if part.lastgroup == "comment" else "json_trailing_comma"
         changes.append(Change(code, "", part.group()[:60], "", part.start()))
         return re.sub(r"[^\n]", " ", part.group())

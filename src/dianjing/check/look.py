@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dianjing.check.codes import Finding
-from dianjing.check.texts import digest, excuse, loops, normalised, script, yes_or_no
+from dianjing.check.texts import Script, digest, excuse, loops, normalised, script, yes_or_no
 from dianjing.check.tokens import Measured
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.record import Record, Turn
@@ -69,26 +69,23 @@ def look(result: ChunkResult, where: Where, record: Record | None, special_strin
             hashes.append(0)
         return
     texts = [text for turn in record.turns for text in (turn.question, turn.answer)]
-    said = [normalised(text) for text in texts]
+    whole = "\0".join(texts)
+    latin = whole.isascii()
+    alike = normalised(whole)
+    said = alike.split(b"\0")
+    if len(said) != len(texts):  # there is a \0 in one of them
+        said = [normalised(text) for text in texts]
     pictures = "\0".join(record.images).encode() + b"\1"
-    result.content.append(digest(pictures + "\0".join(texts).encode()))
-    result.alike.append(digest(pictures + b"\0".join(said)))
+    result.content.append(digest(pictures + whole.encode()))
+    result.alike.append(digest(pictures + alike))
     result.answer.append(digest(b"\0".join(said[1::2])))
-    values = result.values
-    values["turns"].append(len(record.turns))
-    values["pictures"].append(len(record.images))
+    _count(result.values, record, latin)
     for number, turn in enumerate(record.turns):
         question, answer = said[2 * number : 2 * number + 2]
         if record.images and len(answer) >= LONG_ANSWER:
             result.long_answers.append(digest(answer))
             result.long_answers_of.append(where.record)
-        scripts = script(turn.question.replace(IMAGE_MARKER, "")), script(turn.answer)
-        values["question script"].append(scripts[0])
-        values["answer script"].append(scripts[1])
-        values["question characters"].append(len(turn.question))
-        values["answer characters"].append(len(turn.answer))
-        values["yes or no"].append(yes_or_no(turn.answer))
-        for code, text in _turn(turn, scripts, question, answer):
+        for code, text in _turn(turn, question, answer, latin):
             result.findings.append(where.finding(code, text, f"turn {number}"))
         for mark in special_strings:
             if mark in turn.question or mark in turn.answer:
@@ -96,11 +93,26 @@ def look(result: ChunkResult, where: Where, record: Record | None, special_strin
                 result.findings.append(where.finding("special_string", text, f"turn {number}"))
 
 
-def _turn(turn: Turn, scripts: tuple[str, str], question: bytes, answer: bytes) -> Iterator[tuple[str, str]]:
+def _count(values: dict[str, list[str | int]], record: Record, latin: bool) -> None:
+    """Add a record to the distributions; `latin`: its texts are ASCII."""
+    turns = record.turns
+    values["turns"].append(len(turns))
+    values["pictures"].append(len(record.images))
+    values["question script"] += ["en" if latin else _question_script(turn) for turn in turns]
+    values["answer script"] += ["en" if latin else script(turn.answer) for turn in turns]
+    values["question characters"] += [len(turn.question) for turn in turns]
+    values["answer characters"] += [len(turn.answer) for turn in turns]
+    values["yes or no"] += [yes_or_no(turn.answer) for turn in turns]
+
+
+def _question_script(turn: Turn) -> Script:
+    return script(turn.question.replace(IMAGE_MARKER, ""))
+
+
+def _turn(turn: Turn, question: bytes, answer: bytes, latin: bool) -> Iterator[tuple[str, str]]:
     """Yield what is odd about one turn: code and sentence; its texts are given without punctuation too."""
-    lengths = len(turn.question), len(turn.answer)
-    if scripts in (("zh", "en"), ("en", "zh")) and min(lengths) > SWITCH_CHARACTERS:
-        yield "language_switch", f"the question is in {scripts[0]}, the answer in {scripts[1]}"
+    if not latin:
+        yield from _letters(turn)
     if IMAGE_MARKER in turn.answer:
         yield "marker_in_answer", f"{IMAGE_MARKER} stands in the answer"
     if words := excuse(turn.answer):
@@ -108,7 +120,16 @@ def _turn(turn: Turn, scripts: tuple[str, str], question: bytes, answer: bytes) 
     if len(answer) >= ECHO_BYTES and question.removeprefix(b"<image>") == answer:
         yield "answer_echo", f'the answer is the question: "{turn.answer[:60]}"'
     for name, text in (("question", turn.question), ("answer", turn.answer)):
-        if "\ufffd" in text:
-            yield "text_broken", f"the {name} holds U+FFFD, where characters were lost"
         if phrase := loops(text):
             yield "text_repeats", f'the {name} says "{phrase[:60]}" over and over'
+
+
+def _letters(turn: Turn) -> Iterator[tuple[str, str]]:
+    """Yield what only texts beyond ASCII can be."""
+    scripts = _question_script(turn), script(turn.answer)
+    lengths = len(turn.question), len(turn.answer)
+    if scripts in (("zh", "en"), ("en", "zh")) and min(lengths) > SWITCH_CHARACTERS:
+        yield "language_switch", f"the question is in {scripts[0]}, the answer in {scripts[1]}"
+    for name, text in (("question", turn.question), ("answer", turn.answer)):
+        if "\ufffd" in text:
+            yield "text_broken", f"the {name} holds U+FFFD, where characters were lost"

@@ -12,6 +12,7 @@ from dianjing.check.fixes import Change, corrected, read_value
 from dianjing.check.look import ChunkResult, Where, look
 from dianjing.check.tokens import Measurer, Reading
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.read import too_large
 from dianjing.data.record import NOTICES, Place, Record, examine
 from dianjing.data.split import MAX_RECORD_BYTES, Chunk
 
@@ -78,8 +79,7 @@ class RecordChecker:
         """Return a record's JSON value, None when there is none, and whether it had to be mended."""
         where = Where(place.source, place.index, str(place.index), line)
         if end - start > MAX_RECORD_BYTES:
-            text = f"{(end - start) / 2**20:.0f} MB in one record; more than {MAX_RECORD_BYTES >> 20} are not parsed"
-            result.findings.append(where.finding("record_too_large", text))
+            result.findings.append(where.finding("record_too_large", too_large(end - start)))
             return None, False
         data = self._data[start:end]
         try:

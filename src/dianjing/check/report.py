@@ -9,13 +9,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dianjing.check.check import Result
-from dianjing.check.codes import CODES, Finding
-from dianjing.check.summary import facts, histogram, printable, verdict
+from dianjing.check.codes import CODES, SEVERITIES, Finding
+from dianjing.check.summary import facts, histogram, printable, refusal
 from dianjing.data.picture import PictureError, load_image
 from dianjing.use.compare import thumbnail
 
 SHOWN = 20
 """Findings of a code on the page."""
+OPEN = 5
+"""Up to so many kinds of errors lie open."""
 PICTURES_SHOWN = 8
 """...of which so many with their picture."""
 BARS = {
@@ -41,6 +43,9 @@ def page(result: Result) -> str:
         }
         for code in findings.codes()
     ]
+    errors = [group for group in groups if group["about"].severity == "error"]
+    for group in groups:
+        group["open"] = len(errors) <= OPEN and group in errors
     values = {title: result.values[name] for name, title in BARS.items() if result.values.get(name)}
     charts = [_chart(title, histogram(counted)) for title, counted in values.items()]
     if result.run and result.run.lengths:
@@ -49,7 +54,8 @@ def page(result: Result) -> str:
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(source).render(
         title=", ".join(os.path.basename(path) for path in result.settings.paths),
-        verdict=verdict(result),
+        verdict=[(findings.number(severity), severity) for severity in SEVERITIES],
+        refusal=refusal(result),
         facts=list(facts(result)),
         groups=groups,
         charts=charts,

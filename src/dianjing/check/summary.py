@@ -38,6 +38,8 @@ def print_summary(result: Result, console: Console) -> None:
             console.print(Text(f"    and {findings.counts[code] - EXAMPLES:,} more", style="dim"))
     for line in facts(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if refused := refusal(result):
+        console.print(refused, markup=False, highlight=False, soft_wrap=True)
     console.print(verdict(result), style="bold", markup=False, soft_wrap=True)
 
 
@@ -50,6 +52,11 @@ def verdict(result: Result) -> str:
     """Return the numbers of findings in one line."""
     parts = [(result.findings.number(severity), severity) for severity in SEVERITIES]
     return ", ".join(f"{number:,} {name}{'' if number == 1 else 's'}" for number, name in parts)
+
+
+def refusal(result: Result) -> str:
+    """Return which files training does not read at all, "" when there is none."""
+    return f"training would refuse {', '.join(result.refused)} as a whole" if result.refused else ""
 
 
 def facts(result: Result) -> Iterator[str]:
@@ -79,8 +86,6 @@ def facts(result: Result) -> Iterator[str]:
         )
         if run.pack_fill is not None:
             yield f"its packs would be {run.pack_fill:.0%} full"
-    if result.refused:
-        yield f"training would refuse {', '.join(result.refused)} as a whole"
 
 
 def _middle(values: Counter[str | int]) -> str:

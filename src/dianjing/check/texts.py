@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Literal
 
 Script = Literal["zh", "en", "other"]
@@ -76,9 +77,12 @@ def loops(text: str) -> str:
         words = list(text)  # a script without spaces
     if len(words) < LOOP_WORDS or 2 * len(set(words)) > len(words):
         return ""
+    enough = max(REPEATED_TIMES, REPEATED_SHARE * len(words) / REPEATED_WORDS)
+    if len(words) - len(set(pairwise(words))) < enough:  # too few pairs of words come again
+        return ""
     grams = Counter(zip(*(words[i:] for i in range(REPEATED_WORDS)), strict=False))
     phrase, times = grams.most_common(1)[0]
-    if times < REPEATED_TIMES or times * REPEATED_WORDS < REPEATED_SHARE * len(words):
+    if times < enough:
         return ""
     return (" " if len(max(phrase, key=len)) > 1 else "").join(phrase)
 

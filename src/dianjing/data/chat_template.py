@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, cast
 
-from jinja2.exceptions import SecurityError
+from jinja2 import Environment
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from dianjing.errors import ModelError
@@ -25,6 +26,8 @@ HARD_TEXTS = ("{x} 'a' \"b\" <b>&amp;</b> \\n \\", "你好，世界 😀", "seve
 STOPPED_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """Put before a template that writes today's date, since a prompt must be the same tomorrow; the date is the one that
 Llama 3.1 and 3.2 have for readers without a clock."""
+GREEDY = frozenset({"*", "**", "center"})
+"""'x' * 10**10: no chat template needs one of them."""
 THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -60,10 +63,27 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     """
     if not cast(Any, tokenizer).chat_template:
         raise TurnsError("its tokenizer has no chat template")
+    _require_modest(cast(Any, tokenizer).get_chat_template())
     render = _renderer(tokenizer)
     turns = _cut(render, special_tokens(tokenizer))
     check_turns(turns, render)
     return turns
+
+
+def _require_modest(template: str) -> None:
+    """Refuse a template that could fill the memory with one product, which the sandbox does not keep it from.
+
+    Raises:
+        TurnsError: it multiplies, or pads.
+    """
+    try:
+        tokens = [value for _, kind, value in Environment().lex(template) if kind in ("operator", "name")]
+    except TemplateSyntaxError as error:
+        raise TurnsError(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from None
+    if found := GREEDY.intersection(tokens):
+        raise TurnsError(
+            f"its chat template asks for what it may not have ({', '.join(sorted(found))}), and was not run"
+        )
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

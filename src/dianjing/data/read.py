@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import cast
 
+from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import DataError
 
 
@@ -26,10 +27,11 @@ def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
     """Return the JSON values of a file with their places; a bad line of a JSONL file is added to `problems`.
 
     Raises:
-        DataError: the file is missing, is of another kind, or is not JSON.
+        DataError: the file is missing, is of another kind, is not JSON, or has a record too large to be parsed.
     """
     lines = is_lines(path)
     try:
+        _require_small_records(path, lines)
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
@@ -39,6 +41,23 @@ def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
     if not found and len(problems) == before:
         raise DataError(f"{path}: there is no record in it")
     return found
+
+
+def _require_small_records(path: str, lines: bool) -> None:
+    if os.path.getsize(path) <= MAX_RECORD_BYTES:
+        return
+    with mapped(path) as data:
+        found = (one for one in split(data, lines=lines) if not isinstance(one, Flaw))
+        for number, (start, end) in enumerate(found):
+            if end - start > MAX_RECORD_BYTES:
+                raise DataError(f"{path}: record {number}: {too_large(end - start)}")
+
+
+def too_large(size: int) -> str:
+    """Return what a message says of a record of so many bytes."""
+    return (
+        f"{size / 2**20:.0f} MB in one record; more than {MAX_RECORD_BYTES >> 20} are not parsed; look at what is in it"
+    )
 
 
 def is_lines(path: str) -> bool:

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 MAX_RECORD_BYTES = 64 * 2**20
 """A longer record is not parsed: hardly a conversation, and perhaps meant to fill the memory."""
+DEEPEST = 1000
+"""Brackets within brackets; no reader of JSON goes further."""
+MOST_TOKENS = 2**22
+"""Brackets, commas and strings of a record of unusual depth."""
+MOST_FLAWS = 1000
+"""Between the records of a file; then no more of it is read."""
 CHUNK_RECORDS = 512
 CHUNK_BYTES = 2**20
 BOM = b"\xef\xbb\xbf"
@@ -97,7 +103,10 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[Element | Flaw]:
     while position < len(data):
         end = _end(data, position)
         if end is None:
-            text = "a record begins here that does not end: a bracket or a quote is missing; what follows was not read"
+            text = (
+                "a record begins here that does not end: a bracket or a quote is missing, or it is nested too deeply "
+                "or too large; what follows was not read"
+            )
             yield Flaw("json_unread", position, text)
             return
         yield position, end
@@ -141,7 +150,7 @@ def _end(data: mmap.mmap | bytes, start: int) -> int | None:
     if usual:
         return usual.end()
     depth = 0
-    for token in _TOKEN.finditer(data, start):
+    for number, token in enumerate(_TOKEN.finditer(data, start)):
         mark = token.group() if token.end() - token.start() == 1 else b""
         if mark == b'"':
             return None
@@ -150,6 +159,8 @@ def _end(data: mmap.mmap | bytes, start: int) -> int | None:
         depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
         if depth == 0 and mark in (b"]", b"}"):
             return token.end()
+        if depth > DEEPEST or number > MOST_TOKENS:
+            return None
     return None if depth else len(data)
 
 
@@ -167,11 +178,14 @@ def chunks(data: mmap.mmap | bytes, *, lines: bool) -> Iterator[Chunk | tuple[Fl
     held: list[Element] = []
     record = size = position = 0
     line = 1
+    flaws = _Flaws(data)
     for found in split(data, lines=lines):
         if isinstance(found, Flaw):
-            begin = data.rfind(b"\n", 0, found.offset) + 1
-            column = len(data[begin : found.offset].decode(errors="replace")) + 1
-            yield found, line + data[position : found.offset].count(b"\n"), column
+            yield flaws.placed(found)
+            if flaws.number > MOST_FLAWS:
+                text = f"more than {MOST_FLAWS:,} faults between the records; what follows was not read"
+                yield flaws.placed(Flaw("json_unread", found.offset, text))
+                break
             continue
         held.append(found)
         size += found[1] - found[0]
@@ -181,6 +195,26 @@ def chunks(data: mmap.mmap | bytes, *, lines: bool) -> Iterator[Chunk | tuple[Fl
             record, position, held, size = record + len(held), found[1], [], 0
     if held:
         yield Chunk(record, line, position, tuple(held))
+
+
+class _Flaws:
+    """Counts what is wrong between the records of a file, and the lines up to there, each line once."""
+
+    def __init__(self, data: mmap.mmap | bytes) -> None:
+        self._data = data
+        self._offset = self._begin = 0
+        self._line = 1
+        self.number = 0
+
+    def placed(self, flaw: Flaw) -> tuple[Flaw, int, int]:
+        """Return a flaw, behind all others so far, with its line and column."""
+        self.number += 1
+        self._line += _newlines(self._data, self._offset, flaw.offset)
+        self._begin = max(self._begin, self._data.rfind(b"\n", self._offset, flaw.offset) + 1)
+        self._offset = flaw.offset
+        before = self._data[max(self._begin, flaw.offset - CHUNK_BYTES) : flaw.offset]
+        column = len(before.decode(errors="replace")) + flaw.offset - self._begin - len(before) + 1
+        return flaw, self._line, column
 
 
 def _newlines(data: mmap.mmap | bytes, start: int, end: int) -> int:

@@ -21,10 +21,10 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Encoder, LongRecordError, prepared
 from dianjing.data.parallel import spread
 from dianjing.data.picture import check_image
-from dianjing.data.read import Place, read_line, read_records
+from dianjing.data.read import Place, read_line, read_records, too_large
 from dianjing.data.record import Record, bad_records, parse_record, turns_alone
 from dianjing.data.source import WHOLE, DataFile
-from dianjing.data.split import Chunk, chunks, mapped
+from dianjing.data.split import MAX_RECORD_BYTES, Chunk, chunks, mapped
 from dianjing.errors import DataError
 from dianjing.progress import Watch
 
@@ -216,12 +216,17 @@ class _Reader:
 
     def _records(self, file: DataFile, chunk: Chunk, found: _Found) -> Iterator[tuple[tuple[int, int, int], Record]]:
         """Yield first byte, last byte and line of each record, and the record."""
-        data = file.read(chunk.start, found.end)
+        # A chunk ends with the first record that is large, so only the last can be too large.
+        last_start, last_end = chunk.elements[-1]
+        data = file.read(chunk.start, last_start if last_end - last_start > MAX_RECORD_BYTES else last_end)
         line, position = chunk.first_line, chunk.start
         for index, (start, end) in enumerate(chunk.elements, chunk.first_record):
             line += data.count(b"\n", position - chunk.start, start - chunk.start)
             position = start
             place = Place(file.path, index, line if file.lines else 0)
+            if end - start > MAX_RECORD_BYTES:
+                found.not_records.append(f"{place}: {too_large(end - start)}")
+                continue
             text = data[start - chunk.start : end - chunk.start].decode()
             try:
                 value = read_line(text, place) if file.lines else _json(text)

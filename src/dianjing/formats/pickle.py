@@ -65,7 +65,7 @@ def read_checkpoint(path: Path) -> Any:
             f"{path}: refused, nothing in it was run: {refused}; a checkpoint needs no such thing, so do not trust "
             "where the file comes from"
         ) from None
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, struct.error) as error:
         raise ModelError(f"{path}: cannot be read: {error}; a checkpoint of torch is needed, copied whole") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"

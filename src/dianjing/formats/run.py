@@ -89,7 +89,7 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
 def _config_of(foreign: Foreign, source: Path, wishes: Wishes) -> XTunerConfig | None:
     if wishes.config:
         try:
-            text = wishes.config.read_text(encoding="utf-8")
+            text = wishes.config.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{wishes.config}: cannot be read: {error}; --config names XTuner's config") from None
         return read_xtuner_config(text, str(wishes.config))
@@ -132,7 +132,7 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     if wishes.data and not wishes.images:
         values["data.images"] = ""  # of another machine
     if foreign.seed is not None:
-        values["seed"] = int(foreign.seed)
+        values["seed"] = foreign.seed
     if values["language_model.tuning"] == "full":
         values["language_model.frozen"] = ""
     for part, section in SECTIONS.items():
@@ -207,6 +207,16 @@ def _require_match(found: Translation, own: Mapping[str, Tensor], source: Path) 
         raise ModelError(
             "\n  ".join([f"{source}: it is of another LLM or vision tower than --llm and --vision-tower name:", *told])
         )
+    unusable = [name for name, weight in found.live.items() if not _is_finite(weight)]
+    if unusable:
+        raise ModelError(
+            f"{source}: {name_some(unusable)} hold values that are no finite numbers of floating point: the run had "
+            "failed when this was saved; take an earlier checkpoint"
+        )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    return weight.is_floating_point() and bool(weight.isfinite().all())
 
 
 def _optimizer_state(foreign: Foreign, found: Translation, text_config: Any) -> dict[str, Tensor]:

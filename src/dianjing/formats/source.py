@@ -21,6 +21,8 @@ from dianjing.formats.xtuner_config import require_plain_lora
 
 PICKLES = (".pth", ".pt", ".bin")
 CONFIG = "xtuner_config.py"
+POINTERS = ("last_checkpoint", "latest")
+"""Files of mmengine and of DeepSpeed that name the newest checkpoint beside them."""
 KNOWN = (
     "an XTuner checkpoint (iter_N.pth, file or DeepSpeed folder), a folder that `xtuner convert pth_to_hf` wrote, "
     "LLaVA's mm_projector.bin or a LLaVA folder"
@@ -48,9 +50,12 @@ def _open_folder(path: Path, optimizer: bool) -> Foreign:
     for file, open_form in FORMS.items():
         if (path / file).exists():
             return open_form(path)
-    if (path / "last_checkpoint").is_file():
-        newest = (path / "last_checkpoint").read_text(encoding="utf-8").strip()
-        return open_foreign(path / Path(newest).name, optimizer=optimizer)
+    for pointer in POINTERS:
+        if (path / pointer).is_file():
+            newest = Path((path / pointer).read_text(encoding="utf-8").strip()).name
+            if not newest:
+                raise ModelError(f"{path / pointer}: it names no checkpoint; give the checkpoint itself")
+            return open_foreign(path / newest, optimizer=optimizer)
     if any(path.glob("*_optim_states.pt")):
         raise ModelError(f"{path}: a DeepSpeed folder without its *_model_states.pt; copy the whole folder")
     raise ModelError(f"{path}: no checkpoint of a known form is in it; give {KNOWN}")
@@ -96,10 +101,13 @@ def _with_meta(found: Foreign, content: Mapping[str, Any]) -> Foreign:
     info = (content.get("message_hub") or {}).get("runtime_info") or {}
     schedules = content.get("param_schedulers") or []
     ends = [schedule["end"] for schedule in schedules if isinstance(schedule, dict) and "end" in schedule]
+    iteration, seed = int(meta.get("iter", info.get("iter", 0))), meta.get("seed", info.get("seed"))
+    if iteration < 0:
+        raise ValueError(f"its iteration is {iteration}")
     return replace(
         found,
-        iteration=int(meta.get("iter", info.get("iter", 0))),
-        seed=meta.get("seed", info.get("seed")),
+        iteration=iteration,
+        seed=None if seed is None else int(seed),
         config=str(meta.get("cfg") or info.get("cfg") or ""),
         last_iteration=max(map(int, ends), default=int(info.get("max_iters") or 0)),
     )

@@ -41,9 +41,16 @@ def read_xtuner_config(text: str, where: str) -> XTunerConfig:
     """Return what XTuner's config, as a file or as a checkpoint keeps it, says.
 
     Raises:
-        ConfigError: it cannot be read without running it, or is not of a LLaVA run.
+        ConfigError: it cannot be read without running it, is not of a LLaVA run, or has a value of the wrong kind.
     """
     values = read_python_config(text, where)
+    try:
+        return _read_values(values, where)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(f"{where}: a value in it is not of its kind ({error}); put it right") from None
+
+
+def _read_values(values: Mapping[str, Any], where: str) -> XTunerConfig:
     model = values.get("model")
     if not isinstance(model, dict) or "visual_encoder" not in model:
         raise ConfigError(f"{where}: no config of a LLaVA run: model.visual_encoder is not in it")

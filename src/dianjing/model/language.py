@@ -209,6 +209,9 @@ def load_exactly(
             **source, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (*BAD_CONFIG, OSError, RuntimeError, SafetensorError) as error:
+        if "ignore_mismatched_sizes" in str(error):  # transformers says so, beside the sizes of each tensor
+            text = "the weights are of other sizes than its config.json asks for; copy the folder again"
+            raise ModelError(f"{folder}: {text}") from None
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
     faults = {"missing": info["missing_keys"], "left over": info["unexpected_keys"]}
     found = [f"{name_some(keys)} {fault}" for fault, keys in faults.items() if keys]

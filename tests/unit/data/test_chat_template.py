@@ -199,3 +199,11 @@ def test_a_blank_at_the_beginning_of_a_text_is_not_put_before_an_answer(text: st
         history = [(turn.question, turn.answer) for turn in TURNS[:size]]
         ids, _ = encoder.prompt(history, TURNS[size].question)
         assert ids == asked(tokenizer, TURNS[:size], TURNS[size].question) == example.input_ids[: len(ids)]
+
+
+@pytest.mark.parametrize("greedy", ["{{ 'x' * 10 }}", "{{ 2 ** 3 }}", "{{ 'x' | center(9) }}"])
+def test_a_template_that_could_fill_the_memory_is_not_run(greedy: str, tiny_llm: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llm)
+    tokenizer.chat_template = "{% for message in messages %}* ** center {{ message.content }}{% endfor %}" + greedy
+    with pytest.raises(TurnsError, match=r"asks for what it may not have .*, and was not run"):
+        read_turns(tokenizer)

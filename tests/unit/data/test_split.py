@@ -95,3 +95,26 @@ def test_a_hundred_megabytes_of_one_string_are_passed_over() -> None:
     first, second = (one for one in split(data, lines=False) if not isinstance(one, Flaw))
     assert first == (1, 100_000_003)
     assert data[slice(*second)] == b'{"a": 1}'
+
+
+@pytest.mark.timeout(20)
+def test_what_is_nested_or_commented_without_end_is_given_up() -> None:
+    for text, code in (
+        (b"[" * 30_000_000, "json_unread"),
+        (b"[" + b"/**/" * 1_000_000 + b"]", "json_unread"),
+        (b"[1 /" + b" /" * 2_000_000, "json_syntax"),
+    ):
+        found = [one[0].code for one in chunks(text, lines=False) if isinstance(one, tuple)]
+        assert found[-1] == code
+        assert len(found) <= 1002
+
+
+def test_columns_of_many_flaws() -> None:
+    text = "[ /*\u00e9*/ 1, /**/ 2,\n\n  // x\n 3 /**/ /**/]".encode()
+    found = [one[1:] for one in chunks(text, lines=False) if isinstance(one, tuple)]
+    assert found == [(1, 3), (1, 12), (3, 3)]
+
+
+def test_a_record_of_comments_alone_is_not_mended() -> None:
+    with pytest.raises(ValueError, match="more than 1,000 comments"):
+        read_value("[1" + "/**/" * 5000 + "]")

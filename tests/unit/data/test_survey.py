@@ -12,6 +12,7 @@ import pytest
 
 from dianjing.config.schema import DataConfig
 from dianjing.constants import IGNORE_INDEX
+from dianjing.data import read as read_module
 from dianjing.data import split as split_module
 from dianjing.data import survey as survey_module
 from dianjing.data.dataset import Dataset, open_dataset
@@ -23,6 +24,30 @@ from dianjing.data.template import TEMPLATES
 from dianjing.errors import DataError
 from tests.tiny import NUM_IMAGE_TOKENS, TinyDataset, tiny_records
 from tests.xtuner import make_encoder
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_record_too_large_is_never_parsed(
+    suffix: str, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (read_module, survey_module):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
+    small = [record for record in tiny_records() if "image" not in record]
+    huge = {"id": "huge", "conversations": [{"from": "human", "value": "x" * 5000}, {"from": "gpt", "value": "y"}]}
+    records = [small[0], huge, small[1]]
+    lines = [json.dumps(record) for record in records]
+    path = tmp_path / f"data{suffix}"
+    path.write_text("\n".join(lines) if suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
+    config = DataConfig(path=str(path))
+    encoder, loads = encoder_for(tiny_llm, config), json.loads
+    monkeypatch.setattr("json.loads", lambda text: pytest.fail("parsed") if len(text) > 5000 else loads(text))
+    with pytest.raises(DataError, match=r"0 MB in one record; more than 0 are not parsed"):
+        open_dataset(config, encoder, None)
+    dataset = open_dataset(replace(config, on_bad_record="skip"), encoder, None)
+    assert [record.id for record in dataset.records] == ["text", "chat"]
+    assert dataset.report["skipped"] == 1
+    with pytest.raises(DataError, match=r"record 1: 0 MB in one record"):
+        load_records(str(path))
 
 
 def encoder_for(llm: Path, config: DataConfig) -> Encoder:

@@ -260,6 +260,16 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "gone.pth")
 
 
+def test_a_zip_whose_entries_lie_beyond_its_end_is_damaged(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.pth", b"\x80\x02}.")
+    torn = bytearray(path.read_bytes())
+    offset = torn.index(b"PK\x01\x02") + 42  # where the directory says that data.pkl begins
+    torn[offset : offset + 4] = struct.pack("<I", 2**31)
+    path.write_bytes(torn)
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_checkpoint(path)
+
+
 def test_nothing_of_the_checkpoints_programs_is_imported() -> None:
     read_checkpoint(REAL)
     assert not any(name.startswith(("mmengine", "deepspeed", "xtuner")) for name in sys.modules)

@@ -145,6 +145,15 @@ def test_nothing_is_half_loaded(tmp_path: Path, changes: dict[str, Any], complai
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("spoil", [lambda weight: weight * float("nan"), lambda weight: weight.to(torch.int8)])
+def test_what_is_no_finite_number_is_not_taken_over(tmp_path: Path, spoil: Any) -> None:
+    content = read_checkpoint(PRETRAIN)["state_dict"]
+    torch.save({**content, "projector.model.2.bias": spoil(content["projector.model.2.bias"])}, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match=r"linear_2\.bias hold values .* earlier checkpoint"):
+        import_run(tmp_path / "x.pth", tmp_path / "run", HERE)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_of_another_llm_or_tower_is_refused(tmp_path: Path) -> None:
     other_llm, other_tower = write_llm(tmp_path / "llm", hidden_size=16), write_clip(tmp_path / "clip", hidden_size=20)
     with pytest.raises(

@@ -73,6 +73,28 @@ def test_iter_pth_and_its_work_dir(tmp_path: Path) -> None:
     assert not open_foreign(tmp_path, optimizer=False).moments
 
 
+def test_a_file_that_names_the_newest_checkpoint_leads_to_nothing_else(tmp_path: Path) -> None:
+    write_iter(tmp_path / "iter_4.pth", ALL, {}, client_state("", 4, 80))
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for pointer in ("last_checkpoint", "latest"):
+        (inside / pointer).write_text(str(tmp_path / "iter_4.pth"), encoding="utf-8")
+        with pytest.raises(ModelError, match=r"inside/iter_4\.pth: no such file"):
+            open_foreign(inside)
+        (inside / pointer).write_text("\n", encoding="utf-8")
+        with pytest.raises(ModelError, match=f"{pointer}: it names no checkpoint"):
+            open_foreign(inside)
+        (inside / pointer).unlink()
+
+
+@pytest.mark.parametrize("wrong", [{"iter": -1}, {"iter": "ten"}, {"seed": "x"}, [1]])
+def test_what_no_run_could_have_saved_is_refused(tmp_path: Path, wrong: Any) -> None:
+    meta = {"iter": 4, "seed": 0, **wrong} if isinstance(wrong, dict) else wrong
+    torch.save({"state_dict": ALL, "meta": meta}, tmp_path / "iter_4.pth")
+    with pytest.raises(ModelError, match="not made as XTuner or LLaVA make theirs"):
+        open_foreign(tmp_path / "iter_4.pth")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_on_any_number_of_ranks(tmp_path: Path, ranks: int, stage: int) -> None:

@@ -71,6 +71,26 @@ def test_each_field_goes_where_it_belongs() -> None:
     assert config.adapters["llm"].dropout == 0.05
 
 
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ("batch_size=16", "batch_size='many'"),
+        ("batch_size=16", "batch_size=None"),
+        ("accumulative_counts=4", "accumulative_counts=0.5"),
+        ("lora_alpha=256", "lora_alpha=None"),
+        ("r=512", "r='x'"),
+        ("max_length=max_length", "max_length='long'"),
+        ("max_length=max_length", "max_length=[1]"),
+        ("end=0.06)", "end=[1])"),
+        ("interval=500", "interval='often'"),
+        ("data_path='a.json', image_folder='images'", "data_path='a.json', image_folder=[1]"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_said_to_be_one(written: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=r"c\.py: a value in it is not of its kind"):
+        read_xtuner_config(SMALL.replace(written, instead, 1), "c.py")
+
+
 def test_several_data_sets_are_joined_where_their_pictures_lie_together() -> None:
     two = SMALL.replace("dataset=one", "dataset=dict(datasets=[one, dict(one, data_path='b.json')])")
     two = two.replace("dict(one, data_path='b.json')", "dict(**one, data_path='b.json')")
