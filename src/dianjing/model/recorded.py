@@ -1,7 +1,8 @@
 """Work on pictures that is recorded once and then replayed (CUDA graphs).
 
 A tower's layers with adapters are thousands of small pieces of GPU work, which the CPU cannot start as fast as the GPU
-does them. Packs follow each other, so that one record at a time is in use and all share their memory.
+does them. Packs follow each other, so that one recording at a time is in use and all share their memory (which torch
+does not count in `max_memory_allocated`: what a replay uses is nobody's tensor).
 """
 
 from __future__ import annotations
@@ -33,11 +34,19 @@ class Recorded:
     def __call__(self, images: Float[Tensor, "images ..."]) -> Float[Tensor, "images ..."]:
         """Return what the function returns; its result and gradients are to be used before the next call."""
         count = -(-len(images) // STEP) * STEP
-        if not (recording := self._recordings.get(count)):
-            self._memory = self._memory or torch.cuda.graph_pool_handle()
+        if count not in self._recordings:
+            self._make_room(count)
             sample = images.new_zeros(count, *images.shape[1:])
-            recording = self._recordings[count] = _Recording(self._run, self._weights, sample, self._memory)
-        return _Replay.apply(recording, images, *self._weights)
+            self._recordings[count] = _Recording(self._run, self._weights, sample, self._memory)
+        return _Replay.apply(self._recordings[count], images, *self._weights)
+
+    def _make_room(self, count: int) -> None:
+        """Begin anew where no recording is as large: small ones fit in the memory of the largest, not it in theirs."""
+        if count > max(self._recordings, default=0):
+            torch.cuda.synchronize()
+            self._recordings.clear()
+            self._memory = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
 
 
 class _Recording:

@@ -1,0 +1,157 @@
+"""Do fast and exact training follow the same losses? Packed bf16 against padded transformers, FP8 and NF4 against bf16.
+
+    python benchmarks/loss_parity.py --out results [--steps 300] [--batch 8] [--tiny]
+
+The inputs are those of train_speed.py, stage 2 (LoRA r = 512 on the LLM, r = 64 on the tower). All rows start from the
+same adapters and take the same records in the same order with the same rates; each is a process of its own. Prints the
+mean distance of the losses, step by step, and writes all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.train_speed import make_inputs, recipe_of
+
+ROWS: dict[str, str | None] = {"upstream": None, "bf16": "", "fp8": "fp8", "nf4": "nf4"}
+"""What the product holds the frozen LLM as; None: padded transformers, bf16."""
+PAIRS = (("bf16", "upstream", 0.01), ("fp8", "bf16", 0.02), ("nf4", "bf16", None))
+"""Rows, the one they are held against, and the largest mean distance."""
+STAGE = 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/train_speed"))
+    parser.add_argument("--only", default="", help="rows to run, by name, with commas")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.row:
+        print(json.dumps(losses_of(chosen)))
+        return 0
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    make_inputs(chosen.work, tiny=chosen.tiny)
+    curves: dict[str, list[float]] = {}
+    for name in chosen.only.split(",") if chosen.only else ROWS:
+        began = time.perf_counter()
+        finished = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--row", name], capture_output=True, text=True
+        )
+        (chosen.out / f"parity-{name}.log").write_text(finished.stdout + finished.stderr, encoding="utf-8")
+        if finished.returncode:
+            print(f"{name}: failed: {finished.stderr.strip()[-1000:]}", flush=True)
+            continue
+        curves[name] = json.loads(finished.stdout.strip().splitlines()[-1])
+        first, last = curves[name][0], curves[name][-1]
+        print(f"{name}: loss {first:.4f} -> {last:.4f} ({time.perf_counter() - began:.0f} s in all)", flush=True)
+    (chosen.out / "loss_parity.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    return report(curves)
+
+
+def report(curves: dict[str, list[float]]) -> int:
+    """Print how far the curves are from each other; return 1 if a bound is not kept."""
+    distances, failed = {}, False
+    for name, beside, most in PAIRS:
+        if name in curves and beside in curves:
+            gaps = [abs(one - other) for one, other in zip(curves[name], curves[beside], strict=True)]
+            distances[name] = sum(gaps) / len(gaps)
+            failed |= most is not None and distances[name] > most
+            bound = "" if most is None else f", at most {most}"
+            print(f"{name} against {beside}: mean |difference| {distances[name]:.5f}, worst {max(gaps):.5f}{bound}")
+    if {"fp8", "nf4"} <= distances.keys():
+        failed |= distances["fp8"] > distances["nf4"]
+        print(f"FP8's distance is {distances['fp8'] / distances['nf4']:.2f} of NF4's")
+    return int(failed)
+
+
+def losses_of(chosen: argparse.Namespace) -> list[float]:
+    """Return the loss of each step of a row."""
+    frozen = ROWS[chosen.row]
+    settings: dict[str, Any] = {"max_steps": chosen.steps, "epochs": 1000, "global_batch_size": chosen.batch}
+    recipe = recipe_of(chosen.work, STAGE, frozen=frozen or "", **settings, precision="bf16")
+    if frozen is None:
+        return padded(recipe)
+    from dianjing.train.loop import train
+
+    shutil.rmtree(recipe.output, ignore_errors=True)
+    train(recipe, quiet=True)
+    steps = map(json.loads, (Path(recipe.output) / "train.jsonl").read_text().splitlines())
+    return [step["loss"] for step in steps if "loss" in step]
+
+
+def padded(recipe: Any) -> list[float]:
+    """Return the losses of transformers' LLaVA on padded batches, taken as the product takes its packs."""
+    from peft.tuners.lora import Linear as PeftLinear
+    from torch.nn.utils.rnn import pad_sequence
+
+    from benchmarks.cpu_step import rows
+    from dianjing.constants import IGNORE_INDEX
+    from dianjing.data.dataset import open_dataset
+    from dianjing.data.order import run_indices
+    from dianjing.model.build import build
+    from dianjing.model.lora import LoraLinear
+    from dianjing.model.stage import apply_stage
+    from dianjing.train.optim import learning_rate_factor, make_optimizer, set_learning_rates
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = build(recipe, device)
+    apply_stage(built.model, recipe)
+    model: Any = built.model.train()
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.__class__ = PeftLinear
+    dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
+    optimizer, steps = make_optimizer(model, recipe), recipe.train.max_steps
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    plan = run_indices(
+        dataset.num_records,
+        seed=recipe.seed,
+        mode=recipe.data.order,
+        lengths=dataset.modality_lengths,
+        global_batch_size=recipe.train.global_batch_size,
+        rank=0,
+        world_size=1,
+        first_step=0,
+        last_step=steps,
+    )
+    losses = []
+    for step, indices in enumerate(plan):
+        set_learning_rates(optimizer, learning_rate_factor(step, steps, recipe.train.warmup_ratio))
+        batch = dataset.batch(indices).to(device)
+        ids, labels = rows(batch)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(
+                input_ids=pad_sequence(ids, batch_first=True, padding_value=built.tokenizer.pad_token_id),
+                attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+                labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+                pixel_values=batch.pixel_values if batch.num_images else None,
+                use_cache=False,
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
