@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dianjing.model.compile import compile_layers, uncompiled
+from dianjing.model.compile import compile_layers, may_record, uncompiled
 from tests.conftest import MakeRecipe
 from tests.packs import assert_same, outcome, prepare
 
@@ -35,6 +35,22 @@ def test_compiled_layers_are_the_layers(make_recipe: MakeRecipe, traced: None, t
     for records in ([0, 1, 3], [2, 7]):
         batch = dataset.batch(records)
         assert_same(outcome(compiled, [batch]), outcome(plain, [batch]))
+
+
+@pytest.mark.parametrize(
+    ("tower", "train", "expected"),
+    [
+        ({"tuning": "lora"}, {}, True),
+        ({"tuning": "lora", "lora_dropout": 0.1}, {}, False),
+        ({"tuning": "lora"}, {"gradient_checkpointing": "on"}, False),
+        ({"tuning": "full"}, {}, False),
+        ({"tuning": "frozen"}, {}, False),
+    ],
+)
+def test_only_adapters_without_dropout_are_recorded(
+    make_recipe: MakeRecipe, tower: dict[str, Any], train: dict[str, Any], expected: bool
+) -> None:
+    assert may_record(prepare(make_recipe("finetune", vision_tower=tower, train=train))[0]) == expected
 
 
 @pytest.mark.filterwarnings("ignore")

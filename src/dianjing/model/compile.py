@@ -22,8 +22,11 @@ VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
 
 
-def compile_layers(model: LlavaForConditionalGeneration) -> None:
-    """Let each layer run as compiled code from its next call on; packs may have any number of tokens."""
+def compile_layers(model: LlavaForConditionalGeneration, *, record: bool = True) -> None:
+    """Let each layer run as compiled code from its next call on; packs may have any number of tokens.
+
+    With `record`, a tower with adapters is recorded on a GPU and replayed (see recorded.py).
+    """
     # The compiler's front end takes these as one step; within, it mistakes the scopes of their two passes.
     for function in (fp8_product, fp8_mlp, adapted, into_rectangle, out_of_rectangle):
         torch.compiler.allow_in_graph(function)
@@ -35,12 +38,20 @@ def compile_layers(model: LlavaForConditionalGeneration) -> None:
     for layer in layers:
         # Whether the weights are still the same modules is not asked at each call: nobody changes them.
         layer.compile(dynamic=True, options={"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe})
+    if record and model.device.type == "cuda" and may_record(model):
+        tower: Any = model.model.vision_tower
+        weights = [weight for weight in tower.parameters() if weight.requires_grad]
+        setattr(tower, RECORDED, Recorded(partial(tower_states, model), weights))
+
+
+def may_record(model: LlavaForConditionalGeneration) -> bool:
+    """Return whether the tower's work can be replayed: adapters alone learn, and nothing is drawn or made again."""
     tower: Any = model.model.vision_tower
-    learning = [weight for weight in tower.parameters() if weight.requires_grad]
-    frozen = not any(weight.requires_grad for weight in tower.embeddings.parameters())
-    checkpointing = getattr(layers[0], "gradient_checkpointing", False)
-    if model.device.type == "cuda" and learning and frozen and not checkpointing:
-        setattr(tower, RECORDED, Recorded(partial(tower_states, model), learning))
+    learns = any(weight.requires_grad for weight in tower.parameters())
+    whole = any(weight.requires_grad for weight in tower.embeddings.parameters())
+    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in tower.modules())
+    checkpointing = getattr(tower.encoder.layers[0], "gradient_checkpointing", False)
+    return learns and not (whole or draws or checkpointing)
 
 
 @contextmanager

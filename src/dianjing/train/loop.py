@@ -69,7 +69,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
     stage = apply_stage(built.model, recipe)
     log.show(stage)
     if compiled := _compiles(recipe, accelerator):
-        compile_layers(built.model)
+        # Recorded work has been proved with one process alone.
+        compile_layers(built.model, record=accelerator.num_processes == 1 and recipe.train.engine == "ddp")
     with watched(log.console) as watch:
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor, watch)
     log.data(dataset)
