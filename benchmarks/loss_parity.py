@@ -19,11 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.train_speed import make_inputs, recipe_of
+from benchmarks.train_speed import Padded, make_inputs, recipe_of
 
 ROWS: dict[str, str | None] = {"upstream": None, "bf16": "", "fp8": "fp8", "nf4": "nf4"}
 """What the product holds the frozen LLM as; None: padded transformers, bf16."""
@@ -96,35 +94,16 @@ def losses_of(chosen: argparse.Namespace) -> list[float]:
 
 
 def padded(recipe: Any) -> list[float]:
-    """Return the losses of transformers' LLaVA on padded batches, taken as the product takes its packs."""
-    from peft.tuners.lora import Linear as PeftLinear
-    from torch.nn.utils.rnn import pad_sequence
-
-    from benchmarks.cpu_step import rows
-    from dianjing.constants import IGNORE_INDEX
-    from dianjing.data.dataset import open_dataset
+    """Return the losses of transformers' LLaVA on padded batches, in the product's order and with its rates."""
     from dianjing.data.order import run_indices
-    from dianjing.model.build import build
-    from dianjing.model.lora import LoraLinear
-    from dianjing.model.stage import apply_stage
-    from dianjing.train.optim import learning_rate_factor, make_optimizer, set_learning_rates
+    from dianjing.train.optim import learning_rate_factor, set_learning_rates
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    built = build(recipe, device)
-    apply_stage(built.model, recipe)
-    model: Any = built.model.train()
-    model.set_attn_implementation("sdpa")
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.__class__ = PeftLinear
-    dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
-    optimizer, steps = make_optimizer(model, recipe), recipe.train.max_steps
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    run, steps = Padded(recipe), recipe.train.max_steps
     plan = run_indices(
-        dataset.num_records,
+        run.dataset.num_records,
         seed=recipe.seed,
         mode=recipe.data.order,
-        lengths=dataset.modality_lengths,
+        lengths=run.dataset.modality_lengths,
         global_batch_size=recipe.train.global_batch_size,
         rank=0,
         world_size=1,
@@ -133,21 +112,8 @@ def padded(recipe: Any) -> list[float]:
     )
     losses = []
     for step, indices in enumerate(plan):
-        set_learning_rates(optimizer, learning_rate_factor(step, steps, recipe.train.warmup_ratio))
-        batch = dataset.batch(indices).to(device)
-        ids, labels = rows(batch)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(
-                input_ids=pad_sequence(ids, batch_first=True, padding_value=built.tokenizer.pad_token_id),
-                attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-                labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-                pixel_values=batch.pixel_values if batch.num_images else None,
-                use_cache=False,
-            ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        set_learning_rates(run.optimizer, learning_rate_factor(step, steps, recipe.train.warmup_ratio))
+        loss, _ = run.step(*run.batch(indices))
         losses.append(loss.item())
     return losses
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -36,6 +37,7 @@ from dianjing.config.schema import (
     TrainConfig,
     VisionTowerConfig,
 )
+from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset
 from dianjing.plan.flops import flops
 from dianjing.plan.lengths import lengths_of
@@ -323,57 +325,76 @@ def profile_steps(path: Path, first: int) -> None:
     loop.take_step = profiled
 
 
-def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Train transformers' LLaVA as it comes on padded batches of the same records."""
-    from peft.tuners.lora import Linear as PeftLinear
-    from torch.nn.utils.rnn import pad_sequence
+class Padded:
+    """transformers' LLaVA as it comes, on padded batches: bf16 autocast, peft's own layers, fused AdamW."""
 
-    from benchmarks.cpu_step import rows
-    from dianjing.model.build import build
-    from dianjing.model.lora import LoraLinear
-    from dianjing.model.stage import apply_stage
-    from dianjing.train.optim import make_optimizer, set_learning_rates
+    def __init__(self, recipe: Recipe, *, checkpointing: bool = False) -> None:
+        from peft.tuners.lora import Linear as PeftLinear
 
-    settings = UPSTREAM[chosen.row]
-    stage, batch_size = settings["stage"], settings["batch"] if not chosen.tiny else 4
-    recipe = recipe_of(chosen.work, stage)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    built = build(recipe, device)
-    apply_stage(built.model, recipe)
-    model: Any = built.model.train()
-    model.set_attn_implementation("sdpa")
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.__class__ = PeftLinear
-    if settings["checkpointing"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, recipe)
-    set_learning_rates(optimizer, 1.0)
-    dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
-    order = torch.randperm(dataset.num_records, generator=torch.Generator().manual_seed(0)).tolist()
-    batches = []
-    for step in range(min(chosen.steps, dataset.num_records // batch_size)):
-        batch = dataset.batch(order[step * batch_size : (step + 1) * batch_size])
-        ids, labels = rows(batch)
-        batches.append((batch.to(device), ids, labels))
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    seconds, steps = [], []
-    padding = built.tokenizer.pad_token_id
-    for batch, ids, labels in batches:
-        began = time.perf_counter()
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(
-                input_ids=pad_sequence(ids, batch_first=True, padding_value=padding).to(device),
-                attention_mask=mask,
-                labels=pad_sequence(labels, batch_first=True, padding_value=-100).to(device),
-                pixel_values=batch.pixel_values,
+        from dianjing.model.build import build
+        from dianjing.model.lora import LoraLinear
+        from dianjing.model.stage import apply_stage
+        from dianjing.train.optim import make_optimizer
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        built = build(recipe, self.device)
+        apply_stage(built.model, recipe)
+        self.model: Any = built.model.train()
+        self.model.set_attn_implementation("sdpa")
+        for module in self.model.modules():
+            if isinstance(module, LoraLinear):
+                module.__class__ = PeftLinear
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = make_optimizer(self.model, recipe)
+        self.dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
+        self._padding = built.tokenizer.pad_token_id
+        self._trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
+    def batch(self, indices: list[int]) -> tuple[Batch, list[Tensor], list[Tensor]]:
+        """Return records as the product makes them, on the device, and their ids and labels one by one."""
+        from benchmarks.cpu_step import rows
+
+        batch = self.dataset.batch(indices)
+        return batch.to(self.device), *rows(batch)
+
+    def step(self, batch: Batch, ids: list[Tensor], labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Take an optimizer step; return the loss and the gradients' norm."""
+        from torch.nn.utils.rnn import pad_sequence
+
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.model(
+                input_ids=pad_sequence(ids, batch_first=True, padding_value=self._padding).to(self.device),
+                attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(self.device),
+                labels=pad_sequence(labels, batch_first=True, padding_value=-100).to(self.device),
+                pixel_values=batch.pixel_values if batch.num_images else None,
                 use_cache=False,
             ).loss
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+
+def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Train transformers' LLaVA on padded batches of the same records, made beforehand."""
+    from dianjing.train.optim import set_learning_rates
+
+    settings = UPSTREAM[chosen.row]
+    stage, batch_size = settings["stage"], settings["batch"] if not chosen.tiny else 4
+    padded = Padded(recipe_of(chosen.work, stage), checkpointing=settings["checkpointing"])
+    set_learning_rates(padded.optimizer, 1.0)
+    records = padded.dataset.num_records
+    order = torch.randperm(records, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [
+        padded.batch(order[step * batch_size : (step + 1) * batch_size])
+        for step in range(min(chosen.steps, records // batch_size))
+    ]
+    seconds, steps = [], []
+    for made in batches:
+        began = time.perf_counter()
+        loss, norm = padded.step(*made)
         assert norm.item() > 0
         seconds.append(time.perf_counter() - began)
         steps.append({"loss": loss.item()})
