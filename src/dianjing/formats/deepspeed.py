@@ -10,6 +10,7 @@ ZeRO 1 and 2 lay all weights end to end and cut the line into one piece a rank; 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def read_deepspeed(folder: Path) -> DeepSpeed:
     try:
         states = [content["optimizer_state_dict"] for content in contents]
         _require_all_ranks(folder, len(files), model, states[0])
+        _require_own_shares(files, states)
         groups = [dict(group) for group in model["param_shapes"]]
         weights, moments = (_zero3 if "fp32_flat_groups" in states[0] else _zero12)(states, groups)
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -97,6 +99,19 @@ def _require_all_ranks(folder: Path, found: int, model: Mapping[str, Any], state
     zero = model.get("ds_config", {}).get("zero_optimization", {})
     if isinstance(zero, Mapping) and zero.get("round_robin_gradients"):
         raise ModelError(f"{folder}: DeepSpeed's round_robin_gradients was on, which shuffles the weights; turn it off")
+
+
+def _require_own_shares(files: Sequence[Path], states: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a rank's file that is a copy of another's: the pieces would fit, and be wrong."""
+    kind = "fp32_flat_groups" if "fp32_flat_groups" in states[0] else "single_partition_of_fp32_groups"
+    seen: dict[bytes, Path] = {}
+    for file, state in zip(files, states, strict=True):
+        share = [piece for piece in state[kind] if piece.any()]  # adapters begin as zeros, on any rank
+        digest = hashlib.sha256()
+        for piece in share:
+            digest.update(piece.contiguous().view(torch.uint8).numpy())
+        if share and (other := seen.setdefault(digest.digest(), file)) is not file:
+            raise ModelError(f"{file}: it holds the same weights as {other.name}; copy the folder again")
 
 
 Groups = list[dict[str, tuple[int, ...]]]

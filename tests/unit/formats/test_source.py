@@ -130,6 +130,19 @@ def test_a_deepspeed_folder_with_a_part_gone_is_refused(tmp_path: Path, stage: i
         open_foreign(folder)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_ranks_file_that_is_a_copy_of_anothers_is_refused(tmp_path: Path, stage: int) -> None:
+    extra, folder = client_state("", 4, 80), tmp_path / "iter_4.pth"
+    if stage == 2:
+        write_zero12(folder, ALL, MOMENTS, extra, ranks=3, dtype=torch.bfloat16)
+    else:
+        write_zero3(folder, ALL, MOMENTS, extra, ranks=3, subgroups=1)
+    files = sorted(folder.glob("*optim_states.pt"))
+    files[1].write_bytes(files[0].read_bytes())
+    with pytest.raises(ModelError, match=r"rank_1.* it holds the same weights as .*rank_0"):
+        open_foreign(folder)
+
+
 @pytest.mark.parametrize("pickled", [True, False])
 def test_what_pth_to_hf_wrote(tmp_path: Path, pickled: bool) -> None:
     write_adapter(tmp_path / "llm_adapter", LORA, "llm.", pickled=pickled, base_model_name_or_path="/x/llm")
