@@ -60,6 +60,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """The first that is there is read, whole or in the shards that its index names."""
 
 
+MOST_LAYERS = 1000
+"""A model is built before its weights are read: what a broken number would take hours for is refused."""
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What was read from where, a line a part, to be printed."""
@@ -146,12 +150,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a model folder.
 
     Raises:
-        ModelError: it is missing, or is not a JSON object.
+        ModelError: it is missing, is not a JSON object, or asks for more layers than any model has.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: there is no config.json; give the folder of a Hugging Face model")
-    return _read_object(path)
+    config = _read_object(path)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise ModelError(f"{path}: num_hidden_layers is {layers}; no model has over {MOST_LAYERS}; copy it again")
+    return config
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from dianjing.errors import ModelError
-from dianjing.model.language import internlm2_to_llama, load_language_model
+from dianjing.model.language import internlm2_to_llama, load_language_model, read_config
 from tests.xtuner import XTUNER
 
 INTERNLM2 = XTUNER / "tiny" / "tiny_internlm2"
@@ -223,6 +223,14 @@ def test_a_value_that_a_config_cannot_have_is_refused(folder: Path, tmp_path: Pa
     change_config(folder, model_type=["llama"])
     with pytest.raises(ModelError, match="is no text LLM"):
         load_language_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("part", [None, "vision_config"])
+def test_a_model_of_a_million_layers_is_not_built(folder: Path, part: str | None) -> None:
+    layers = {"num_hidden_layers": 1_000_000}
+    change_config(folder, **({part: layers} if part else layers))
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000; no model has over 1000"):
+        read_config(folder)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "a JSON object is needed, not a list")])
