@@ -21,7 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.train_speed import Padded, make_inputs, recipe_of
+from benchmarks.train_inputs import make_inputs, recipe_of
+from benchmarks.train_speed import Padded
 
 ROWS: dict[str, str | None] = {"upstream": None, "bf16": "", "fp8": "fp8", "nf4": "nf4"}
 """What the product holds the frozen LLM as; None: padded transformers, bf16."""
