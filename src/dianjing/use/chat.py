@@ -55,8 +55,10 @@ def open_picture(path: str) -> Image:
     """Return the picture at a path that the user gave.
 
     Raises:
-        DataError: it is missing, broken, or no picture.
+        DataError: it is missing, broken, no picture, or an address.
     """
+    if "://" in path:
+        raise DataError(f"picture {path}: addresses are not opened; save the picture and give its path")
     resolved = Path(path).expanduser().resolve()
     return load_image(str(resolved.parent), resolved.name)
 

@@ -74,6 +74,7 @@ def test_more_pictures_and_a_new_conversation(asked: list[Conversation], tmp_pat
     ("line", "said"),
     [
         ("/image /nowhere/x.png", "no such file"),
+        ("/image http://127.0.0.1:1/x.png", "addresses are not opened"),
         ("/picture x", "/image PATH"),
         ("too long", "it is too long"),
         ("stop me", "forgotten"),
