@@ -1,0 +1,202 @@
+"""Milliseconds of single layers, forwards and backwards: attention, a decoder layer, a tower with adapters.
+
+    python benchmarks/layer_speed.py [--only attention,decoder,tower] [--tiny]
+
+Shapes of InternLM2-Chat-1.8B and CLIP ViT-L/14-336, random weights, bf16, packs of train_speed.py's lengths. Prints the
+clock and how long the CPU took to start the work: where the two are equal, the CPU is what is waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dianjing.model.attention import PACKED, UNREAD_MASK, into_rectangle, out_of_rectangle, packed_attention, rectangle
+from dianjing.model.compile import VARIANTS
+from dianjing.model.fp8 import Fp8Linear, fp8_product, quantize_layers_to_fp8
+from dianjing.model.fp8_mlp import fp8_mlp, join_fp8_mlps
+from dianjing.model.lora import LoraLinear, adapted
+from dianjing.model.recorded import Recorded
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+GUARDS = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="attention,decoder,tower")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
+    chosen = parser.parse_args()
+    for function in (fp8_product, fp8_mlp, adapted, into_rectangle, out_of_rectangle):
+        torch.compiler.allow_in_graph(function)
+    torch._dynamo.config.recompile_limit = VARIANTS
+    measured = {"attention": attention, "decoder": decoder, "tower": tower}
+    for name in chosen.only.split(","):
+        measured[name](tiny=chosen.tiny)
+
+
+def packs(*, tiny: bool) -> dict[str, list[int]]:
+    """Return the lengths of a pack of each stage."""
+    rng = random.Random(0)
+    if tiny:
+        return {"stage 1": [60, 61], "stage 2": [80, 70, 33]}
+    longer = sorted((638 + rng.randint(0, 354) for _ in range(128)), reverse=True)
+    return {"stage 1": [592 + rng.randint(0, 12) for _ in range(27)], "stage 2": longer[40:54]}
+
+
+def places(lengths: list[int]) -> dict[str, Any]:
+    """Return what attention is told of a pack, side by side included."""
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
+    shape = len(lengths), -(-max(lengths) // 64) * 64
+    return {
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max(lengths),
+        "rectangle": rectangle(cu_seqlens, position_ids, shape),
+        "position_ids": position_ids[None],
+    }
+
+
+def attention(*, tiny: bool) -> None:
+    """Compare variable lengths with documents side by side."""
+    heads, kv_heads, size = (4, 2, 16) if tiny else (16, 8, 128)
+    module: Any = nn.Module()
+    for stage, lengths in packs(tiny=tiny).items():
+        told = places(lengths)
+        states = [random_states(1, count, sum(lengths), size) for count in (heads, kv_heads, kv_heads)]
+        gradient = torch.randn(1, sum(lengths), heads, size, device=DEVICE, dtype=torch.bfloat16)
+        for kind in ("variable lengths", "side by side"):
+            spans: Any = {**told, "rectangle": told["rectangle"] if kind == "side by side" else None}
+
+            def step(states: Any = states, gradient: Tensor = gradient, spans: Any = spans) -> None:
+                output, _ = packed_attention(module, *states, None, scaling=size**-0.5, **spans)
+                output.backward(gradient)
+
+            report(f"attention, {stage}, {kind}", step)
+
+
+def decoder(*, tiny: bool) -> None:
+    """Time compiled decoder layers: bf16 and FP8, frozen and with adapters."""
+    for stage, lengths in packs(tiny=tiny).items():
+        for frozen in ("bf16", "fp8") if GPU else ("bf16",):
+            torch._dynamo.reset()
+            model = decoder_layers(frozen == "fp8", 512 if stage == "stage 2" else 0, tiny=tiny)
+            told = places(lengths)
+            x = random_states(1, sum(lengths), model.config.hidden_size)
+            for kind in ("variable lengths", "side by side"):
+                spans: Any = {**told, "rectangle": told["rectangle"] if kind == "side by side" else None}
+                settings: Any = {"attention_mask": UNREAD_MASK, "use_cache": False, **spans}
+
+                def step(model: Any = model, x: Tensor = x, settings: Any = settings) -> None:
+                    output = model(inputs_embeds=x, **settings).last_hidden_state
+                    output.backward(output.detach())
+
+                report(f"decoder layer, {stage}, {frozen}, {kind}", step, model.config.num_hidden_layers)
+
+
+def decoder_layers(fp8: bool, rank: int, *, tiny: bool) -> Any:
+    """Return a few compiled layers."""
+    sizes = (64, 96, 2, 4, 2) if tiny else (2048, 8192, 4, 16, 8)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = LlamaConfig(vocab_size=1024, max_position_embeddings=32768, **dict(zip(names, sizes, strict=True)))
+    llm = made(partial(LlamaForCausalLM, config))
+    llm.set_attn_implementation(PACKED)
+    if fp8:
+        quantize_layers_to_fp8(llm, DEVICE)
+        join_fp8_mlps(llm)
+    if rank:
+        add_adapters(llm, r".*layers.*_proj", rank)
+    for layer in llm.model.layers:
+        layer.compile(dynamic=True, options=GUARDS)
+    return llm.model.train()
+
+
+def tower(*, tiny: bool) -> None:
+    """Compare a compiled tower with adapters, started piece by piece, with its recording."""
+    width, mlp, layers, heads, pictures = (32, 64, 2, 4, 2) if tiny else (1024, 4096, 23, 16, 16)
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=336,
+        patch_size=14,
+    )
+    clip = made(partial(CLIPVisionModel, config))
+    add_adapters(clip, r".*layers.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)", 64)
+    stack: Any = next(module for name, module in clip.named_modules() if name.endswith("encoder")).layers
+    for layer in stack:
+        layer.compile(dynamic=True, options=GUARDS)
+
+    def through(x: Tensor) -> Tensor:
+        for layer in stack:
+            x = layer(x, None)
+        return x
+
+    x = torch.randn(pictures, 577, width, device=DEVICE, dtype=torch.bfloat16)
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"piece by piece": through}
+    if GPU:
+        runs["recorded"] = Recorded(through, [weight for weight in stack.parameters() if weight.requires_grad])
+    for kind, run in runs.items():
+        report(f"tower of {layers} layers, {pictures} pictures, {kind}", lambda run=run: run(x).backward(x))
+
+
+def made(build: Callable[[], Any]) -> Any:
+    """Return a frozen model in bf16, random weights."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with DEVICE:
+        model = build()
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+def add_adapters(model: nn.Module, targets: str, rank: int) -> None:
+    config = LoraConfig(r=rank, lora_alpha=rank // 2, target_modules=targets)
+    config._register_custom_module({nn.Linear: LoraLinear, Fp8Linear: LoraLinear})
+    inject_adapter_in_model(config, model)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(DEVICE, torch.float32)
+            weight.requires_grad_(True)
+
+
+def random_states(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+
+
+def report(name: str, step: Callable[[], Any], layers: int = 1, times: int = 10) -> None:
+    for _ in range(4):
+        step()
+    wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        step()
+    started = time.perf_counter() - began
+    wait()
+    clock = time.perf_counter() - began
+    each = 1e3 / times / layers
+    print(f"{name}: {clock * each:.3f} ms, the CPU {started * each:.3f}", flush=True)
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
