@@ -19,7 +19,7 @@ FEWEST_ROWS = 256
 
 
 OPERATORS = torch.library.Library("dianjing", "FRAGMENT")
-"""Defined by their schema: torch's decorator for operators takes the CPU ten times as long at each call."""
+"""Defined by their schema: with torch's decorator for operators the CPU takes longer at each call."""
 OPERATORS.define("sum_of_products(Tensor a, Tensor b, Tensor c, Tensor d, float scale, Tensor? bias) -> Tensor")
 OPERATORS.define(
     "sum_of_fp8_products(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor c, Tensor d, float scale) -> Tensor"
