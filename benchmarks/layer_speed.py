@@ -1,6 +1,6 @@
-"""Milliseconds of single layers, forwards and backwards: attention, a decoder layer, a tower with adapters.
+"""Milliseconds of single layers, forwards and backwards: attention, decoder and tower, compiled and joined.
 
-    python benchmarks/layer_speed.py [--only attention,decoder,tower] [--tiny]
+    python benchmarks/layer_speed.py [--only attention,decoder,tower] [--kinds compiled,joined] [--profile] [--tiny]
 
 Shapes of InternLM2-Chat-1.8B and CLIP ViT-L/14-336, random weights, bf16, packs of train_speed.py's lengths. Prints the
 clock and how long the CPU took to start the work: where the two are equal, the CPU is what is waited for.
@@ -24,29 +24,32 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dianjing.model.attention import PACKED, UNREAD_MASK, into_rectangle, out_of_rectangle, packed_attention, rectangle
-from dianjing.model.compile import VARIANTS
-from dianjing.model.fp8 import Fp8Linear, fp8_product, quantize_layers_to_fp8
-from dianjing.model.fp8_mlp import fp8_mlp, join_fp8_mlps
-from dianjing.model.lora import LoraLinear, adapted
-from dianjing.model.recorded import Recorded
+from dianjing.model.attention import PACKED, UNREAD_MASK, packed_attention, rectangle
+from dianjing.model.compile import compile_layers
+from dianjing.model.fp8 import Fp8Linear, quantize_layers_to_fp8
+from dianjing.model.joined import join_decoder_layers, join_tower_layers, spans_of
+from dianjing.model.lora import LoraLinear
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-GUARDS = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+PROFILED = False
+"""Whether the kernels of each measured thing are printed, with their milliseconds."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="attention,decoder,tower")
+    parser.add_argument("--kinds", default="compiled,joined")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of each, and their milliseconds")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
     chosen = parser.parse_args()
-    for function in (fp8_product, fp8_mlp, adapted, into_rectangle, out_of_rectangle):
-        torch.compiler.allow_in_graph(function)
-    torch._dynamo.config.recompile_limit = VARIANTS
-    measured = {"attention": attention, "decoder": decoder, "tower": tower}
+    global PROFILED
+    PROFILED = chosen.profile
     for name in chosen.only.split(","):
-        measured[name](tiny=chosen.tiny)
+        if name == "attention":
+            attention(tiny=chosen.tiny)
+        else:
+            {"decoder": decoder, "tower": tower}[name](chosen.kinds.split(","), tiny=chosen.tiny)
 
 
 def packs(*, tiny: bool) -> dict[str, list[int]]:
@@ -55,7 +58,7 @@ def packs(*, tiny: bool) -> dict[str, list[int]]:
     if tiny:
         return {"stage 1": [60, 61], "stage 2": [80, 70, 33]}
     longer = sorted((638 + rng.randint(0, 354) for _ in range(128)), reverse=True)
-    return {"stage 1": [592 + rng.randint(0, 12) for _ in range(27)], "stage 2": longer[40:54]}
+    return {"stage 1": [592 + rng.randint(0, 12) for _ in range(26)], "stage 2": longer[40:58]}
 
 
 def places(lengths: list[int]) -> dict[str, Any]:
@@ -89,23 +92,46 @@ def attention(*, tiny: bool) -> None:
             report(f"attention, {stage}, {kind}", step)
 
 
-def decoder(*, tiny: bool) -> None:
-    """Time compiled decoder layers: bf16 and FP8, frozen and with adapters."""
+def decoder(kinds: list[str], *, tiny: bool) -> None:
+    """Time decoder layers: bf16 and FP8, frozen and with adapters."""
     for stage, lengths in packs(tiny=tiny).items():
+        told = places(lengths)
         for frozen in ("bf16", "fp8") if GPU else ("bf16",):
-            torch._dynamo.reset()
-            model = decoder_layers(frozen == "fp8", 512 if stage == "stage 2" else 0, tiny=tiny)
-            told = places(lengths)
-            x = random_states(1, sum(lengths), model.config.hidden_size)
-            for kind in ("variable lengths", "side by side"):
-                spans: Any = {**told, "rectangle": told["rectangle"] if kind == "side by side" else None}
-                settings: Any = {"attention_mask": UNREAD_MASK, "use_cache": False, **spans}
+            for kind in kinds:
+                torch._dynamo.reset()
+                model = decoder_layers(frozen == "fp8", 512 if stage == "stage 2" else 0, tiny=tiny)
+                x = random_states(1, sum(lengths), model.config.hidden_size)
+                for laid_out in (told["rectangle"], None) if kind == "joined" else (told["rectangle"],):
+                    spans = {**told, "rectangle": laid_out}
+                    run = joined_decoder(model, spans) if kind == "joined" else compiled_decoder(model, spans)
 
-                def step(model: Any = model, x: Tensor = x, settings: Any = settings) -> None:
-                    output = model(inputs_embeds=x, **settings).last_hidden_state
-                    output.backward(output.detach())
+                    def step(run: Any = run, x: Tensor = x) -> None:
+                        output = run(x)
+                        output.backward(output.detach())
 
-                report(f"decoder layer, {stage}, {frozen}, {kind}", step, model.config.num_hidden_layers)
+                    how = "variable lengths" if laid_out is None else "side by side"
+                    name = f"decoder layer, {stage}, {sum(lengths)} tokens, {frozen}, {kind}, {how}"
+                    report(name, step, model.config.num_hidden_layers)
+
+
+def compiled_decoder(model: Any, spans: Any) -> Callable[[Tensor], Tensor]:
+    compile_layers(model.layers)
+    settings: Any = {"attention_mask": UNREAD_MASK, "use_cache": False, **spans}
+    return lambda x: model(inputs_embeds=x, **settings).last_hidden_state
+
+
+def joined_decoder(model: Any, spans: Any) -> Callable[[Tensor], Tensor]:
+    layers: Any = join_decoder_layers(model.layers)
+    cos, sin = model.rotary_emb(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16), spans["position_ids"])
+    told = spans_of(spans["cu_seqlens"], spans["max_seqlen"], spans["rectangle"])
+
+    def through(x: Tensor) -> Tensor:
+        x = x[0]
+        for layer in layers:
+            x = layer(x, cos[0], sin[0], told)
+        return x
+
+    return through
 
 
 def decoder_layers(fp8: bool, rank: int, *, tiny: bool) -> Any:
@@ -117,17 +143,14 @@ def decoder_layers(fp8: bool, rank: int, *, tiny: bool) -> Any:
     llm.set_attn_implementation(PACKED)
     if fp8:
         quantize_layers_to_fp8(llm, DEVICE)
-        join_fp8_mlps(llm)
     if rank:
         add_adapters(llm, r".*layers.*_proj", rank)
-    for layer in llm.model.layers:
-        layer.compile(dynamic=True, options=GUARDS)
     return llm.model.train()
 
 
-def tower(*, tiny: bool) -> None:
-    """Compare a compiled tower with adapters, started piece by piece, with its recording."""
-    width, mlp, layers, heads, pictures = (32, 64, 2, 4, 2) if tiny else (1024, 4096, 23, 16, 16)
+def tower(kinds: list[str], *, tiny: bool) -> None:
+    """Time a tower's layers, read only and with adapters."""
+    width, mlp, layers, heads, pictures = (32, 64, 2, 4, 2) if tiny else (1024, 4096, 23, 16, 18)
     config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=mlp,
@@ -136,23 +159,37 @@ def tower(*, tiny: bool) -> None:
         image_size=336,
         patch_size=14,
     )
-    clip = made(partial(CLIPVisionModel, config))
-    add_adapters(clip, r".*layers.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)", 64)
-    stack: Any = next(module for name, module in clip.named_modules() if name.endswith("encoder")).layers
-    for layer in stack:
-        layer.compile(dynamic=True, options=GUARDS)
+    x = torch.randn(pictures, 577, width, device=DEVICE, dtype=torch.bfloat16)
+    for rank in (0, 64):
+        for kind in kinds:
+            torch._dynamo.reset()
+            clip = made(partial(CLIPVisionModel, config)).train()
+            if rank:
+                add_adapters(clip, r".*layers.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)", rank)
+            stack: Any = next(module for name, module in clip.named_modules() if name.endswith("encoder")).layers
+            run = through_tower(stack, kind)
+
+            def step(run: Any = run, rank: int = rank) -> None:
+                with torch.set_grad_enabled(rank > 0):
+                    output = run(x)
+                if rank:
+                    output.backward(x)
+
+            what = f"adapters of rank {rank}" if rank else "read only"
+            report(f"tower layer, {pictures} pictures, {what}, {kind}", step, layers)
+
+
+def through_tower(stack: Any, kind: str) -> Callable[[Tensor], Tensor]:
+    joined: Any = join_tower_layers(stack) if kind == "joined" else None
+    if joined is None:
+        compile_layers(stack)
 
     def through(x: Tensor) -> Tensor:
-        for layer in stack:
-            x = layer(x, None)
+        for layer in joined or stack:
+            x = layer(x) if joined else layer(x, None)
         return x
 
-    x = torch.randn(pictures, 577, width, device=DEVICE, dtype=torch.bfloat16)
-    runs: dict[str, Callable[[Tensor], Tensor]] = {"piece by piece": through}
-    if GPU:
-        runs["recorded"] = Recorded(through, [weight for weight in stack.parameters() if weight.requires_grad])
-    for kind, run in runs.items():
-        report(f"tower of {layers} layers, {pictures} pictures, {kind}", lambda run=run: run(x).backward(x))
+    return through
 
 
 def made(build: Callable[[], Any]) -> Any:
@@ -191,6 +228,14 @@ def report(name: str, step: Callable[[], Any], layers: int = 1, times: int = 10)
     clock = time.perf_counter() - began
     each = 1e3 / times / layers
     print(f"{name}: {clock * each:.3f} ms, the CPU {started * each:.3f}", flush=True)
+    if PROFILED and GPU:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            wait()
+        kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+        for kernel in kernels[:28]:
+            taken = kernel.self_device_time_total / 1e3 / layers
+            print(f"    {taken:8.4f}  {kernel.count / layers:5.1f}  {kernel.key[:110]}", flush=True)
 
 
 def wait() -> None:

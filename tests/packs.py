@@ -22,9 +22,9 @@ Outcome = tuple[Tensor, dict[str, Tensor]]
 """A summed loss and the gradient of each parameter that trains."""
 
 
-def prepare(recipe: Recipe) -> tuple[LlavaForConditionalGeneration, Dataset]:
+def prepare(recipe: Recipe, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, Dataset]:
     """Return a model as a stage leaves it, its adapters moved off zero, and the data it would train on."""
-    built = build(recipe)
+    built = build(recipe, torch.device(device))
     apply_stage(built.model, recipe)
     torch.manual_seed(5)
     with torch.no_grad():

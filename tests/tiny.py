@@ -153,6 +153,19 @@ def write_siglip(folder: Path, *, seed: int = 2, **settings: Any) -> Path:
     return folder
 
 
+def gentle(folder: Path, frozen: str = "", tuning: Any = None) -> dict[str, Any]:
+    """Return sections of a bf16 recipe whose model is of sizes that FP8 units take, and in which rounding stays small."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    llm = write_llm(folder / "llm", **sizes, initializer_range=0.05)
+    clip = write_clip(folder / "clip", hidden_size=32, intermediate_size=64, initializer_factor=1.0)
+    adapters = {"lora_alpha": 1, **(tuning or {})}
+    return {
+        "language_model": {"folder": str(llm), "frozen": frozen, **adapters},
+        "vision_tower": {"folder": str(clip), **adapters},
+        "train": {"precision": "bf16"},
+    }
+
+
 def write_images(folder: Path) -> None:
     """Draw four pictures of unlike shape: a gradient over a colour, so that no two patches are the same."""
     (folder / "sub").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from dianjing.model.attention import packed_attention, rectangle
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
+from tests.tiny import gentle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,10 +59,10 @@ def test_in_a_rectangle_it_is_the_kernel() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_pack_on_the_gpu_is_its_records_one_by_one(make_recipe: MakeRecipe, precision: str) -> None:
-    tuning = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
-    exact = flat(*in_one_pack(make_recipe("finetune", **tuning), "cpu"))
-    recipe = make_recipe("finetune", train={"precision": precision}, **tuning)
+def test_a_pack_on_the_gpu_is_its_records_one_by_one(make_recipe: MakeRecipe, tmp_path: Path, precision: str) -> None:
+    sections = gentle(tmp_path, tuning={"tuning": "lora"})
+    exact = flat(*in_one_pack(make_recipe("finetune", **{**sections, "train": {}}), "cpu"))
+    recipe = make_recipe("finetune", **{**sections, "train": {"precision": precision}})
     on_cpu = flat(*in_one_pack(recipe, "cpu"))
     model, dataset = in_one_pack(recipe, "cuda")
     packed = flat(model, dataset)

@@ -15,9 +15,8 @@ from dianjing.data.image import ImageProcessor, pixel_values
 
 ROUND = (1, 64)
 """What the sides of a rectangle are multiples of: kernels are planned anew for each size."""
-FULL_ENOUGH = 0.85
-"""Share of a rectangle's attention that must be of use: its kernels take 0.65 of the others' time (one H200), but
-unlike packs bring new sizes again and again, and each is planned for 0.1 s."""
+FULL_ENOUGH = 0.75
+"""Share of a rectangle's attention that must be of use: its kernels take 0.65 of the others' time (one H200)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
         )
-    _require_supported(module, settings, max_seqlen)
+    require_supported(module, settings, max_seqlen)
     window = settings.get("sliding_window") or max_seqlen
     if query.is_cuda and dropout == 0 and (dtype := _arithmetic(query)) != torch.float32:
         query, key, value = (states.to(dtype) for states in (query, key, value))
@@ -107,7 +107,7 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _require_supported(module: nn.Module, settings: dict[str, Any], max_seqlen: int) -> None:
+def require_supported(module: nn.Module, settings: dict[str, Any], max_seqlen: int) -> None:
     """Refuse attention that is not computed here, and positions that depend on the longest record of a pack."""
     if settings.get("softcap") is not None or settings.get("s_aux") is not None:
         raise ModelError(

@@ -24,7 +24,6 @@ from dianjing.data.template import check_template, doubts, template_for
 from dianjing.errors import ModelError
 from dianjing.model.attention import PACKED, UNREAD_MASK
 from dianjing.model.fp8 import quantize_layers_to_fp8, require_fp8
-from dianjing.model.fp8_mlp import join_fp8_mlps
 from dianjing.model.frozen import quantize_layers, require_bitsandbytes
 from dianjing.model.language import LoadReport, count, load_language_model
 from dianjing.model.vision import load_vision_tower, num_image_tokens, select_strategy
@@ -75,7 +74,6 @@ def build(
     llm, llm_report = load_language_model(llm_folder, dtype)
     if frozen:
         (quantize_layers if frozen == "nf4" else quantize_layers_to_fp8)(llm, device)
-        join_fp8_mlps(llm)
     tower, tower_report = load_vision_tower(tower_folder, dtype)
     _require_size(tower, image_processor, tower_folder)
     image_id = image_token_id(tokenizer)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from dianjing.data.collate import Batch
-from dianjing.model.attention import UNREAD_MASK, rectangle
+from dianjing.model.attention import UNREAD_MASK, Rectangle, rectangle
+from dianjing.model.joined import spans_of
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""
-RECORDED = "recorded"
-"""Attribute of a tower that replays its work on a GPU (see recorded.py)."""
+JOINED = "joined"
+"""Attribute of a decoder, and of a tower, with their layers as joined.py has them; absent where they are not joined."""
+
+
+ROUND = 64
+"""Tokens of a pack are filled up to a multiple of this for joined layers: a GPU's libraries look for the best way to
+multiply matrices of each new size, and memory is used again best in pieces of the same size."""
 
 
 def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:
@@ -33,8 +39,24 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
         laid_out = rectangle(batch.cu_seqlens, batch.position_ids, batch.rectangle) if batch.rectangle else None
         if unseen is not None:
             embeddings = embeddings + unseen.to(embeddings.dtype)
+        logits = model.lm_head(_decoded(model, embeddings, batch, laid_out))  # (supervised, vocab)
+    # Compiled, it needs no logits in fp32.
+    loss_of = _compiled(_summed_cross_entropy) if logits.is_cuda else _summed_cross_entropy
+    return loss_of(logits, batch.targets)
+
+
+def _decoded(
+    model: LlavaForConditionalGeneration,
+    embeddings: Float[Tensor, "tokens hidden"],
+    batch: Batch,
+    laid_out: Rectangle | None,
+) -> Float[Tensor, "supervised hidden"]:
+    """Return what the decoder makes of a pack at the rows that have a target."""
+    decoder: Any = model.model.language_model
+    layers = getattr(decoder, JOINED, None)
+    if layers is None:
         with _last_layer_at(model, batch.target_rows, batch.position_ids):
-            hidden = model.model.language_model(
+            hidden = decoder(
                 inputs_embeds=embeddings[None],
                 position_ids=batch.position_ids[None],
                 attention_mask=UNREAD_MASK,
@@ -43,10 +65,16 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
                 max_seqlen=batch.max_seqlen,
                 rectangle=laid_out,
             ).last_hidden_state[0]  # (tokens, hidden)
-        logits = model.lm_head(hidden[batch.target_rows])  # (supervised, vocab)
-    # Compiled, it needs no logits in fp32.
-    loss_of = _compiled(_summed_cross_entropy) if logits.is_cuda else _summed_cross_entropy
-    return loss_of(logits, batch.targets)
+        return hidden[batch.target_rows]
+    spare = -len(embeddings) % ROUND
+    hidden, position_ids = pad(embeddings, (0, 0, 0, spare)), pad(batch.position_ids, (0, spare))
+    cos, sin = (part[0] for part in decoder.rotary_emb(hidden[None], position_ids=position_ids[None]))
+    laid_out = laid_out if all(layer.may_stand_beside(batch.max_seqlen) for layer in layers) else None
+    spans = spans_of(batch.cu_seqlens, batch.max_seqlen, laid_out, spare)
+    for layer in layers[:-1]:
+        hidden = layer(hidden, cos, sin, spans)
+    # No other row is read after the last layer's attention.
+    return decoder.norm(layers[-1](hidden, cos, sin, spans, batch.target_rows))
 
 
 def _summed_cross_entropy(
@@ -82,15 +110,14 @@ def image_features(
     if not len(pixel_values):
         return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
-    recorded = getattr(tower, RECORDED, None) if learns else None
     with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
-        hidden = (recorded or partial(tower_states, model))(pixel_values.to(config.dtype))
+        hidden = _tower_states(model, pixel_values.to(config.dtype))
     if config.vision_feature_select_strategy == "default":
         hidden = hidden[:, 1:]  # the class token is no patch
     return model.model.multi_modal_projector(hidden)
 
 
-def tower_states(
+def _tower_states(
     model: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "images 3 height width"]
 ) -> Float[Tensor, "images states width"]:
     """Return what the tower makes of pictures, class token included, after the last of its layers that matter."""
@@ -98,8 +125,9 @@ def tower_states(
     hidden = tower.embeddings(pixel_values)
     if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
         hidden = tower.pre_layrnorm(hidden)
-    for layer in tower.encoder.layers[: num_tower_layers(model)]:
-        hidden = layer(hidden, None)
+    joined = getattr(tower, JOINED, None)
+    for layer in joined or tower.encoder.layers[: num_tower_layers(model)]:
+        hidden = layer(hidden) if joined else layer(hidden, None)
     return hidden
 
 

@@ -86,10 +86,9 @@ class _Fp8Product(torch.autograd.Function):
         return _product(gradient * scale.T, by_columns(rows), ones), None, None
 
 
-def by_columns(*matrices: Float8e4m3fn[Tensor, "rows columns"]) -> Float8e4m3fn[Tensor, "all_rows columns"]:
-    """Return matrices one below the other as the units want the second one of a product: a copy, of one layer."""
-    rows = [matrix.view(torch.uint8) for matrix in matrices]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows)).T.contiguous().view(FP8).T
+def by_columns(matrix: Float8e4m3fn[Tensor, "rows columns"]) -> Float8e4m3fn[Tensor, "rows columns"]:
+    """Return a matrix as the units want the second one of a product: a copy, of one layer."""
+    return matrix.view(torch.uint8).T.contiguous().view(FP8).T
 
 
 def fp8_product(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:

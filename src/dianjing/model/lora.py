@@ -116,8 +116,8 @@ class _Adapted(torch.autograd.Function):
         shape = *gradient.shape[:-1], down.shape[1]
         rows = gradient.reshape(-1, gradient.shape[-1])
         to_inner = rows @ up
-        to_down = product_over_rows(to_inner, entering) * ctx.scale
-        to_up = product_over_rows(rows, inner) * ctx.scale
+        to_down = product_over_rows(to_inner, entering, ctx.scale)
+        to_up = product_over_rows(rows, inner, ctx.scale)
         if not any(ctx.needs_input_grad[:2]):
             return None, None, None, None, None, to_down, to_up, None
         to_dropped = (to_inner @ down * ctx.scale).view(shape) if ctx.drops else None

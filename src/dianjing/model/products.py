@@ -24,7 +24,7 @@ OPERATORS.define("sum_of_products(Tensor a, Tensor b, Tensor c, Tensor d, float 
 OPERATORS.define(
     "sum_of_fp8_products(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor c, Tensor d, float scale) -> Tensor"
 )
-OPERATORS.define("product_over_rows(Tensor a, Tensor b) -> Tensor")
+OPERATORS.define("product_over_rows(Tensor a, Tensor b, float scale) -> Tensor")
 
 
 def _sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: float, bias: Tensor | None) -> Tensor:
@@ -41,23 +41,30 @@ def _sum_of_fp8_products(
     return first.addmm_(c, d, alpha=scale)
 
 
-def _product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+def _product_over_rows(a: Tensor, b: Tensor, scale: float) -> Tensor:
     if not a.is_cuda:
-        return (a.T @ b).float()
+        return (a.T @ b).float() * scale
     parts = _parts(a, b)
     if parts == 1:
-        return torch.mm(a.T, b, out_dtype=torch.float32)
+        nothing = a.new_empty(1, 1, dtype=torch.float32)
+        return torch.addmm(nothing, a.T, b, beta=0, alpha=scale, out_dtype=torch.float32)
     size = len(a) // parts
     whole = size * parts
-    total = torch.bmm(
-        a[:whole].view(parts, size, -1).transpose(1, 2), b[:whole].view(parts, size, -1), out_dtype=torch.float32
-    ).sum(0)
-    return total if whole == len(a) else torch.addmm(total, a[whole:].T, b[whole:], out_dtype=torch.float32)
+    several = torch.bmm(
+        a[:whole].unflatten(0, (parts, size)).transpose(1, 2),
+        b[:whole].unflatten(0, (parts, size)),
+        out_dtype=torch.float32,
+    )
+    from dianjing.model.kernels import sum_of_parts
+
+    return sum_of_parts(several, a[whole:], b[whole:], scale)
 
 
 def _parts(a: Tensor, b: Tensor) -> int:
+    """Return in how many parts the rows are summed: as many as fill the GPU, a little less if that leaves no rows."""
     tiles = -(-a.shape[1] // TILE[0]) * -(-b.shape[1] // TILE[1])
-    return max(1, min(_processors(a.device) // tiles, len(a) // FEWEST_ROWS))
+    most = max(1, min(_processors(a.device) // tiles, len(a) // FEWEST_ROWS))
+    return next((parts for parts in range(most, most // 2, -1) if len(a) % parts == 0), most)
 
 
 @cache
@@ -84,7 +91,7 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, c: Tensor, d: Tens
 
 
 @torch.library.register_fake("dianjing::product_over_rows")
-def _(a: Tensor, b: Tensor) -> Tensor:
+def _(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return a.new_empty(a.shape[1], b.shape[1], dtype=torch.float32)
 
 
@@ -113,6 +120,8 @@ def sum_of_fp8_products(
     return torch.ops.dianjing.sum_of_fp8_products.default(a, a_scale, b, b_scale, c, d, scale)
 
 
-def product_over_rows(a: Float[Tensor, "rows left"], b: Float[Tensor, "rows right"]) -> Float[Tensor, "left right"]:
-    """Return a.T @ b in fp32: on a GPU in as many parts of the rows as fill it, then their sum."""
-    return torch.ops.dianjing.product_over_rows.default(a, b)
+def product_over_rows(
+    a: Float[Tensor, "rows left"], b: Float[Tensor, "rows right"], scale: float
+) -> Float[Tensor, "left right"]:
+    """Return scale * a.T @ b in fp32: on a GPU in as many parts of the rows as fill it, then their sum."""
+    return torch.ops.dianjing.product_over_rows.default(a, b, scale)

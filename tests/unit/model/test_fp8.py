@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dianjing.errors import ConfigError, ModelError
 from dianjing.export.merge import merged_state
 from dianjing.model.build import build
 from dianjing.model.fp8 import FP8, Fp8Linear, quantize_layers_to_fp8, quantized, require_fp8
-from dianjing.model.fp8_mlp import LAYERS, Fp8Mlp, join_fp8_mlps
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage
 from tests.conftest import MakeRecipe
@@ -59,37 +55,6 @@ def test_both_passes_multiply_with_the_same_weight(bias: bool) -> None:
     assert x.grad is not None
     assert (x.grad.float() - to_x).norm() < 0.04 * to_x.norm()
     assert (layer.dequantized() - plain.weight.float()).norm() < 0.04 * plain.weight.float().norm()
-
-
-def test_a_joined_mlp_is_its_layers() -> None:
-    torch.manual_seed(0)
-    plain: Any = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96, hidden_act="silu")).bfloat16()
-    exact: Any = copy.deepcopy(plain).float()
-    for name in LAYERS:
-        setattr(plain, name, Fp8Linear(getattr(plain, name)))
-        getattr(exact, name).weight.data = getattr(plain, name).dequantized()
-    found = []
-    for mlp in (exact, plain, Fp8Mlp(plain)):
-        x = matrix(15, 64, 1).view(5, 3, 64).to(torch.float32 if mlp is exact else torch.bfloat16).requires_grad_()
-        output = mlp(x)
-        output.backward(matrix(15, 64, 2).view(5, 3, 64).to(x.dtype))
-        found.append((output.detach().float(), x.grad.float()))  # pyright: ignore[reportOptionalMemberAccess]
-    for true, apart, joined in zip(*found, strict=True):
-        assert not torch.equal(joined, apart)
-        # No more is lost than by the layers one by one, each rounding what is multiplied.
-        assert (joined - true).norm() < 1.1 * (apart - true).norm() < 0.1 * true.norm()
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_only_mlps_of_silu_are_joined(tmp_path: Any, activation: str) -> None:
-    folder = write_llm(tmp_path, intermediate_size=64, hidden_act=activation)
-    model = load_language_model(folder, torch.bfloat16)[0]
-    names = set(dict(model.named_modules()))
-    quantize_layers_to_fp8(model, torch.device("cpu"))
-    join_fp8_mlps(model)
-    kinds = {type(layer.mlp) for layer in model.get_decoder().layers}  # pyright: ignore
-    assert (kinds == {Fp8Mlp}) == (activation == "silu")
-    assert set(dict(model.named_modules())) == names
 
 
 def test_lora_stands_on_it_and_is_merged(make_recipe: MakeRecipe, tmp_path: Any) -> None:

@@ -1,0 +1,331 @@
+"""What a layer does between its matrix products, forwards and backwards: norms, rotary positions, activations, dropout.
+
+On a GPU each is one kernel, one pass over memory (`kernels.py`); elsewhere it is written in torch's own operators,
+which say what the kernels compute and are what they are tested against. Sums are made in fp32. `eight` asks for a result in
+FP8 too, with a scale for each row, and `column_scale` for the result times a number for each column before that: the
+scales of the weights that it is multiplied with next.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float8e4m3fn, Int
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from dianjing.model.fp8 import FP8
+from dianjing.model.fp8 import quantized as _quantized
+
+ACTIVATIONS = ("quick_gelu", "gelu_pytorch_tanh", "gelu")
+"""Names, as in a model's config, of the activations that `activation` knows."""
+
+
+class EightBits(NamedTuple):
+    """A matrix in FP8: rows * scale."""
+
+    rows: Float8e4m3fn[Tensor, "rows columns"]
+    scale: Float[Tensor, "rows 1"]
+
+
+def _room(x: Tensor, columns: int, *, wanted: bool = True) -> EightBits | None:
+    if not wanted:
+        return None
+    return EightBits(x.new_empty(len(x), columns, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32))
+
+
+def to_eight_bits(
+    x: Float[Tensor, "rows columns"],
+    column_scale: Float[Tensor, " columns"] | None = None,
+    taken: Int[Tensor, " taken"] | None = None,
+) -> EightBits:
+    """Return (some rows of) a matrix, times a number for each column, in FP8; zeros where `taken` has -1."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        number = len(x) if taken is None else len(taken)
+        eight = EightBits(x.new_empty(number, x.shape[1], dtype=FP8), x.new_empty(number, 1, dtype=torch.float32))
+        kernels.quantize(x, taken, column_scale, eight)
+        return eight
+    rows = x.float() if taken is None else spread(x, taken).float()
+    return EightBits(*_quantized(rows if column_scale is None else rows * column_scale))
+
+
+def turned(matrix: Float8e4m3fn[Tensor, "rows columns"]) -> Float8e4m3fn[Tensor, "rows columns"]:
+    """Return an FP8 matrix with its columns one after the other in memory, as the units want a product's second one."""
+    eight = matrix.view(torch.uint8)
+    if not matrix.is_cuda:
+        return eight.T.contiguous().view(FP8).T
+    from dianjing.model import kernels
+
+    result = eight.new_empty(matrix.shape[1], matrix.shape[0])
+    kernels.turn(eight, result)
+    return result.view(FP8).T
+
+
+class Norm(NamedTuple):
+    """What `norm` returns; None for what was not asked for."""
+
+    total: Float[Tensor, "rows columns"] | None
+    """x + y."""
+    rows: Float[Tensor, "rows columns"] | None
+    eight: EightBits | None
+
+
+def norm(
+    x: Float[Tensor, "rows columns"],
+    weight: Float[Tensor, " columns"],
+    bias: Float[Tensor, " columns"] | None,
+    eps: float,
+    *,
+    y: Float[Tensor, "rows columns"] | None = None,
+    keep: bool = True,
+    eight: bool = False,
+) -> Norm:
+    """Return the norm of x + y by rows: RMS (arXiv 1910.07467) without a bias, else LayerNorm (arXiv 1607.06450)."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        result = Norm(
+            None if y is None else torch.empty_like(x),
+            torch.empty_like(x) if keep else None,
+            _room(x, x.shape[1], wanted=eight),
+        )
+        kernels.norm(x, y, weight, bias, eps, *result)
+        return result
+    total = x if y is None else x + y
+    rows = _normed(total.float(), weight.float(), None if bias is None else bias.float(), eps)
+    kept, in_eight = rows.to(x.dtype) if keep else None, to_eight_bits(rows) if eight else None
+    return Norm(None if y is None else total, kept, in_eight)
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if bias is None:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps) * weight
+    return torch.nn.functional.layer_norm(x, x.shape[1:], weight, bias, eps)
+
+
+def norm_backward(
+    gradient: Float[Tensor, "rows columns"],
+    x: Float[Tensor, "rows columns"],
+    weight: Float[Tensor, " columns"],
+    eps: float,
+    *,
+    centre: bool,
+    beside: Float[Tensor, "rows columns"] | None = None,
+    column_scale: Float[Tensor, " columns"] | None = None,
+) -> tuple[Float[Tensor, "rows columns"], EightBits | None]:
+    """Return the gradient of what was normed (`centre`: by LayerNorm) plus `beside`; with column_scale in FP8 too."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        to_x, eight = torch.empty_like(x), _room(x, x.shape[1], wanted=column_scale is not None)
+        kernels.norm_backward(
+            gradient, x, weight, eps, centre=centre, beside=beside, to_x=to_x, column_scale=column_scale, eight=eight
+        )
+        return to_x, eight
+    with torch.enable_grad():
+        entering = x.detach().float().requires_grad_()
+        bias = torch.zeros_like(weight, dtype=torch.float32) if centre else None
+        rows = _normed(entering, weight.detach().float(), bias, eps)
+        (to_x,) = torch.autograd.grad(rows, entering, gradient.float())
+    to_x = (to_x if beside is None else to_x + beside.float()).to(x.dtype)
+    return to_x, None if column_scale is None else to_eight_bits(to_x, column_scale)
+
+
+def gated(
+    gate_up: Float[Tensor, "rows both"], *, keep: bool = True, eight: bool = False
+) -> tuple[Float[Tensor, "rows columns"] | None, EightBits | None]:
+    """Return silu(gate) * up, where the two stand side by side."""
+    if gate_up.is_cuda:
+        from dianjing.model import kernels
+
+        columns = gate_up.shape[1] // 2
+        rows = gate_up.new_empty(len(gate_up), columns) if keep else None
+        result = rows, _room(gate_up, columns, wanted=eight)
+        kernels.gated(gate_up, *result)
+        return result
+    gate, up = gate_up.float().chunk(2, dim=1)
+    rows = silu(gate) * up
+    return rows.to(gate_up.dtype) if keep else None, to_eight_bits(rows) if eight else None
+
+
+def gated_backward(
+    gradient: Float[Tensor, "rows columns"],
+    gate_up: Float[Tensor, "rows both"],
+    *,
+    keep: bool = True,
+    column_scale: Float[Tensor, " both"] | None = None,
+    again: bool = False,
+) -> tuple[Float[Tensor, "rows both"] | None, EightBits | None, Float[Tensor, "rows columns"] | None]:
+    """Return the gradients of gate and up, with column_scale in FP8 too, and with `again` what `gated` returned."""
+    if gate_up.is_cuda:
+        from dianjing.model import kernels
+
+        result = (
+            torch.empty_like(gate_up) if keep else None,
+            _room(gate_up, gate_up.shape[1], wanted=column_scale is not None),
+            torch.empty_like(gradient) if again else None,
+        )
+        kernels.gated_backward(gradient, gate_up, column_scale, *result)
+        return result
+    with torch.enable_grad():
+        entering = gate_up.detach().float().requires_grad_()
+        gate, up = entering.chunk(2, dim=1)
+        rows = silu(gate) * up
+        (to_both,) = torch.autograd.grad(rows, entering, gradient.float())
+    return (
+        to_both.to(gate_up.dtype) if keep else None,
+        None if column_scale is None else to_eight_bits(to_both, column_scale),
+        rows.detach().to(gate_up.dtype) if again else None,
+    )
+
+
+class Heads(NamedTuple):
+    """How the columns of queries, keys and values are cut."""
+
+    query: int
+    key_value: int
+    size: int
+
+
+def rotate(
+    qkv: Float[Tensor, "tokens columns"],
+    cos: Float[Tensor, "tokens size"],
+    sin: Float[Tensor, "tokens size"],
+    heads: Heads,
+    rows: Int[Tensor, " places"] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries and keys turned by their positions (arXiv 2104.09864), and values: each (places, heads, size).
+
+    `rows` says which token is at each place, -1 where none is (zeros); None: places are tokens.
+    """
+    number = len(qkv) if rows is None else len(rows)
+    if qkv.is_cuda:
+        from dianjing.model import kernels
+
+        counts = (heads.query, heads.key_value, heads.key_value)
+        query, key, value = (qkv.new_empty(number, count, heads.size) for count in counts)
+        kernels.rotate(qkv, cos, sin, rows, query, key, value)
+        return query, key, value
+    states = qkv.view(len(qkv), -1, heads.size)
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    both = heads.query + heads.key_value
+    turned_ = states[:, :both].float()
+    turned_ = (turned_ * cos + _half_turned(turned_) * sin).to(qkv.dtype)
+    parts = turned_[:, : heads.query], turned_[:, heads.query :], states[:, both:]
+    query, key, value = (part.contiguous() if rows is None else spread(part, rows) for part in parts)
+    return query, key, value
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def spread(x: Float[Tensor, "rows ..."], rows: Int[Tensor, " places"]) -> Float[Tensor, "places ..."]:
+    """Return the row of x that is at each place, zeros where `rows` has -1."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        result = x.new_empty(len(rows), *x.shape[1:])
+        kernels.spread(x, rows, result)
+        return result
+    return x[rows.clamp(min=0)] * (rows >= 0).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def rotate_backward(
+    query: Float[Tensor, "places heads size"],
+    key: Float[Tensor, "places kv_heads size"],
+    value: Float[Tensor, "places kv_heads size"],
+    cos: Float[Tensor, "tokens size"],
+    sin: Float[Tensor, "tokens size"],
+    places: Int[Tensor, " tokens"] | None = None,
+    *,
+    keep: bool = True,
+    column_scale: Float[Tensor, " columns"] | None = None,
+) -> tuple[Float[Tensor, "tokens columns"] | None, EightBits | None]:
+    """Return the gradient of what `rotate` was given, from those of its results.
+
+    `places` says where each token was put, -1 where it was left out.
+    """
+    if query.is_cuda:
+        from dianjing.model import kernels
+
+        columns = (query.shape[1] + 2 * key.shape[1]) * query.shape[2]
+        to_qkv = query.new_empty(len(cos), columns) if keep else None
+        eight = _room(cos, columns, wanted=column_scale is not None)
+        kernels.rotate_backward(query, key, value, cos, sin, places, column_scale, to_qkv, eight)
+        return to_qkv, eight
+    states = [states if places is None else spread(states, places) for states in (query, key, value)]
+    turned_ = torch.cat(states[:2], dim=1).float()
+    # The other way around: the angle's sign changes.
+    turned_ = turned_ * cos[:, None].float() - _half_turned(turned_) * sin[:, None].float()
+    both = torch.cat([turned_, states[2].float()], dim=1).flatten(1)
+    return both.to(query.dtype) if keep else None, None if column_scale is None else to_eight_bits(both, column_scale)
+
+
+def _activated(x: Tensor, kind: str) -> Tensor:
+    if kind == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return gelu(x, approximate="tanh" if kind == "gelu_pytorch_tanh" else "none")
+
+
+def activation(x: Float[Tensor, "rows columns"], kind: str) -> Float[Tensor, "rows columns"]:
+    """Return the activation of that name."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        rows = torch.empty_like(x)
+        kernels.activation(x, kind, rows)
+        return rows
+    return _activated(x.float(), kind).to(x.dtype)
+
+
+def activation_backward(
+    gradient: Float[Tensor, "rows columns"], x: Float[Tensor, "rows columns"], kind: str
+) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
+    """Return the gradient of x, and what `activation` returned."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        to_x, rows = torch.empty_like(x), torch.empty_like(x)
+        kernels.activation(x, kind, rows, gradient, to_x)
+        return to_x, rows
+    with torch.enable_grad():
+        entering = x.detach().float().requires_grad_()
+        rows = _activated(entering, kind)
+        (to_x,) = torch.autograd.grad(rows, entering, gradient.float())
+    return to_x.to(x.dtype), rows.detach().to(x.dtype)
+
+
+def draw_seed() -> int:
+    """Return the seed of a dropout: the backward pass draws the same numbers again instead of keeping them."""
+    return int(torch.randint(2**31 - 1, ()).item())
+
+
+def dropped(x: Float[Tensor, "rows columns"], seed: int, share: float) -> Float[Tensor, "rows columns"]:
+    """Return x with a share of its numbers dropped, the others made up for it; drawn from the seed."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        result = torch.empty_like(x)
+        kernels.drop(x, result, seed, share, add=False)
+        return result
+    return x * _kept(x, seed, share)
+
+
+def add_dropped(into: Tensor, x: Tensor, seed: int, share: float) -> None:
+    """Add `dropped(x, seed, share)` to a tensor in place."""
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        kernels.drop(x, into, seed, share, add=True)
+    else:
+        into += x * _kept(x, seed, share)
+
+
+def _kept(x: Any, seed: int, share: float) -> Tensor:
+    drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))
+    return ((drawn >= share) / (1 - share)).to(x.dtype)

@@ -1,0 +1,158 @@
+"""Joined layers are the layers: losses and gradients against the same model as transformers computes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dianjing.model.compile import speed_up
+from dianjing.model.forward import JOINED, forward_loss
+from dianjing.train.optim import make_optimizer, set_learning_rates
+from tests.conftest import MakeRecipe
+from tests.llm_families import write_family
+from tests.packs import assert_same, outcome, prepare
+from tests.tiny import write_siglip
+
+LORA = {"tuning": "lora"}
+STEP = 1e-4
+"""Of a weight, to see what it does to the loss."""
+FROZEN: dict[str, str] = {}
+ROUNDING = 20
+"""The adapters' products are made in another order than in fp32 elsewhere, which sums weights first."""
+
+
+def both(make_recipe: MakeRecipe, stage: str = "finetune", **sections: Any) -> tuple[Any, Any, Any]:
+    """Return a model, the same one with its layers joined, and the data."""
+    recipe = make_recipe(stage, **sections)
+    plain, dataset = prepare(recipe)
+    joined, _ = prepare(recipe)
+    assert speed_up(joined) == "layers: language model joined, vision tower joined"
+    return plain, joined, dataset
+
+
+@pytest.mark.parametrize(
+    ("stage", "language_model", "vision_tower"),
+    [("pretrain", FROZEN, FROZEN), ("finetune", LORA, LORA), ("finetune", LORA, FROZEN), ("finetune", FROZEN, LORA)],
+)
+@pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": "on"}])
+def test_joined_layers_are_the_layers(
+    make_recipe: MakeRecipe, stage: str, language_model: Any, vision_tower: Any, train: dict[str, Any]
+) -> None:
+    plain, joined, dataset = both(
+        make_recipe, stage, language_model=language_model, vision_tower=vision_tower, train=train
+    )
+    # One after the other, a pack without pictures among them.
+    for records in ([0, 1, 3], [2, 7], [0, 5], [0, 6, 4, 1]):
+        batch = dataset.batch(records)
+        assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+def test_documents_side_by_side_too(make_recipe: MakeRecipe) -> None:
+    plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
+    batch = dataset.batch([1, 3, 1])
+    for shape in ((3, batch.max_seqlen), (4, batch.max_seqlen + 3)):
+        laid_out = replace(batch, rectangle=shape)
+        assert_same(outcome(joined, [laid_out]), outcome(plain, [batch]), ROUNDING)
+
+
+def test_of_a_siglip_tower_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    for act in ("gelu_pytorch_tanh", "gelu"):
+        folder = write_siglip(tmp_path / act, hidden_act=act)
+        plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower={**LORA, "folder": str(folder)})
+        batch = dataset.batch([0, 4])
+        assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_of_other_families_too(make_recipe: MakeRecipe, tmp_path: Path, family: str) -> None:
+    folder = write_family(tmp_path / family, family)
+    plain, joined, dataset = both(make_recipe, language_model={**LORA, "folder": str(folder)}, vision_tower=LORA)
+    batch = dataset.batch([0, 1, 2])
+    assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+def test_in_bf16_they_are_as_near_the_truth(make_recipe: MakeRecipe) -> None:
+    exact, dataset = prepare(make_recipe("finetune", language_model=LORA, vision_tower=LORA))
+    plain, joined, _ = both(make_recipe, language_model=LORA, vision_tower=LORA, train={"precision": "bf16"})
+    batch = dataset.batch([0, 1, 3, 4])
+    true = flat(outcome(exact, [batch]))
+    distances = [float((flat(outcome(model, [batch])) - true).norm()) for model in (plain, joined)]
+    assert 0 < distances[1] < 1.1 * distances[0]
+
+
+def test_weights_changed_between_packs_are_read(make_recipe: MakeRecipe) -> None:
+    """In bf16 copies of the adapters are kept, and an optimizer's fused step leaves no mark of its own on a weight."""
+    settings: Any = {"language_model": LORA, "vision_tower": LORA, "train": {"precision": "bf16"}}
+    _, joined, dataset = both(make_recipe, **settings)
+    batch = dataset.batch([0, 1])
+    before = forward_loss(joined, batch).item()
+    optimizer = make_optimizer(joined, make_recipe("finetune", **settings))
+    set_learning_rates(optimizer, 10.0)
+    outcome(joined, [batch])
+    optimizer.step()
+    fresh, _ = prepare(make_recipe("finetune", **settings))
+    fresh.load_state_dict(joined.state_dict())
+    speed_up(fresh)
+    after = forward_loss(joined, batch).item()
+    assert after == forward_loss(fresh, batch).item() != before
+
+
+def test_dropout_is_drawn_again_in_the_backward_pass(make_recipe: MakeRecipe) -> None:
+    drops = {**LORA, "lora_dropout": 0.3}
+    for train in ({}, {"gradient_checkpointing": "on"}):
+        _, joined, dataset = both(make_recipe, language_model=drops, vision_tower=drops, train=train)
+        batch, weights = dataset.batch([0, 1]), dict(joined.named_parameters())
+
+        def loss(model: Any = joined, batch: Any = batch) -> torch.Tensor:
+            torch.manual_seed(7)
+            return forward_loss(model, batch)
+
+        assert loss() == loss()
+        torch.manual_seed(8)
+        assert forward_loss(joined, batch) != loss()
+        joined.zero_grad()
+        loss().backward()
+        for part in ("language_model.layers.0.self_attn.k_proj", "language_model.layers.1.mlp.down_proj", "fc1"):
+            for half in ("lora_A", "lora_B"):
+                name = next(name for name in weights if part in name and half in name)
+                weight = weights[name]
+                direction = torch.randn_like(weight)
+                assert weight.grad is not None
+                expected = float((weight.grad * direction).sum())
+                ends = []
+                for sign in (1, -1):
+                    with torch.no_grad():
+                        weight += sign * STEP * direction
+                        ends.append(float(loss()))
+                        weight -= sign * STEP * direction
+                assert (ends[0] - ends[1]) / (2 * STEP) == pytest.approx(expected, rel=0.02, abs=0.1), name
+
+
+def test_other_layers_stay_as_they_are(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    whole, _ = prepare(make_recipe("finetune", language_model={"tuning": "full"}, vision_tower={"tuning": "full"}))
+    assert speed_up(whole) == "layers: language model compiled, vision tower compiled"
+    shared, _ = prepare(make_recipe("finetune", language_model={**LORA, "lora_share_qkv": True}))
+    assert speed_up(shared) == "layers: language model compiled, vision tower joined"
+    assert not hasattr(shared.model.language_model, JOINED)
+    assert len(compiled) == 2 + 2 + 2
+
+
+def test_joined_weights_keep_their_names_and_values(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("finetune", language_model=LORA, vision_tower=LORA)
+    plain, joined, _ = both(make_recipe, language_model=LORA, vision_tower=LORA)
+    assert recipe.stage == "finetune"
+    found = joined.state_dict()
+    assert list(found) == list(plain.state_dict())
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(found[name], weight), name
+
+
+def flat(found: Any) -> torch.Tensor:
+    return torch.cat([found[0].flatten(), *(gradient.flatten() for gradient in found[1].values())]).double()

@@ -1,0 +1,141 @@
+"""The kernels of joined layers against torch's own operators, and a whole model's gradients, on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dianjing.model import passes
+from dianjing.model.compile import speed_up
+from dianjing.model.fp8 import FP8
+from dianjing.model.passes import EightBits, Heads
+from tests.conftest import MakeRecipe
+from tests.packs import outcome, prepare
+from tests.tiny import gentle
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: the kernels of joined layers are not tested"),
+    pytest.mark.filterwarnings("ignore"),  # torch warns of itself
+]
+ROWS = 70
+
+
+def same(found: Any, expected: Any) -> None:
+    """Compare results of the GPU with the CPU's: bf16 to its last bits, FP8 but for numbers half-way between two."""
+    if isinstance(expected, EightBits):
+        torch.testing.assert_close(found.scale.cpu(), expected.scale, rtol=1e-2, atol=1e-8)
+        one, other = (eight.rows.float() * eight.scale for eight in (EightBits(*map(Tensor.cpu, found)), expected))
+        assert (one - other).norm() < 5e-3 * other.norm()
+    elif isinstance(expected, Tensor):
+        assert found.dtype == expected.dtype
+        one, other = found.cpu().float(), expected.float()
+        assert (one - other).norm() <= 3e-3 * other.norm()
+    elif expected is None:
+        assert found is None
+    else:
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+
+
+def on_both(function: Any, *arguments: Any, **settings: Any) -> None:
+    def moved(value: Any) -> Any:
+        return value.cuda() if isinstance(value, Tensor) else value
+
+    expected = function(*arguments, **settings)
+    found = function(*map(moved, arguments), **{name: moved(value) for name, value in settings.items()})
+    torch.cuda.synchronize()
+    same(found, expected)
+
+
+def rows(columns: int, number: int = ROWS) -> Tensor:
+    return torch.randn(number, columns, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("columns", [48, 2048, 8192])
+def test_kernels_compute_what_the_operators_do(columns: int) -> None:
+    torch.manual_seed(0)
+    x, y, gradient, scale = rows(columns), rows(columns), rows(columns), torch.rand(columns) + 0.5
+    weight, bias = rows(columns, 1)[0], rows(columns, 1)[0]
+    for shift in (None, bias):
+        on_both(passes.norm, x, weight, shift, 1e-5, y=y, eight=True)
+        on_both(passes.norm, x, weight, shift, 1e-5, keep=True)
+        on_both(passes.norm, x, weight, shift, 1e-5, keep=False, eight=True)
+        centre = shift is not None
+        on_both(passes.norm_backward, gradient, x, weight, 1e-5, centre=centre)
+        on_both(passes.norm_backward, gradient, x, weight, 1e-5, centre=centre, beside=y, column_scale=scale)
+    both = rows(2 * columns)
+    on_both(passes.gated, both, eight=True)
+    on_both(passes.gated_backward, gradient, both, again=True)
+    on_both(passes.gated_backward, gradient, both, keep=False, column_scale=torch.rand(2 * columns) + 0.5)
+    taken = torch.tensor([3, 0, 3, 69])
+    on_both(passes.to_eight_bits, x, scale, taken)
+    on_both(passes.to_eight_bits, x)
+    for kind in passes.ACTIVATIONS:
+        on_both(passes.activation, x, kind)
+        on_both(passes.activation_backward, gradient, x, kind)
+    on_both(passes.spread, x, torch.tensor([3, -1, 0, 3]))
+    eight = x.to(FP8)
+    assert torch.equal(passes.turned(eight.cuda()).cpu().float(), eight.float())
+    assert passes.turned(eight.cuda()).stride() == (1, ROWS)
+
+
+@pytest.mark.parametrize("heads", [Heads(4, 2, 6), Heads(16, 8, 128), Heads(7, 1, 64)])
+def test_kernels_turn_as_the_operators_do(heads: Heads) -> None:
+    torch.manual_seed(0)
+    qkv, angle = rows((heads.query + 2 * heads.key_value) * heads.size), torch.rand(ROWS, heads.size // 2)
+    cos, sin = (torch.cat([part, part], dim=1).bfloat16() for part in (angle.cos(), angle.sin()))
+    places = torch.randperm(ROWS + 5)[:ROWS]
+    source = torch.full((ROWS + 5,), -1).index_copy(0, places, torch.arange(ROWS))
+    for number, from_, to in ((ROWS, None, None), (ROWS + 5, source, places)):
+        on_both(passes.rotate, qkv, cos, sin, heads, from_)
+        counts = (heads.query, heads.key_value, heads.key_value)
+        gradients = [torch.randn(number, count, heads.size, dtype=torch.bfloat16) for count in counts]
+        on_both(passes.rotate_backward, *gradients, cos, sin, to)
+        on_both(
+            passes.rotate_backward, *gradients, cos, sin, to, keep=False, column_scale=torch.rand(qkv.shape[1]) + 0.5
+        )
+
+
+def test_dropout_drops_its_share_and_the_same_again() -> None:
+    x = torch.ones(1000, 513, device="cuda", dtype=torch.bfloat16)
+    found = passes.dropped(x, 5, 0.25)
+    assert float((found == 0).float().mean()) == pytest.approx(0.25, abs=0.005)
+    assert float(found.float().mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(found, passes.dropped(x, 5, 0.25))
+    assert not torch.equal(found, passes.dropped(x, 6, 0.25))
+    into = x.clone()
+    passes.add_dropped(into, x, 5, 0.25)
+    torch.testing.assert_close(into, found + 1, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("frozen", ["", "fp8"])
+@pytest.mark.parametrize("tuning", [{}, {"tuning": "lora"}, {"tuning": "lora", "lora_dropout": 0.1}])
+def test_a_joined_model_is_as_near_the_truth_as_the_plain_one(
+    make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory, tuning: Any, frozen: str
+) -> None:
+    recipe = make_recipe(
+        "finetune" if tuning else "pretrain", **gentle(tmp_path_factory.mktemp("gentle"), frozen, tuning)
+    )
+    found = []
+    for fast in (False, True):
+        model, dataset = prepare(recipe, "cuda")
+        if fast:
+            assert "compiled" not in speed_up(model)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout) and not fast:
+                module.p = 0.0
+        # A rectangle, records of unlike length, and no picture.
+        batches = [dataset.batch(records).to("cuda") for records in ([1, 3, 1, 3], [0, 4, 6], [2, 7])]
+        found.append(outcome(model, batches))
+    plain, joined = found
+    assert joined[0].item() == pytest.approx(plain[0].item(), rel=0.05 if "lora_dropout" in tuning else 0.01)
+    assert joined[1].keys() == plain[1].keys()
+    if "lora_dropout" in tuning:
+        assert all(bool(gradient.isfinite().all()) for gradient in joined[1].values())
+        return
+    one, other = (torch.cat([gradient.flatten() for gradient in part[1].values()]) for part in found)
+    assert (one - other).norm() < (0.1 if frozen else 0.03) * one.norm()
