@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dianjing.model.attention import PACKED, UNREAD_MASK, packed_attention, rectangle
 from dianjing.model.compile import compile_layers
 from dianjing.model.fp8 import Fp8Linear, quantize_layers_to_fp8
-from dianjing.model.joined import join_decoder_layers, join_tower_layers, spans_of
+from dianjing.model.joined import join_decoder_layers, spans_of
+from dianjing.model.joined_tower import join_tower_layers
 from dianjing.model.lora import LoraLinear
 
 GPU = torch.cuda.is_available()

@@ -6,7 +6,7 @@ Inputs are made first: random weights at the true shapes, JPEG pictures of 640x4
 "ours" rows run the product's own `train`, real loader included, and read its train.jsonl. "upstream" rows run
 transformers' LlavaForConditionalGeneration as it comes: bf16 autocast over bf16 frozen weights, right padding, peft's
 LoRA, fused AdamW, batches made beforehand (their loader costs nothing), with and without gradient checkpointing. Each
-row is a process of its own. A row counts only if its losses are finite, each trainable group had a gradient, the
+row is a process of its own. A row counts only if its losses are finite, each weight that trains had a gradient, the
 adapters moved and no record was left out.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.train_inputs import STAGES, make_inputs, recipe_of
+from benchmarks.train_inputs import RECORDS, STAGES, make_inputs, recipe_of
 from dianjing.config.schema import Recipe
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows to run, by name, with commas")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=4, help="steps that are not counted")
+    parser.add_argument("--limit", type=int, default=0, help="seconds after which a row is cut off; 0: none")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
     parser.add_argument("--profile", action="store_true", help="also write what the GPU spent its time on")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
@@ -74,14 +75,19 @@ def main() -> None:
     for name in chosen.only.split(",") if chosen.only else [*OURS, *UPSTREAM]:
         began = time.perf_counter()
         command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        (chosen.out / f"{name}.log").write_text(finished.stdout + finished.stderr, encoding="utf-8")
-        if finished.returncode:
-            print(f"{name}: failed: {finished.stderr.strip()[-1500:]}", flush=True)
+        log = chosen.out / f"{name}.log"
+        with log.open("w", encoding="utf-8") as file:  # written as it comes: a row that is cut off has told what it did
+            try:
+                code = subprocess.run(command, stdout=file, stderr=file, timeout=chosen.limit or None).returncode
+            except subprocess.TimeoutExpired:  # the row's process is gone by now
+                code = None
+        said = log.read_text(encoding="utf-8").strip()
+        if code != 0:
+            print(f"{name}: {'failed' if code else f'cut off after {chosen.limit} s'}: {said[-1500:]}", flush=True)
             continue
-        results.append(json.loads(finished.stdout.strip().splitlines()[-1]))
+        results.append(json.loads(next(line for line in reversed(said.splitlines()) if line.startswith('{"row"'))))
         print(f"{json.dumps(results[-1])}  ({time.perf_counter() - began:.0f} s in all)", flush=True)
-    (chosen.out / "train_speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (chosen.out / "train_speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def run_row(chosen: argparse.Namespace) -> None:
@@ -96,6 +102,7 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     """Train with the product and read what it wrote."""
     import shutil
 
+    import dianjing.train.loop as loop
     from dianjing.train.loop import train
 
     settings = dict(OURS[chosen.row])
@@ -105,6 +112,8 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(recipe.output, ignore_errors=True)
     if chosen.profile:
         profile_steps(chosen.out / f"{chosen.row}.profile.txt", chosen.warm_up)
+    gates: list[str] = []
+    loop._save = lambda parts, *_: gates.extend(never_learned(parts))  # instead of 7 GB that nobody reads
     began = time.time()
     train(recipe, quiet=False)
     journal = Path(recipe.output) / "train.jsonl"
@@ -113,7 +122,8 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     counted = steps[chosen.warm_up :]
     assert len(steps) == chosen.steps, "steps were left out"
     assert all(step["grad_norm"] > 0 for step in steps), "a step had no gradient"
-    assert steps[-1]["loss"] < 1e4, "the loss is no number"
+    assert all(step["loss"] < 1e4 for step in steps), "a loss is no number"
+    assert not gates, f"never learned: {gates[:3]}"
     seconds = [batch / step["samples_per_second"] for step in counted]
     tokens = sum(step["supervised_tokens_per_second"] * taken for step, taken in zip(counted, seconds, strict=True))
     return summary(chosen, stage, batch, seconds, steps) | {
@@ -125,14 +135,23 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def never_learned(parts: Any) -> list[str]:
+    """Return which of the weights that train never had a gradient, and which adapters are where they were."""
+    memory = parts.engine.memory()
+    still = [name for name, value in memory.items() if name.endswith("/exp_avg_sq") and not value.any()]
+    return still + [name for name, weight in parts.engine.weights().items() if ".lora_B." in name and not weight.any()]
+
+
 def summary(
     chosen: argparse.Namespace, stage: int, batch: int, seconds: list[float], steps: list[Any]
 ) -> dict[str, Any]:
     rate = batch / statistics.median(seconds)
     lengths = lengths_of(open_dataset(*encoder_of(chosen.work, stage)))
+    assert chosen.tiny or lengths.records == RECORDS, "records were left out"
     work = flops(INTERNLM2_1_8B, recipe_of(chosen.work, stage), lengths).useful
     return {
         "row": chosen.row,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "samples_per_second": round(rate, 2),
         "spread": [round(batch / max(seconds), 2), round(batch / min(seconds), 2)],
         "tokens_per_second": round(rate * lengths.tokens),
@@ -252,6 +271,7 @@ def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
     for made in batches:
         began = time.perf_counter()
         loss, norm = padded.step(*made)
+        assert norm.isfinite().item()
         assert norm.item() > 0
         seconds.append(time.perf_counter() - began)
         steps.append({"loss": loss.item()})

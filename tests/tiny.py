@@ -154,7 +154,7 @@ def write_siglip(folder: Path, *, seed: int = 2, **settings: Any) -> Path:
 
 
 def gentle(folder: Path, frozen: str = "", tuning: Any = None) -> dict[str, Any]:
-    """Return sections of a bf16 recipe whose model is of sizes that FP8 units take, and in which rounding stays small."""
+    """Return sections of a bf16 recipe whose model has sizes that FP8 units take, and in which rounding stays small."""
     sizes = {"hidden_size": 64, "intermediate_size": 96}
     llm = write_llm(folder / "llm", **sizes, initializer_range=0.05)
     clip = write_clip(folder / "clip", hidden_size=32, intermediate_size=64, initializer_factor=1.0)

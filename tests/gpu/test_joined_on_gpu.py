@@ -12,6 +12,7 @@ from dianjing.model import passes
 from dianjing.model.compile import speed_up
 from dianjing.model.fp8 import FP8
 from dianjing.model.passes import EightBits, Heads
+from dianjing.train.optim import make_optimizer, set_learning_rates
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
 from tests.tiny import gentle
@@ -139,3 +140,25 @@ def test_a_joined_model_is_as_near_the_truth_as_the_plain_one(
         return
     one, other = (torch.cat([gradient.flatten() for gradient in part[1].values()]) for part in found)
     assert (one - other).norm() < (0.1 if frozen else 0.03) * one.norm()
+
+
+def test_a_replayed_tower_is_the_tower(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> None:
+    recipe = make_recipe("finetune", **gentle(tmp_path_factory.mktemp("gentle"), tuning={"tuning": "lora"}))
+    plain, dataset = prepare(recipe, "cuda")
+    replayed, _ = prepare(recipe, "cuda")
+    speed_up(plain)
+    assert speed_up(replayed, record=True) == "layers: language model joined, vision tower joined and replayed"
+    # Of one, two and three pictures, and the first again: recordings share their memory.
+    batches = [dataset.batch(records).to("cuda") for records in ([0], [0, 1], [0, 1, 3], [0])]
+    for _ in range(2):
+        for batch in batches:
+            one, other = outcome(plain, [batch]), outcome(replayed, [batch])
+            assert other[0].item() == pytest.approx(one[0].item(), rel=1e-3)
+            assert one[1].keys() == other[1].keys()
+            for name, gradient in one[1].items():
+                assert float((other[1][name] - gradient).norm()) <= 0.02 * float(gradient.norm()), name
+        # What is made of the weights is made again when these have changed.
+        for model in (plain, replayed):
+            optimizer = make_optimizer(model, recipe)
+            set_learning_rates(optimizer, 1.0)
+            optimizer.step()

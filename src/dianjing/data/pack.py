@@ -61,7 +61,8 @@ def _cut(lengths: Sequence[int], parts: int, most: int) -> list[tuple[int, int]]
 
 def _filled(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
     """Return the parts of a row of lengths, each filled before the next begins."""
-    parts, begin, total = [], 0, 0
+    parts: list[tuple[int, int]] = []
+    begin = total = 0
     for place, length in enumerate(lengths):
         if place > begin and total + length > most:
             parts.append((begin, place))

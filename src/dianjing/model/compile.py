@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +12,22 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.model.attention import into_rectangle, out_of_rectangle
-from dianjing.model.forward import JOINED, num_tower_layers
+from dianjing.model.forward import JOINED, RECORDED, num_tower_layers, tower_states
 from dianjing.model.fp8 import fp8_product
-from dianjing.model.joined import join_decoder_layers, join_tower_layers
+from dianjing.model.joined import join_decoder_layers
+from dianjing.model.joined_tower import join_tower_layers
 from dianjing.model.lora import adapted
+from dianjing.model.recorded import Recorded
 
 VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
 
 
-def speed_up(model: LlavaForConditionalGeneration) -> str:
-    """Let layers be computed by joined.py, or else compiled from their next call on; return a line that says which."""
+def speed_up(model: LlavaForConditionalGeneration, *, record: bool = False) -> str:
+    """Let layers be computed by joined.py, or else compiled from their next call on; return a line that says which.
+
+    With `record`, a tower whose adapters learn is recorded on a GPU and replayed (see recorded.py).
+    """
     tower: Any = model.model.vision_tower
     decoder: Any = model.model.language_model
     said = []
@@ -34,7 +40,25 @@ def speed_up(model: LlavaForConditionalGeneration) -> str:
         else:
             compile_layers(layers)
         said.append(f"{name} {'joined' if joined else 'compiled'}")
+    if record and model.device.type == "cuda" and may_record(model):
+        weights = [weight for weight in tower.parameters() if weight.requires_grad]
+        layers = getattr(tower, JOINED)
+
+        def refresh() -> None:
+            for layer in layers:
+                layer.convert(model.config.dtype)
+
+        setattr(tower, RECORDED, Recorded(partial(tower_states, model), weights, refresh))
+        said[-1] += " and replayed"
     return f"layers: {', '.join(said)}"
+
+
+def may_record(model: LlavaForConditionalGeneration) -> bool:
+    """Return whether the tower's work can be replayed: adapters alone learn, and nothing is drawn or made again."""
+    tower: Any = model.model.vision_tower
+    joined = getattr(tower, JOINED, None)
+    checkpointing = getattr(tower.encoder.layers[0], "gradient_checkpointing", False)
+    return bool(joined) and joined[0].learns and not joined[0].draws and not checkpointing
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:

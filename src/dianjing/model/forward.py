@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from dianjing.model.joined import spans_of
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""
+RECORDED = "recorded"
+"""Attribute of a tower that replays its work on a GPU (see recorded.py)."""
 JOINED = "joined"
 """Attribute of a decoder, and of a tower, with their layers as joined.py has them; absent where they are not joined."""
 
@@ -111,13 +113,14 @@ def image_features(
         return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
     with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
-        hidden = _tower_states(model, pixel_values.to(config.dtype))
+        recorded = getattr(tower, RECORDED, None) if learns else None
+        hidden = (recorded or partial(tower_states, model))(pixel_values.to(config.dtype))
     if config.vision_feature_select_strategy == "default":
         hidden = hidden[:, 1:]  # the class token is no patch
     return model.model.multi_modal_projector(hidden)
 
 
-def _tower_states(
+def tower_states(
     model: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "images 3 height width"]
 ) -> Float[Tensor, "images states width"]:
     """Return what the tower makes of pictures, class token included, after the last of its layers that matter."""

@@ -1,9 +1,10 @@
-"""Layers of decoder and vision tower as two functions each, before attention and after it, their passes written out.
+"""Layers of a decoder as two functions each, before attention and after it, their passes written out both ways.
 
 What transformers' layer computes, in fewer passes over memory and with fewer things kept: products of like inputs are
-one, what stands between products is one kernel, norms and activations are computed again in the backward pass instead
-of kept, and a sum of gradients is made where one of them is. The CPU starts a layer in a fraction of a millisecond.
-Nothing but adapters learns here; a layer of another kind, or one that learns itself, stays as it is.
+one, what stands between products is one kernel, activations are computed again in the backward pass instead of kept,
+and a sum of gradients is made where one of them is. The CPU starts a layer in a fraction of the time. Nothing but
+adapters learns here; a layer of another kind, or one that learns itself, stays as it is. joined_tower.py does the same
+for vision towers.
 """
 
 from __future__ import annotations
@@ -16,19 +17,14 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from dianjing.model.attention import Rectangle, packed_attention, require_supported
 from dianjing.model.linears import Linears, Seeds, joinable
 from dianjing.model.passes import (
-    ACTIVATIONS,
     Heads,
-    activation,
-    activation_backward,
     gated,
     gated_backward,
     norm,
@@ -41,8 +37,6 @@ from dianjing.model.passes import (
 
 DECODER_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Layers that `JoinedDecoderLayer` computes."""
-TOWER_LAYERS = (CLIPEncoderLayer, SiglipEncoderLayer)
-"""Layers that `JoinedTowerLayer` computes."""
 
 
 class Spans(NamedTuple):
@@ -86,7 +80,7 @@ class JoinedDecoderLayer:
         self.out = Linears([attention.o_proj])
         self.gate_up = Linears([mlp.gate_proj, mlp.up_proj])
         self.down = Linears([mlp.down_proj])
-        self.norm_before, self.norm_between = map(_norm_of, (layer.input_layernorm, layer.post_attention_layernorm))
+        self.norm_before, self.norm_between = map(norm_of, (layer.input_layernorm, layer.post_attention_layernorm))
         size = attention.head_dim
         self._window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         self.heads = Heads(self.qkv.widths[0] // size, self.qkv.widths[1] // size, size)
@@ -126,14 +120,16 @@ class JoinedDecoderLayer:
         cu_seqlens, longest, beside = spans
         if beside is not None:
             require_supported(module, {}, longest)
-            states = (part.view(*beside.shape, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
-            grouped = query.shape[1] != key.shape[1]
-            output = scaled_dot_product_attention(*states, is_causal=True, scale=module.scaling, enable_gqa=grouped)
+            q, k, v = (part.view(*beside.shape, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
+            grouped = q.shape[1] != k.shape[1]
+            output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.scaling, enable_gqa=grouped)
             return output.transpose(1, 2).reshape(len(query), -1)
-        states = (part.transpose(0, 1)[None] for part in (query, key, value))
+        q, k, v = (part.transpose(0, 1)[None] for part in (query, key, value))
         output, _ = packed_attention(
             module,
-            *states,
+            q,
+            k,
+            v,
             None,
             cu_seqlens=cu_seqlens,
             max_seqlen=longest,
@@ -160,30 +156,22 @@ class _BeforeAttention(torch.autograd.Function):
         _, entering, eight = norm(x, *layer.norm_before, keep=_reads_rows(qkv), eight=qkv.eight)
         states, inner = qkv.forward(entering, eight, seeds)
         ctx.layer, ctx.seeds = layer, seeds
-        ctx.save_for_backward(x, cos, sin, None if beside is None else beside.places, inner)
+        kept = entering if qkv.has_adapters else None
+        ctx.save_for_backward(x, cos, sin, None if beside is None else beside.places, kept, inner)
         return *rotate(states, cos, sin, layer.heads, None if beside is None else beside.tokens), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         layer: JoinedDecoderLayer = ctx.layer
-        x, cos, sin, places, inner = ctx.saved_tensors
-        qkv, (weight, bias, eps) = layer.qkv, layer.norm_before
+        x, cos, sin, places, entering, inner = ctx.saved_tensors
+        qkv, (weight, _, eps) = layer.qkv, layer.norm_before
+        query, key, value = (part.contiguous() for part in (query, key, value))
         gradient, eight = rotate_backward(
-            *(part.contiguous() for part in (query, key, value)),
-            cos,
-            sin,
-            places,
-            keep=_reads_rows(qkv),
-            column_scale=qkv.scale,
+            query, key, value, cos, sin, places, keep=_reads_rows(qkv), column_scale=qkv.scale
         )
         to_inner = None if gradient is None else qkv.backward_inner(gradient)
         to_rows = qkv.backward_input(gradient, eight, to_inner, ctx.seeds)
-        to_weights: list[Tensor] = []
-        if to_inner is not None:
-            assert gradient is not None
-            entering = norm(x, weight, bias, eps).rows
-            assert entering is not None
-            to_weights = qkv.backward_adapters(gradient, entering, inner, to_inner, ctx.seeds)
+        to_weights = to_adapters(qkv, gradient, entering, inner, to_inner, ctx.seeds)
         to_x, _ = norm_backward(to_rows, x, weight, eps, centre=False, beside=beside)
         return None, to_x, None, None, None, *to_weights
 
@@ -206,49 +194,48 @@ class _AfterAttention(torch.autograd.Function):
     ) -> Tensor:
         out, gate_up, down = layer.out, layer.gate_up, layer.down
         seeds = [linears.draw_seeds() for linears in (out, gate_up, down)]
-        entering = _taken(attended, places) if _reads_rows(out) else None
-        y, inner_out = out.forward(entering, to_eight_bits(attended, taken=places) if out.eight else None, seeds[0])
+        taken = _taken(attended, places) if _reads_rows(out) else None
+        y, inner_out = out.forward(taken, to_eight_bits(attended, taken=places) if out.eight else None, seeds[0])
         total, entering, eight = norm(x, *layer.norm_between, y=y, keep=_reads_rows(gate_up), eight=gate_up.eight)
         assert total is not None
         both, inner_both = gate_up.forward(entering, eight, seeds[1])
         y, inner_down = down.forward(*gated(both, keep=_reads_rows(down), eight=down.eight), seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
-        ctx.save_for_backward(attended, tokens, places, total, both, inner_out, inner_both, inner_down)
+        kept = (taken if out.has_adapters else None, entering if gate_up.has_adapters else None)
+        ctx.save_for_backward(tokens, total, both, *kept, inner_out, inner_both, inner_down)
         return total + y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         layer: JoinedDecoderLayer = ctx.layer
-        attended, tokens, places, total, both, inner_out, inner_both, inner_down = ctx.saved_tensors
+        tokens, total, both, taken, entering, inner_out, inner_both, inner_down = ctx.saved_tensors
         out, gate_up, down = layer.out, layer.gate_up, layer.down
-        weight, bias, eps = layer.norm_between
+        weight, _, eps = layer.norm_between
 
         to_inner = down.backward_inner(gradient)
         eight = to_eight_bits(gradient, down.scale) if down.eight else None
         to_gated = down.backward_input(gradient, eight, to_inner, ctx.seeds[2])
-        to_both, eight, entering = gated_backward(
+        to_both, eight, again = gated_backward(
             to_gated, both, keep=_reads_rows(gate_up), column_scale=gate_up.scale, again=down.has_adapters
         )
-        to_down = _to_adapters(down, gradient, entering, inner_down, to_inner, ctx.seeds[2])
-        del entering, to_gated
+        to_down = to_adapters(down, gradient, again, inner_down, to_inner, ctx.seeds[2])
+        del again, to_gated
 
         to_inner = None if to_both is None else gate_up.backward_inner(to_both)
         to_rows = gate_up.backward_input(to_both, eight, to_inner, ctx.seeds[1])
-        entering = norm(total, weight, bias, eps).rows if gate_up.has_adapters else None
-        to_gate_up = _to_adapters(gate_up, to_both, entering, inner_both, to_inner, ctx.seeds[1])
-        del entering, to_both
+        to_gate_up = to_adapters(gate_up, to_both, entering, inner_both, to_inner, ctx.seeds[1])
+        del to_both
         to_x, eight = norm_backward(to_rows, total, weight, eps, centre=False, beside=gradient, column_scale=out.scale)
 
         to_inner = out.backward_inner(to_x)
         to_attended = out.backward_input(to_x, eight, to_inner, ctx.seeds[0])
-        entering = _taken(attended, places) if out.has_adapters else None
-        to_out = _to_adapters(out, to_x, entering, inner_out, to_inner, ctx.seeds[0])
+        to_out = to_adapters(out, to_x, taken, inner_out, to_inner, ctx.seeds[0])
         if tokens is not None:
             to_attended = spread(to_attended, tokens)
         return None, to_x, to_attended, None, None, *to_out, *to_gate_up, *to_down
 
 
-def _to_adapters(
+def to_adapters(
     linears: Linears,
     gradient: Tensor | None,
     entering: Tensor | None,
@@ -259,7 +246,8 @@ def _to_adapters(
     """Return the gradients of the layers' adapters, if they have any."""
     if to_inner is None:
         return []
-    assert gradient is not None and entering is not None
+    assert gradient is not None
+    assert entering is not None
     assert inner is not None
     return linears.backward_adapters(gradient, entering, inner, to_inner, seeds)
 
@@ -273,117 +261,19 @@ def _taken(rows: Tensor, taken: Tensor | None) -> Tensor:
     return rows if taken is None else spread(rows, taken)
 
 
-def _norm_of(module: Any) -> tuple[Tensor, Tensor | None, float]:
+def norm_of(module: Any) -> tuple[Tensor, Tensor | None, float]:
     """Return weight, bias and epsilon of a norm."""
     eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon
     return module.weight, getattr(module, "bias", None), eps
 
 
-class JoinedTowerLayer:
-    """A layer of a vision tower on the patches of its pictures."""
-
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._layer = layer
-        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Linears([attention.out_proj])
-        self.first, self.second = Linears([mlp.fc1]), Linears([mlp.fc2])
-        self.norm_before, self.norm_between = map(_norm_of, (layer.layer_norm1, layer.layer_norm2))
-        self.activation = attention.config.hidden_act
-        self.size = attention.head_dim
-
-    def __call__(self, x: Float[Tensor, "images states width"]) -> Float[Tensor, "images states width"]:
-        """Return the layer's output."""
-        if self._layer.gradient_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._run, x, use_reentrant=False))
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> Tensor:
-        images, states, width = x.shape
-        query, key, value, rows = _TowerBeforeAttention.apply(self, x.reshape(-1, width), *self.qkv.adapters)
-        heads = (part.view(images, states, -1, self.size).transpose(1, 2) for part in (query, key, value))
-        attended = scaled_dot_product_attention(*heads).transpose(1, 2).reshape(images * states, width)
-        weights = [*self.out.adapters, *self.first.adapters, *self.second.adapters]
-        return cast(Tensor, _TowerAfterAttention.apply(self, rows, attended, *weights)).view(x.shape)
-
-
-class _TowerBeforeAttention(torch.autograd.Function):
-    """x -> queries, keys, values side by side, and x again."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        seeds = layer.qkv.draw_seeds()
-        states, inner = layer.qkv.forward(norm(x, *layer.norm_before).rows, None, seeds)
-        ctx.layer, ctx.seeds = layer, seeds
-        ctx.save_for_backward(x, inner)
-        return *states.split(layer.qkv.widths, dim=1), x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        layer: JoinedTowerLayer = ctx.layer
-        x, inner = ctx.saved_tensors
-        qkv, (weight, bias, eps) = layer.qkv, layer.norm_before
-        gradient = torch.cat([query, key, value], dim=1)
-        to_inner = qkv.backward_inner(gradient)
-        to_rows = qkv.backward_input(gradient, None, to_inner, ctx.seeds) if ctx.needs_input_grad[1] else None
-        entering = norm(x, weight, bias, eps).rows if qkv.has_adapters else None
-        to_weights = _to_adapters(qkv, gradient, entering, inner, to_inner, ctx.seeds)
-        if to_rows is None:
-            return None, None, *to_weights
-        to_x, _ = norm_backward(to_rows, x, weight, eps, centre=True, beside=beside)
-        return None, to_x, *to_weights
-
-
-class _TowerAfterAttention(torch.autograd.Function):
-    """x, and what attention made of it -> the layer's output."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, attended: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[override]
-        seeds = [linears.draw_seeds() for linears in (layer.out, layer.first, layer.second)]
-        y, inner_out = layer.out.forward(attended, None, seeds[0])
-        total, entering, _ = norm(x, *layer.norm_between, y=y)
-        assert total is not None
-        middle, inner_first = layer.first.forward(entering, None, seeds[1])
-        y, inner_second = layer.second.forward(activation(middle, layer.activation), None, seeds[2])
-        ctx.layer, ctx.seeds = layer, seeds
-        ctx.save_for_backward(attended, total, middle, inner_out, inner_first, inner_second)
-        return total + y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        layer: JoinedTowerLayer = ctx.layer
-        attended, total, middle, inner_out, inner_first, inner_second = ctx.saved_tensors
-        out, first, second = layer.out, layer.first, layer.second
-        weight, bias, eps = layer.norm_between
-
-        to_inner = second.backward_inner(gradient)
-        to_active = second.backward_input(gradient, None, to_inner, ctx.seeds[2])
-        to_middle, entering = activation_backward(to_active, middle, layer.activation)
-        to_second = _to_adapters(second, gradient, entering, inner_second, to_inner, ctx.seeds[2])
-
-        to_inner = first.backward_inner(to_middle)
-        to_rows = first.backward_input(to_middle, None, to_inner, ctx.seeds[1])
-        entering = norm(total, weight, bias, eps).rows
-        to_first = _to_adapters(first, to_middle, entering, inner_first, to_inner, ctx.seeds[1])
-        to_x, _ = norm_backward(to_rows, total, weight, eps, centre=True, beside=gradient)
-
-        to_inner = out.backward_inner(to_x)
-        to_attended = out.backward_input(to_x, None, to_inner, ctx.seeds[0])
-        to_out = _to_adapters(out, to_x, attended, inner_out, to_inner, ctx.seeds[0])
-        return None, to_x, to_attended, *to_out, *to_first, *to_second
-
-
 def join_decoder_layers(layers: Sequence[nn.Module]) -> list[JoinedDecoderLayer] | None:
     """Return the layers joined, or None if one of them is of another kind or learns itself."""
-    return [JoinedDecoderLayer(layer) for layer in layers] if all(map(_is_decoder_layer, layers)) else None
+    return [JoinedDecoderLayer(layer) for layer in layers] if all(map(is_decoder_layer, layers)) else None
 
 
-def join_tower_layers(layers: Sequence[nn.Module]) -> list[JoinedTowerLayer] | None:
-    """Return the layers joined, or None if one of them is of another kind or learns itself."""
-    return [JoinedTowerLayer(layer) for layer in layers] if all(map(_is_tower_layer, layers)) else None
-
-
-def _is_decoder_layer(layer: Any) -> bool:
+def is_decoder_layer(layer: Any) -> bool:
+    """Return whether a layer is one that `JoinedDecoderLayer` computes."""
     if type(layer) not in DECODER_LAYERS:
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -395,22 +285,9 @@ def _is_decoder_layer(layer: Any) -> bool:
     )
     points = torch.linspace(-3, 3, 5)
     plain = torch.equal(mlp.act_fn(points), silu(points)) and getattr(attention, "attention_dropout", 0.0) == 0
-    return plain and all(map(joinable, groups)) and _are_frozen(layer.input_layernorm, layer.post_attention_layernorm)
+    return plain and all(map(joinable, groups)) and are_frozen(layer.input_layernorm, layer.post_attention_layernorm)
 
 
-def _is_tower_layer(layer: Any) -> bool:
-    if type(layer) not in TOWER_LAYERS:
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    groups = (
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        [attention.out_proj],
-        [mlp.fc1],
-        [mlp.fc2],
-    )
-    plain = attention.config.hidden_act in ACTIVATIONS and attention.dropout == 0
-    return plain and all(map(joinable, groups)) and _are_frozen(layer.layer_norm1, layer.layer_norm2)
-
-
-def _are_frozen(*modules: nn.Module) -> bool:
+def are_frozen(*modules: nn.Module) -> bool:
+    """Return whether no weight of the modules learns."""
     return not any(weight.requires_grad for module in modules for weight in module.parameters())

@@ -54,10 +54,14 @@ class Linears:
             one_by_one = [([width], [self._rank]) for width in self.widths]
             self._blocks = [(self.widths, ranks)] if sum(ranks) <= SMALL else one_by_one
 
+    @property
+    def draws(self) -> bool:
+        """Whether adapters drop some of their inputs."""
+        return self.has_adapters and self._share > 0 and self._adapted[0].training
+
     def draw_seeds(self) -> Seeds:
         """Return a seed for the dropout of each adapter, if there is any."""
-        drops = self.has_adapters and self._share > 0 and self._adapted[0].training
-        return tuple(draw_seed() for _ in self._adapted) if drops else ()
+        return tuple(draw_seed() for _ in self._adapted) if self.draws else ()
 
     def forward(
         self, x: Float[Tensor, "rows inputs"] | None, eight: EightBits | None, seeds: Seeds
@@ -78,7 +82,7 @@ class Linears:
         if not self._adapted:
             return result, None
         assert x is not None
-        down, ups = self._convert(x)
+        down, ups = self.convert(x.dtype)
         inner = self._inner(x, down, seeds)
         for columns, ranks, up in zip(*self._in_blocks(result, inner), ups, strict=True):
             columns.addmm_(ranks, up.T, alpha=self._scaling)
@@ -160,22 +164,24 @@ class Linears:
             torch.mm(dropped(x, seed, self._share), part.T, out=ranks)
         return result
 
-    def _convert(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return all A, one below the other, and the blocks of B, as they are now, in the precision of x."""
-        weights = self.adapters
-        versions = tuple(weight._version for weight in weights)
+    def convert(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """Return all A, one below the other, and the blocks of B, as they are now; they keep their place in memory."""
+        versions = tuple(weight._version for weight in self.adapters)
         held = self._converted
-        if held is not None and held[0].dtype == x.dtype and versions == self._versions:
+        if held is not None and held[0].dtype == dtype and versions == self._versions:
             return held
-        downs, ups = weights[0::2], weights[1::2]
-        if held is None or held[0].dtype != x.dtype:
-            blocks = [x.new_zeros(sum(widths), sum(ranks)) for widths, ranks in self._blocks]
-            held = x.new_empty(len(downs) * self._rank, downs[0].shape[1]), blocks
+        downs, ups = self.adapters[0::2], self.adapters[1::2]
+        if held is None or held[0].dtype != dtype:
+            settings: Any = {"dtype": dtype, "device": downs[0].device}
+            blocks = [torch.zeros(sum(widths), sum(ranks), **settings) for widths, ranks in self._blocks]
+            held = torch.empty(len(downs) * self._rank, downs[0].shape[1], **settings), blocks
         targets = [
             part for block, sizes in zip(held[1], self._blocks, strict=True) for part in _diagonal(block, *sizes)
         ]
         with torch.no_grad():
-            torch._foreach_copy_([*held[0].split(self._rank), *targets], [*downs, *ups])
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage] (torch has no public one)
+                [*held[0].split(self._rank), *targets], [*downs, *ups]
+            )
         self._converted, self._versions = held, versions
         return held
 

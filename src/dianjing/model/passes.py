@@ -1,9 +1,9 @@
 """What a layer does between its matrix products, forwards and backwards: norms, rotary positions, activations, dropout.
 
-On a GPU each is one kernel, one pass over memory (`kernels.py`); elsewhere it is written in torch's own operators,
-which say what the kernels compute and are what they are tested against. Sums are made in fp32. `eight` asks for a result in
-FP8 too, with a scale for each row, and `column_scale` for the result times a number for each column before that: the
-scales of the weights that it is multiplied with next.
+On a GPU each is one kernel, one pass over memory (`kernels.py`, `kernels_of_heads.py`); elsewhere it is written in
+torch's own operators, which say what the kernels compute and are what they are tested against. Sums are made in fp32.
+`eight` asks for a result in FP8 too, with a scale for each row, and `column_scale` for the result times a number for
+each column before that: the scales of the weights that it is multiplied with next.
 """
 
 from __future__ import annotations
@@ -203,11 +203,11 @@ def rotate(
     """
     number = len(qkv) if rows is None else len(rows)
     if qkv.is_cuda:
-        from dianjing.model import kernels
+        from dianjing.model import kernels_of_heads
 
         counts = (heads.query, heads.key_value, heads.key_value)
         query, key, value = (qkv.new_empty(number, count, heads.size) for count in counts)
-        kernels.rotate(qkv, cos, sin, rows, query, key, value)
+        kernels_of_heads.rotate(qkv, cos, sin, rows, query, key, value)
         return query, key, value
     states = qkv.view(len(qkv), -1, heads.size)
     cos, sin = cos[:, None].float(), sin[:, None].float()
@@ -251,12 +251,12 @@ def rotate_backward(
     `places` says where each token was put, -1 where it was left out.
     """
     if query.is_cuda:
-        from dianjing.model import kernels
+        from dianjing.model import kernels_of_heads
 
         columns = (query.shape[1] + 2 * key.shape[1]) * query.shape[2]
         to_qkv = query.new_empty(len(cos), columns) if keep else None
         eight = _room(cos, columns, wanted=column_scale is not None)
-        kernels.rotate_backward(query, key, value, cos, sin, places, column_scale, to_qkv, eight)
+        kernels_of_heads.rotate_backward(query, key, value, cos, sin, places, column_scale, to_qkv, eight)
         return to_qkv, eight
     states = [states if places is None else spread(states, places) for states in (query, key, value)]
     turned_ = torch.cat(states[:2], dim=1).float()
@@ -275,10 +275,10 @@ def _activated(x: Tensor, kind: str) -> Tensor:
 def activation(x: Float[Tensor, "rows columns"], kind: str) -> Float[Tensor, "rows columns"]:
     """Return the activation of that name."""
     if x.is_cuda:
-        from dianjing.model import kernels
+        from dianjing.model import kernels_of_heads
 
         rows = torch.empty_like(x)
-        kernels.activation(x, kind, rows)
+        kernels_of_heads.activation(x, kind, rows)
         return rows
     return _activated(x.float(), kind).to(x.dtype)
 
@@ -288,10 +288,10 @@ def activation_backward(
 ) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
     """Return the gradient of x, and what `activation` returned."""
     if x.is_cuda:
-        from dianjing.model import kernels
+        from dianjing.model import kernels_of_heads
 
         to_x, rows = torch.empty_like(x), torch.empty_like(x)
-        kernels.activation(x, kind, rows, gradient, to_x)
+        kernels_of_heads.activation(x, kind, rows, gradient, to_x)
         return to_x, rows
     with torch.enable_grad():
         entering = x.detach().float().requires_grad_()
@@ -308,10 +308,10 @@ def draw_seed() -> int:
 def dropped(x: Float[Tensor, "rows columns"], seed: int, share: float) -> Float[Tensor, "rows columns"]:
     """Return x with a share of its numbers dropped, the others made up for it; drawn from the seed."""
     if x.is_cuda:
-        from dianjing.model import kernels
+        from dianjing.model import kernels_of_heads
 
         result = torch.empty_like(x)
-        kernels.drop(x, result, seed, share, add=False)
+        kernels_of_heads.drop(x, result, seed, share, add=False)
         return result
     return x * _kept(x, seed, share)
 
@@ -319,9 +319,9 @@ def dropped(x: Float[Tensor, "rows columns"], seed: int, share: float) -> Float[
 def add_dropped(into: Tensor, x: Tensor, seed: int, share: float) -> None:
     """Add `dropped(x, seed, share)` to a tensor in place."""
     if x.is_cuda:
-        from dianjing.model import kernels
+        from dianjing.model import kernels_of_heads
 
-        kernels.drop(x, into, seed, share, add=True)
+        kernels_of_heads.drop(x, into, seed, share, add=True)
     else:
         into += x * _kept(x, seed, share)
 

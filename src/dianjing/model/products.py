@@ -55,7 +55,7 @@ def _product_over_rows(a: Tensor, b: Tensor, scale: float) -> Tensor:
         b[:whole].unflatten(0, (parts, size)),
         out_dtype=torch.float32,
     )
-    from dianjing.model.kernels import sum_of_parts
+    from dianjing.model.kernels_of_heads import sum_of_parts
 
     return sum_of_parts(several, a[whole:], b[whole:], scale)
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
-from dianjing.model.forward import num_tower_layers
+from dianjing.model.forward import RECORDED, num_tower_layers
 from dianjing.model.fp8 import Fp8Linear
 from dianjing.model.frozen import is_nf4, num_bytes, num_parameters
 from dianjing.model.lora import LoraLinear
@@ -150,6 +150,7 @@ def checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
 
     Not the last decoder layer: its backward pass comes first, so that it would save no memory.
     """
+    vars(model.model.vision_tower).pop(RECORDED, None)  # what is recorded keeps everything
     layers: Any = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers[:-1]]
     for layer in layers:
         layer.gradient_checkpointing = True

@@ -1,7 +1,7 @@
 """What a run takes of a GPU's memory, part by part, from shapes alone.
 
-What a layer keeps for its backward pass was counted in the layers themselves, eager and compiled (autograd's saved
-tensors, tests/unit/plan/test_memory.py); the sums were held against the peaks measured on a GPU (docs/plan.md).
+What a layer keeps for its backward pass was counted in the layers themselves, plain, compiled and joined (autograd's
+saved tensors, tests/unit/plan/test_memory.py); the sums were held against the peaks measured on a GPU (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ class Memory:
 
 def heaviest_pack(recipe: Recipe, lengths: Lengths, gpus: int = 1) -> Pack:
     """Return the pack that takes the most memory of those that records of such lengths can make."""
-    most = -(-step_records(recipe, lengths) // gpus) * (lengths.longest or recipe.data.pack_tokens)
-    tokens = min(recipe.data.pack_tokens, most)
+    records, pack_tokens = -(-step_records(recipe, lengths) // gpus), recipe.data.pack_tokens
+    tokens = min(pack_tokens, records * (lengths.longest or pack_tokens))
+    if (packs := math.ceil(records * lengths.tokens / pack_tokens)) > 1:
+        # Packs are even (data/pack.py), to about a record.
+        tokens = min(tokens, int(records * lengths.tokens / packs + lengths.tokens))
     return Pack(
         tokens=tokens,
         pictures=math.ceil(tokens * lengths.picture_share),
@@ -80,7 +83,9 @@ def memory(
         seen = shapes.tower_layers * tower_layer * learns
     seen += pack.pictures * shapes.patches * size * (shapes.tower_width + 3 * shapes.hidden)
     head = 2 * size * pack.supervised * shapes.vocabulary
-    backward = (2 * shapes.mlp + 2 * shapes.hidden) * pack.tokens * size
+    learning = recipe.language_model.tuning != "frozen"
+    between = 3 + learning if compiled and weights.joined_decoder else 2
+    backward = (between * shapes.mlp + 2 * shapes.hidden) * pack.tokens * size
     parts = _held(weights, recipe, gpus) | {
         "copies of what trains, for bf16": _copies(weights, recipe, checkpointing, size),
         "activations of the LLM": int(kept + 2 * stream),
@@ -115,8 +120,10 @@ def _copies(weights: Weights, recipe: Recipe, checkpointing: bool, size: int) ->
         return 0
     copied = 0
     for part, section in (("language_model", recipe.language_model), ("vision_tower", recipe.vision_tower)):
-        # Autocast keeps its copies until the forward pass ends; a checkpointed layer makes its adapters' again.
-        if section.tuning == "full" or not checkpointing:
+        # Autocast keeps its copies until the forward pass ends, joined layers for good; a checkpointed layer of another
+        # kind makes its adapters' again.
+        joined = weights.joined_decoder if part == "language_model" else weights.joined_tower
+        if section.tuning == "full" or joined or not checkpointing:
             copied += weights.trainable[part]
     return size * (copied + weights.trainable["projector"])
 
@@ -128,6 +135,9 @@ def _decoder_elements(weights: Weights, recipe: Recipe, *, compiled: bool, size:
     heads = shapes.heads + shapes.kv_heads
     # Both residuals; queries, keys, values and attention's answer; gate and up.
     kept: float = 2 * hidden + 2 * heads + 2 * mlp
+    if compiled and weights.joined_decoder:
+        learning = tuning != "frozen"
+        return kept + learning * (2 * hidden + shapes.heads) + weights.decoder.ranks
     if not compiled:
         kept += 2 * hidden + mlp  # norms take their inputs in fp32; the gate after its activation
     if tuning != "frozen":
@@ -141,6 +151,8 @@ def _decoder_elements(weights: Weights, recipe: Recipe, *, compiled: bool, size:
 def _tower_elements(weights: Weights, recipe: Recipe, compiled: bool, size: int) -> float:
     """Return how many numbers a tower layer that learns keeps for each position."""
     width, mlp = weights.shapes.tower_width, weights.shapes.tower_mlp
+    if compiled and weights.joined_tower:
+        return 8 * width + mlp + weights.tower.ranks
     kept: float = 6 * width + mlp + 2 * width + mlp + (0 if compiled else mlp)
     if recipe.vision_tower.tuning == "full" and not compiled:
         kept += 4 * width

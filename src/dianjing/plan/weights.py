@@ -16,6 +16,8 @@ from transformers import LlavaForConditionalGeneration
 from dianjing.config.schema import Recipe
 from dianjing.model.build import assemble
 from dianjing.model.frozen import BLOCK_SIZE, num_bytes, num_parameters
+from dianjing.model.joined import is_decoder_layer
+from dianjing.model.joined_tower import is_tower_layer
 from dianjing.model.language import empty_language_model
 from dianjing.model.stage import PARTS, PRECISIONS, apply_stage, held_as, part_of
 from dianjing.model.vision import empty_vision_tower
@@ -52,6 +54,9 @@ class Weights:
     """Of the decoder layer that takes most: what engines that shard weights gather at once."""
     decoder: Adapters
     tower: Adapters
+    joined_decoder: bool = False
+    """Whether the decoder's layers are joined on a GPU (model/joined.py), not compiled."""
+    joined_tower: bool = False
 
     @property
     def num_trainable(self) -> int:
@@ -97,7 +102,8 @@ def weights_of_recipe(recipe: Recipe) -> Weights:
         plain[PRECISIONS[weight.dtype]] -= weight.nbytes
         plain[held] += _bytes_as(held, weight)
     saved = max(sum(w.nbytes - _bytes_as(held, w) for w in _quantized(layer)) for layer in layers)
-    return replace(weights, frozen_bytes=dict(plain), layer_bytes=weights.layer_bytes - saved)
+    joined = weights.joined_decoder and held != "nf4"
+    return replace(weights, frozen_bytes=dict(plain), layer_bytes=weights.layer_bytes - saved, joined_decoder=joined)
 
 
 def weights_of(model: LlavaForConditionalGeneration) -> Weights:
@@ -123,6 +129,8 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
         layer_bytes=max(sum(map(num_bytes, layer.parameters())) for layer in decoder.layers),
         decoder=_adapters(decoder, shapes.layers),
         tower=_adapters(tower, shapes.tower_layers),
+        joined_decoder=all(map(is_decoder_layer, decoder.layers)),
+        joined_tower=all(map(is_tower_layer, tower.encoder.layers[: shapes.tower_layers])),
     )
 
 

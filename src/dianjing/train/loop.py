@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,8 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     require_engine(recipe)
     # Packs are of many sizes, and memory in fixed pieces would be taken anew for them: 93 GiB for 41 GiB of tensors.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # torch says so once, of the thread of the backward pass, which then sets the context up.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     accelerator = _start_accelerator(recipe)
     with one_voice(), explained():
         return _train(recipe, accelerator, resume=resume, quiet=quiet)
@@ -71,7 +74,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
     stage = apply_stage(built.model, recipe)
     log.show(stage)
     if compiled := _compiles(recipe, accelerator):
-        log.show(speed_up(built.model))
+        # Recorded work has been proved with one process alone.
+        log.show(speed_up(built.model, record=accelerator.num_processes == 1 and recipe.train.engine == "ddp"))
     with watched(log.console) as watch:
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor, watch)
     log.data(dataset)

@@ -1,0 +1,148 @@
+"""Layers of a vision tower as two functions each, before attention and after it (see joined.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from dianjing.model.joined import are_frozen, norm_of, to_adapters
+from dianjing.model.linears import Linears, joinable
+from dianjing.model.passes import ACTIVATIONS, activation, activation_backward, norm, norm_backward
+
+TOWER_LAYERS = (CLIPEncoderLayer, SiglipEncoderLayer)
+"""Layers that `JoinedTowerLayer` computes."""
+
+
+class JoinedTowerLayer:
+    """A layer of a vision tower on the patches of its pictures."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._layer = layer
+        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Linears([attention.out_proj])
+        self.first, self.second = Linears([mlp.fc1]), Linears([mlp.fc2])
+        self.norm_before, self.norm_between = map(norm_of, (layer.layer_norm1, layer.layer_norm2))
+        self.activation = attention.config.hidden_act
+        self.size = attention.head_dim
+        self._linears = (self.qkv, self.out, self.first, self.second)
+        self.learns = any(linears.has_adapters for linears in self._linears)
+
+    @property
+    def draws(self) -> bool:
+        """Whether something is drawn, by dropout."""
+        return any(linears.draws for linears in self._linears)
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Make what products read of the adapters, as these are now."""
+        for linears in self._linears:
+            if linears.has_adapters:
+                linears.convert(dtype)
+
+    def __call__(self, x: Float[Tensor, "images states width"]) -> Float[Tensor, "images states width"]:
+        """Return the layer's output."""
+        if self._layer.gradient_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._run, x, use_reentrant=False))
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        images, states, width = x.shape
+        query, key, value, rows = _TowerBeforeAttention.apply(self, x.reshape(-1, width), *self.qkv.adapters)
+        heads = (part.view(images, states, -1, self.size).transpose(1, 2) for part in (query, key, value))
+        attended = scaled_dot_product_attention(*heads).transpose(1, 2).reshape(images * states, width)
+        weights = [*self.out.adapters, *self.first.adapters, *self.second.adapters]
+        return cast(Tensor, _TowerAfterAttention.apply(self, rows, attended, *weights)).view(x.shape)
+
+
+class _TowerBeforeAttention(torch.autograd.Function):
+    """x -> queries, keys, values side by side, and x again."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        seeds = layer.qkv.draw_seeds()
+        entering = norm(x, *layer.norm_before).rows
+        states, inner = layer.qkv.forward(entering, None, seeds)
+        ctx.layer, ctx.seeds = layer, seeds
+        ctx.save_for_backward(x, entering if layer.qkv.has_adapters else None, inner)
+        return *states.split(layer.qkv.widths, dim=1), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layer: JoinedTowerLayer = ctx.layer
+        x, entering, inner = ctx.saved_tensors
+        qkv, (weight, _, eps) = layer.qkv, layer.norm_before
+        gradient = torch.cat([query, key, value], dim=1)
+        to_inner = qkv.backward_inner(gradient)
+        to_rows = qkv.backward_input(gradient, None, to_inner, ctx.seeds) if ctx.needs_input_grad[1] else None
+        to_weights = to_adapters(qkv, gradient, entering, inner, to_inner, ctx.seeds)
+        if to_rows is None:
+            return None, None, *to_weights
+        to_x, _ = norm_backward(to_rows, x, weight, eps, centre=True, beside=beside)
+        return None, to_x, *to_weights
+
+
+class _TowerAfterAttention(torch.autograd.Function):
+    """x, and what attention made of it -> the layer's output."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, attended: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[override]
+        seeds = [linears.draw_seeds() for linears in (layer.out, layer.first, layer.second)]
+        y, inner_out = layer.out.forward(attended, None, seeds[0])
+        total, entering, _ = norm(x, *layer.norm_between, y=y)
+        assert total is not None
+        middle, inner_first = layer.first.forward(entering, None, seeds[1])
+        y, inner_second = layer.second.forward(activation(middle, layer.activation), None, seeds[2])
+        ctx.layer, ctx.seeds = layer, seeds
+        kept = (attended if layer.out.has_adapters else None, entering if layer.first.has_adapters else None)
+        ctx.save_for_backward(*kept, total, middle, inner_out, inner_first, inner_second)
+        return total + y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layer: JoinedTowerLayer = ctx.layer
+        attended, entering, total, middle, inner_out, inner_first, inner_second = ctx.saved_tensors
+        out, first, second = layer.out, layer.first, layer.second
+        weight, _, eps = layer.norm_between
+
+        to_inner = second.backward_inner(gradient)
+        to_active = second.backward_input(gradient, None, to_inner, ctx.seeds[2])
+        to_middle, active = activation_backward(to_active, middle, layer.activation)
+        to_second = to_adapters(second, gradient, active, inner_second, to_inner, ctx.seeds[2])
+
+        to_inner = first.backward_inner(to_middle)
+        to_rows = first.backward_input(to_middle, None, to_inner, ctx.seeds[1])
+        to_first = to_adapters(first, to_middle, entering, inner_first, to_inner, ctx.seeds[1])
+        to_x, _ = norm_backward(to_rows, total, weight, eps, centre=True, beside=gradient)
+
+        to_inner = out.backward_inner(to_x)
+        to_attended = out.backward_input(to_x, None, to_inner, ctx.seeds[0])
+        to_out = to_adapters(out, to_x, attended, inner_out, to_inner, ctx.seeds[0])
+        return None, to_x, to_attended, *to_out, *to_first, *to_second
+
+
+def join_tower_layers(layers: Sequence[nn.Module]) -> list[JoinedTowerLayer] | None:
+    """Return the layers joined, or None if one of them is of another kind or learns itself."""
+    return [JoinedTowerLayer(layer) for layer in layers] if all(map(is_tower_layer, layers)) else None
+
+
+def is_tower_layer(layer: Any) -> bool:
+    """Return whether a layer is one that `JoinedTowerLayer` computes."""
+    if type(layer) not in TOWER_LAYERS:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    groups = (
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.out_proj],
+        [mlp.fc1],
+        [mlp.fc2],
+    )
+    plain = attention.config.hidden_act in ACTIVATIONS and attention.dropout == 0
+    return plain and all(map(joinable, groups)) and are_frozen(layer.layer_norm1, layer.layer_norm2)

@@ -1,0 +1,249 @@
+"""Kernels of joined layers that take heads or single numbers: rotary positions, activations, dropout, sums of parts.
+
+`passes.py` and `products.py` say what each of them computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from dianjing.model.kernels import LARGEST, TINY, launch
+
+FLAT = 2048
+"""Numbers that a program takes of a tensor without rows."""
+
+
+@triton.jit
+def _rotate(
+    qkv,
+    cos,
+    sin,
+    rows,
+    query,
+    key,
+    value,
+    heads,
+    kv_heads,
+    half,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    MOVED: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(rows + place).to(tl.int64) if MOVED else place
+    head = tl.arange(0, HEADS)[:, None]
+    at = tl.arange(0, HALF)[None, :]
+    number = heads + 2 * kv_heads
+    inside = (head < number) & (at < half)
+    there = inside & (token >= 0)
+    size = 2 * half
+    source = qkv + token * number * size + head * size + at
+    first = tl.load(source, mask=there, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=there, other=0.0).to(tl.float32)
+    along = tl.load(cos + token * size + at, mask=(at < half) & (token >= 0), other=0.0).to(tl.float32)
+    across = tl.load(sin + token * size + at, mask=(at < half) & (token >= 0), other=0.0).to(tl.float32)
+    turned = head < heads + kv_heads
+    left = tl.where(turned, first * along - second * across, first)
+    right = tl.where(turned, second * along + first * across, second)
+    kind = query.dtype.element_ty
+    left, right = left.to(kind), right.to(kind)
+    is_query = inside & (head < heads)
+    target = query + (place * heads + head) * size + at
+    tl.store(target, left, mask=is_query)
+    tl.store(target + half, right, mask=is_query)
+    is_key = inside & (head >= heads) & (head < heads + kv_heads)
+    target = key + (place * kv_heads + head - heads) * size + at
+    tl.store(target, left, mask=is_key)
+    tl.store(target + half, right, mask=is_key)
+    is_value = inside & (head >= heads + kv_heads)
+    target = value + (place * kv_heads + head - heads - kv_heads) * size + at
+    tl.store(target, left, mask=is_value)
+    tl.store(target + half, right, mask=is_value)
+
+
+@triton.jit
+def _rotate_backward(
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    places,
+    column_scale,
+    to_qkv,
+    eight,
+    scale,
+    heads,
+    kv_heads,
+    half,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    MOVED: tl.constexpr,
+    KEEP: tl.constexpr,
+    EIGHT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.load(places + token).to(tl.int64) if MOVED else token
+    head = tl.arange(0, HEADS)[:, None]
+    at = tl.arange(0, HALF)[None, :]
+    number = heads + 2 * kv_heads
+    inside = (head < number) & (at < half)
+    size = 2 * half
+    there = inside & (place >= 0)
+    is_query = there & (head < heads)
+    source = query + (place * heads + head) * size + at
+    first = tl.load(source, mask=is_query, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=is_query, other=0.0).to(tl.float32)
+    is_key = there & (head >= heads) & (head < heads + kv_heads)
+    source = key + (place * kv_heads + head - heads) * size + at
+    first += tl.load(source, mask=is_key, other=0.0).to(tl.float32)
+    second += tl.load(source + half, mask=is_key, other=0.0).to(tl.float32)
+    is_value = there & (head >= heads + kv_heads)
+    source = value + (place * kv_heads + head - heads - kv_heads) * size + at
+    first += tl.load(source, mask=is_value, other=0.0).to(tl.float32)
+    second += tl.load(source + half, mask=is_value, other=0.0).to(tl.float32)
+    along = tl.load(cos + token * size + at, mask=at < half, other=0.0).to(tl.float32)
+    across = tl.load(sin + token * size + at, mask=at < half, other=0.0).to(tl.float32)
+    turned = head < heads + kv_heads
+    left = tl.where(turned, first * along + second * across, first)
+    right = tl.where(turned, second * along - first * across, second)
+    at_row = token * number * size + head * size + at
+    if KEEP:
+        tl.store(to_qkv + at_row, left.to(to_qkv.dtype.element_ty), mask=inside)
+        tl.store(to_qkv + at_row + half, right.to(to_qkv.dtype.element_ty), mask=inside)
+    if EIGHT:
+        left = left * tl.load(column_scale + head * size + at, mask=inside, other=0.0)
+        right = right * tl.load(column_scale + head * size + at + half, mask=inside, other=0.0)
+        largest = tl.max(tl.max(tl.maximum(tl.abs(left), tl.abs(right)), axis=1), axis=0)
+        unit = tl.maximum(largest, TINY) / LARGEST
+        tl.store(scale + token, unit)
+        left = tl.minimum(tl.maximum(left / unit, -LARGEST), LARGEST)
+        right = tl.minimum(tl.maximum(right / unit, -LARGEST), LARGEST)
+        tl.store(eight + at_row, left.to(eight.dtype.element_ty), mask=inside)
+        tl.store(eight + at_row + half, right.to(eight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def _activation(
+    x, rows, gradient, to_x, number, KIND: tl.constexpr, KEEP: tl.constexpr, BACK: tl.constexpr, SIZE: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < number
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if KIND == "quick_gelu":
+        share = tl.sigmoid(1.702 * v)
+        steep = share * (1.0 + 1.702 * v * (1.0 - share))
+    elif KIND == "gelu_pytorch_tanh":
+        bend = _tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))
+        share = 0.5 * (1.0 + bend)
+        steep = share + 0.5 * v * (1.0 - bend * bend) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * v * v)
+    else:
+        share = 0.5 * (1.0 + tl.erf(0.7071067811865476 * v))
+        steep = share + v * 0.3989422804014327 * tl.exp(-0.5 * v * v)
+    if KEEP:
+        tl.store(rows + at, (v * share).to(rows.dtype.element_ty), mask=inside)
+    if BACK:
+        arriving = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to_x + at, (arriving * steep).to(to_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _drop(x, into, seed, share, number, ADD: tl.constexpr, SIZE: tl.constexpr):
+    """Keep each number with the probability 1 - share, and make up for the others; four draws at a time."""
+    quarter: tl.constexpr = SIZE // 4
+    draw = tl.program_id(0).to(tl.int64) * quarter + tl.arange(0, quarter)
+    one, two, three, four = tl.rand4x(seed, draw)
+    base = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, quarter)
+    _drop_quarter(x, into, one, base, share, number, ADD)
+    _drop_quarter(x, into, two, base + quarter, share, number, ADD)
+    _drop_quarter(x, into, three, base + 2 * quarter, share, number, ADD)
+    _drop_quarter(x, into, four, base + 3 * quarter, share, number, ADD)
+
+
+@triton.jit
+def _drop_quarter(x, into, drawn, at, share, number, ADD: tl.constexpr):
+    inside = at < number
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    values = tl.where(drawn >= share, values / (1.0 - share), 0.0)
+    if ADD:
+        values += tl.load(into + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(into + at, values.to(into.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["number_of_parts", "left_over"])
+def _sum_of_parts(
+    parts, a, b, total, scale, number, columns, a_stride, b_stride, number_of_parts, left_over, SIZE: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < number
+    values = tl.load(parts + at, mask=inside, other=0.0)
+    for part in range(1, number_of_parts):
+        values += tl.load(parts + part * number + at, mask=inside, other=0.0)
+    for row in range(left_over):
+        left = tl.load(a + row * a_stride + at // columns, mask=inside, other=0.0).to(tl.float32)
+        values += left * tl.load(b + row * b_stride + at % columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(total + at, values * scale, mask=inside)
+
+
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> None:
+    """Fill `query`, `key` and `value`."""
+    _, heads, size = query.shape
+    settings = _heads_shape(heads, key.shape[1], size) | {"MOVED": rows is not None}
+    launch(_rotate, len(query), qkv, cos, sin, rows, query, key, value, heads, key.shape[1], size // 2, **settings)
+
+
+def rotate_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    places: Tensor | None,
+    column_scale: Tensor | None,
+    to_qkv: Tensor | None,
+    eight: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Fill `to_qkv` and `eight`."""
+    _, heads, size = query.shape
+    flags = {"MOVED": places is not None, "KEEP": to_qkv is not None, "EIGHT": eight is not None}
+    pair = eight or (query, query)
+    arguments = query, key, value, cos, sin, places, column_scale, to_qkv, *pair, heads, key.shape[1], size // 2
+    launch(_rotate_backward, len(cos), *arguments, **flags, **_heads_shape(heads, key.shape[1], size))
+
+
+def _heads_shape(heads: int, kv_heads: int, size: int) -> dict[str, Any]:
+    sides = triton.next_power_of_2(heads + 2 * kv_heads), triton.next_power_of_2(size // 2)
+    return {"HEADS": sides[0], "HALF": sides[1], "num_warps": 8 if sides[0] * sides[1] > 1024 else 4}
+
+
+def activation(
+    x: Tensor, kind: str, rows: Tensor | None, gradient: Tensor | None = None, to_x: Tensor | None = None
+) -> None:
+    """Fill `rows` and `to_x`."""
+    flags: dict[str, Any] = {"KIND": kind, "KEEP": rows is not None, "BACK": to_x is not None}
+    launch(_activation, triton.cdiv(x.numel(), FLAT), x, rows, gradient, to_x, x.numel(), **flags, SIZE=FLAT)
+
+
+def drop(x: Tensor, into: Tensor, seed: int, share: float, *, add: bool) -> None:
+    """Put what dropout leaves of `x` into `into`, or add it there."""
+    launch(_drop, triton.cdiv(x.numel(), FLAT), x, into, seed, share, x.numel(), ADD=add, SIZE=FLAT)
+
+
+def sum_of_parts(parts: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale times (the sum over the first dimension + a.T @ b), where a and b have few rows."""
+    total = torch.empty_like(parts[0])
+    sizes = total.numel(), total.shape[1], a.stride(0), b.stride(0), len(parts), len(a)
+    launch(_sum_of_parts, triton.cdiv(sizes[0], FLAT), parts, a, b, total, scale, *sizes, SIZE=FLAT)
+    return total
