@@ -1,6 +1,6 @@
 """Do fast and exact training follow the same losses? Packed bf16 against padded transformers, FP8 and NF4 against bf16.
 
-    python benchmarks/loss_parity.py --out results [--steps 300] [--batch 8] [--tiny]
+    python benchmarks/loss_parity.py --out results [--steps 300] [--batch 8] [--together] [--tiny]
 
 The inputs are those of train_speed.py, stage 2 (LoRA r = 512 on the LLM, r = 64 on the tower). All rows start from the
 same adapters and take the same records in the same order with the same rates; each is a process of its own. Prints the
@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows to run, by name, with commas")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--together", action="store_true", help="all rows at once: losses do not ask for the time")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -46,21 +49,26 @@ def main() -> int:
         return 0
     chosen.out.mkdir(parents=True, exist_ok=True)
     make_inputs(chosen.work, tiny=chosen.tiny)
-    curves: dict[str, list[float]] = {}
-    for name in chosen.only.split(",") if chosen.only else ROWS:
-        began = time.perf_counter()
-        finished = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--row", name], capture_output=True, text=True
-        )
-        (chosen.out / f"parity-{name}.log").write_text(finished.stdout + finished.stderr, encoding="utf-8")
-        if finished.returncode:
-            print(f"{name}: failed: {finished.stderr.strip()[-1000:]}", flush=True)
-            continue
-        curves[name] = json.loads(finished.stdout.strip().splitlines()[-1])
-        first, last = curves[name][0], curves[name][-1]
-        print(f"{name}: loss {first:.4f} -> {last:.4f} ({time.perf_counter() - began:.0f} s in all)", flush=True)
+    names = chosen.only.split(",") if chosen.only else [*ROWS]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(names) if chosen.together else 1) as rows:
+        found = rows.map(lambda name: run_row(name, chosen.out), names)
+        curves = {name: losses for name, losses in zip(names, found, strict=True) if losses}
+    print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
     (chosen.out / "loss_parity.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     return report(curves)
+
+
+def run_row(name: str, out: Path) -> list[float]:
+    """Run a row in a process of its own; return its losses, none if it failed."""
+    finished = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", name], capture_output=True, text=True)
+    (out / f"parity-{name}.log").write_text(finished.stdout + finished.stderr, encoding="utf-8")
+    if finished.returncode:
+        print(f"{name}: failed: {finished.stderr.strip()[-1000:]}", flush=True)
+        return []
+    losses = json.loads(finished.stdout.strip().splitlines()[-1])
+    print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}", flush=True)
+    return losses
 
 
 def report(curves: dict[str, list[float]]) -> int:
@@ -88,6 +96,7 @@ def losses_of(chosen: argparse.Namespace) -> list[float]:
         return padded(recipe)
     from dianjing.train.loop import train
 
+    recipe = replace(recipe, output=f"{recipe.output}-{chosen.row}")
     shutil.rmtree(recipe.output, ignore_errors=True)
     train(recipe, quiet=True)
     steps = map(json.loads, (Path(recipe.output) / "train.jsonl").read_text().splitlines())

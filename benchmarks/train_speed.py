@@ -19,7 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -113,9 +115,11 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.profile:
         profile_steps(chosen.out / f"{chosen.row}.profile.txt", chosen.warm_up)
     gates: list[str] = []
+    sensors = Sensors()
     loop._save = lambda parts, *_: gates.extend(never_learned(parts))  # instead of 7 GB that nobody reads
     began = time.time()
-    train(recipe, quiet=False)
+    with sensors:
+        train(recipe, quiet=False)
     journal = Path(recipe.output) / "train.jsonl"
     steps = [json.loads(line) for line in journal.read_text().splitlines()]
     steps = [step for step in steps if "loss" in step]
@@ -131,8 +135,39 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
         "first_step_seconds": round(batch / steps[0]["samples_per_second"], 1),
         "total_seconds": round(time.time() - began, 1),
         "supervised_tokens_per_second": round(tokens / sum(seconds)),
+        **sensors.read(last=sum(seconds)),
         "predicted_peak_gib": round(make_plan(recipe, []).plain.tensors / 2**30, 1),
     }
+
+
+class Sensors(Thread):
+    """The GPU's clock and power, read each second: a bf16 run that reaches the power limit lowers the clock."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._readings: list[tuple[float, int, float]] = []
+        self._ended = Event()
+
+    def __enter__(self) -> None:
+        if torch.cuda.is_available():
+            self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def run(self) -> None:
+        """Read until the end, or until the driver does not answer."""
+        with suppress(Exception):
+            while not self._ended.wait(1):
+                self._readings.append((time.time(), torch.cuda.clock_rate(), torch.cuda.power_draw() / 1000))
+
+    def read(self, last: float) -> dict[str, float]:
+        """Return the medians of the last so many seconds, nothing where nothing was read."""
+        if not self._readings:
+            return {}
+        since = self._readings[-1][0] - last
+        clocks, watts = zip(*[reading[1:] for reading in self._readings if reading[0] >= since], strict=True)
+        return {"mhz": statistics.median(clocks), "watts": round(statistics.median(watts))}
 
 
 def never_learned(parts: Any) -> list[str]:

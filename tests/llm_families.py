@@ -29,7 +29,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 8},
     "phi3": {"model_type": "phi3"},
-    "gemma": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True},
+    # Its embeddings are multiplied by the root of their width: smaller weights, or rounding grows to no end.
+    "gemma": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True, "initializer_range": 0.05},
     "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 7, "layer_types": None},
     "internlm3": {"model_type": "internlm3"},
 }

@@ -95,6 +95,8 @@ def changed(recipe: Recipe, run: Path, engine: str, begun_by: Path | None = None
 def test_ranks_and_engines_change_nothing(make_recipe: Any, tmp_path: Path, engines: list[str]) -> None:
     """Two ranks with each engine, from the start and from one rank's checkpoint, and back: all equal one rank.
 
+    So do two ranks whose layers are joined, as on GPUs.
+
     In order, batches of two are [wide | tall], [text | square], [two | small], [again | chat], so that there are
     steps in which one rank has no picture. Of seven, the first is [2 packs | 1 pack], the second [chat | nothing].
     """
@@ -107,6 +109,8 @@ def test_ranks_and_engines_change_nothing(make_recipe: Any, tmp_path: Path, engi
         for engine in engines:
             two.append(changed(recipe, Path(f"{one}-{engine}"), engine))
             two.append(changed(recipe, Path(f"{one}-{engine}-resumed"), engine, begun_by=one))
+        joined = replace(recipe, train=replace(recipe.train, compile="on"))
+        two.append(changed(joined, Path(f"{one}-joined"), "ddp"))
     results = finish(start_ranks("-c", TRAIN_ALL, *(f"{recipe.output}.toml" for recipe in two)))
     assert [code for code, _ in results] == [0, 0], results
     for recipe in two:

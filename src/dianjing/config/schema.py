@@ -115,7 +115,7 @@ class TrainConfig:
 
     "auto" = when the run would not fit the GPU's free memory without; off on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the layers when the run starts (about a minute); "auto" = on a GPU."""
+    """Join the layers when the run starts, or compile those of unknown kinds (about a minute); "auto" = on a GPU."""
     log_every: int = 10
     """Optimizer steps between two log lines."""
     save_every: int = 500

@@ -73,7 +73,13 @@ def test_a_pack_without_pictures() -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "expected"),
-    [([600, 598, 604], (3, 640)), ([600, 540, 604, 601], None), ([600, 20, 30, 25], None), ([64, 64], (2, 64))],
+    [
+        ([600, 598, 604], (3, 640)),
+        ([600, 340, 604, 601], None),
+        ([600, 540, 604, 601], (4, 640)),
+        ([600, 20, 30, 25], None),
+        ([64, 64], (2, 64)),
+    ],
 )
 def test_a_rectangle_is_only_for_documents_of_nearly_one_length(lengths: list[int], expected: Any) -> None:
     examples = [example(str(number), [1] * length, [1] * length) for number, length in enumerate(lengths)]

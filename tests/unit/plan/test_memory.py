@@ -60,6 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: {"folder": str(folder / short)} for name, short in PARTS.items()}
 
 
+LORAS = (("frozen", 0.0), ("lora", 0.0), ("lora", 0.1))
 PARTS = {"language_model": "llm", "vision_tower": "tower"}
 
 
@@ -157,8 +158,10 @@ def pack_of(documents: int = 4, length: int = 256, patches: int = 64) -> Batch:
 
 @pytest.mark.parametrize(
     ("tuning", "dropout", "joined"),
-    [("frozen", 0.0, False), ("lora", 0.0, False), ("lora", 0.1, False), ("full", 0.0, False)]
-    + [("frozen", 0.0, True), ("lora", 0.0, True), ("lora", 0.1, True)],
+    [
+        *[(tuning, dropout, joined) for tuning, dropout in LORAS for joined in (False, True)],
+        ("full", 0.0, False),
+    ],
 )
 @pytest.mark.parametrize("part", ["decoder", "tower"])
 def test_what_two_more_layers_keep(tuning: str, dropout: float, joined: bool, part: str) -> None:
