@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from dianjing.model import joined, joined_tower
 from dianjing.model.compile import speed_up
 from dianjing.model.forward import JOINED, forward_loss
-from dianjing.train.optim import make_optimizer, set_learning_rates
+from dianjing.train.engine import start_engine
+from dianjing.train.optim import set_learning_rates
 from tests.conftest import MakeRecipe
 from tests.llm_families import write_family
 from tests.packs import assert_same, outcome, prepare
-from tests.tiny import write_siglip
+from tests.tiny import write_llm, write_siglip
 
 LORA = {"tuning": "lora", "lora_alpha": 1.0}
 STEP = 2e-3
@@ -76,6 +79,63 @@ def test_of_other_families_too(make_recipe: MakeRecipe, tmp_path: Path, family: 
     assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
+@pytest.mark.parametrize("records", [[0], [0, 4], [2]])
+def test_kernels_get_rows_one_after_the_other(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[int]
+) -> None:
+    """Kernels read memory row by row, operators do not ask: SigLIP's embeddings of one picture lie by columns."""
+    seen: list[str] = []
+
+    def watched(name: str, plain: Any) -> Any:
+        def run(*arguments: Any, **settings: Any) -> Any:
+            tensors = [value for value in (*arguments, *settings.values()) if isinstance(value, torch.Tensor)]
+            assert all(tensor.is_contiguous() for tensor in tensors), name
+            seen.append(name)
+            return plain(*arguments, **settings)
+
+        return run
+
+    for module in (joined, joined_tower):
+        for name in ("norm", "norm_backward", "rotate", "rotate_backward", "gated", "gated_backward", "spread"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    siglip = str(write_siglip(tmp_path / "siglip"))
+    _, model, dataset = both(make_recipe, language_model=LORA, vision_tower={**LORA, "folder": siglip})
+    outcome(model, [dataset.batch(records)])
+    assert {"norm", "norm_backward", "rotate_backward"} <= set(seen)
+
+
+def test_what_an_answer_makes_first_can_change(make_recipe: MakeRecipe) -> None:
+    """A sample answer comes before the first step, in inference mode, and is the first to go through the tower."""
+    plain, model, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
+    batch = dataset.batch([0, 1])
+    with torch.inference_mode():
+        forward_loss(model, batch)
+    for one in (plain, model):
+        with torch.no_grad():
+            for name, weight in one.named_parameters():
+                if "lora_" in name:
+                    weight += 0.01
+    assert_same(outcome(model, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+def test_a_window_is_used_where_transformers_uses_it(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A Llama's config may name one (made of a Mistral, say), and is a Llama all the same."""
+    folder = write_llm(tmp_path / "llm", sliding_window=7)
+    plain, model, dataset = both(make_recipe, language_model={**LORA, "folder": str(folder)}, vision_tower=LORA)
+    batch = dataset.batch([0, 1])
+    assert_same(outcome(model, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+def test_a_pack_with_nothing_to_learn(make_recipe: MakeRecipe) -> None:
+    _, model, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
+    batch = dataset.batch([0, 1])
+    nothing = replace(batch, target_rows=batch.target_rows[:0], targets=batch.targets[:0])
+    loss, gradients = outcome(model, [nothing])
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
 def test_in_bf16_they_are_as_near_the_truth(make_recipe: MakeRecipe) -> None:
     exact, dataset = prepare(make_recipe("finetune", language_model=LORA, vision_tower=LORA))
     plain, joined, _ = both(make_recipe, language_model=LORA, vision_tower=LORA, train={"precision": "bf16"})
@@ -91,10 +151,11 @@ def test_weights_changed_between_packs_are_read(make_recipe: MakeRecipe) -> None
     _, joined, dataset = both(make_recipe, **settings)
     batch = dataset.batch([0, 1])
     before = forward_loss(joined, batch).item()
-    optimizer = make_optimizer(joined, make_recipe("finetune", **settings))
-    set_learning_rates(optimizer, 10.0)
+    recipe = make_recipe("finetune", **settings)
+    engine = start_engine(recipe, Accelerator(), joined)
+    set_learning_rates(engine.optimizer, 10.0)
     outcome(joined, [batch])
-    optimizer.step()
+    engine.step()
     fresh, _ = prepare(make_recipe("finetune", **settings))
     fresh.load_state_dict(joined.state_dict())
     speed_up(fresh)
@@ -142,6 +203,8 @@ def test_other_layers_stay_as_they_are(make_recipe: MakeRecipe, monkeypatch: pyt
     assert speed_up(shared) == "layers: language model compiled, vision tower joined"
     assert not hasattr(shared.model.language_model, JOINED)
     assert len(compiled) == 2 + 2 + 2
+    sharded, _ = prepare(make_recipe("finetune", language_model=LORA))
+    assert speed_up(sharded, join=False) == "layers: language model compiled, vision tower compiled"
 
 
 def test_joined_weights_keep_their_names_and_values(make_recipe: MakeRecipe) -> None:

@@ -23,19 +23,20 @@ VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
 
 
-def speed_up(model: LlavaForConditionalGeneration, *, record: bool = False) -> str:
+def speed_up(model: LlavaForConditionalGeneration, *, join: bool = True, record: bool = False) -> str:
     """Let layers be computed by joined.py, or else compiled from their next call on; return a line that says which.
 
-    With `record`, a tower whose adapters learn is recorded on a GPU and replayed (see recorded.py).
+    Without `join`, all are compiled: weights that ranks share are not where joined layers would look for them. With
+    `record`, a tower whose adapters learn is recorded on a GPU and replayed (see recorded.py).
     """
     tower: Any = model.model.vision_tower
     decoder: Any = model.model.language_model
     said = []
-    for part, name, layers, join in (
+    for part, name, layers, join_layers in (
         (decoder, "language model", decoder.layers, join_decoder_layers),
         (tower, "vision tower", tower.encoder.layers[: num_tower_layers(model)], join_tower_layers),
     ):
-        if joined := join(layers):
+        if joined := join and join_layers(layers):
             setattr(part, JOINED, joined)
         else:
             compile_layers(layers)

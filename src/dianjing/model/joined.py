@@ -82,7 +82,9 @@ class JoinedDecoderLayer:
         self.down = Linears([mlp.down_proj])
         self.norm_before, self.norm_between = map(norm_of, (layer.input_layernorm, layer.post_attention_layernorm))
         size = attention.head_dim
-        self._window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+        # Qwen2's attention has its own; a Llama's config may name one, which transformers does not apply.
+        config = attention.config if type(layer) is MistralDecoderLayer else None
+        self._window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         self.heads = Heads(self.qkv.widths[0] // size, self.qkv.widths[1] // size, size)
 
     def __call__(
@@ -165,7 +167,7 @@ class _BeforeAttention(torch.autograd.Function):
         layer: JoinedDecoderLayer = ctx.layer
         x, cos, sin, places, entering, inner = ctx.saved_tensors
         qkv, (weight, _, eps) = layer.qkv, layer.norm_before
-        query, key, value = (part.contiguous() for part in (query, key, value))
+        query, key, value, beside = (part.contiguous() for part in (query, key, value, beside))
         gradient, eight = rotate_backward(
             query, key, value, cos, sin, places, keep=_reads_rows(qkv), column_scale=qkv.scale
         )
@@ -210,7 +212,7 @@ class _AfterAttention(torch.autograd.Function):
         layer: JoinedDecoderLayer = ctx.layer
         tokens, total, both, taken, entering, inner_out, inner_both, inner_down = ctx.saved_tensors
         out, gate_up, down = layer.out, layer.gate_up, layer.down
-        weight, _, eps = layer.norm_between
+        (weight, _, eps), gradient = layer.norm_between, gradient.contiguous()
 
         to_inner = down.backward_inner(gradient)
         eight = to_eight_bits(gradient, down.scale) if down.eight else None

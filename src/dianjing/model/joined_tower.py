@@ -55,7 +55,9 @@ class JoinedTowerLayer:
 
     def _run(self, x: Tensor) -> Tensor:
         images, states, width = x.shape
-        query, key, value, rows = _TowerBeforeAttention.apply(self, x.reshape(-1, width), *self.qkv.adapters)
+        # SigLIP's embeddings of one picture lie column by column.
+        rows = x.reshape(-1, width).contiguous()
+        query, key, value, rows = _TowerBeforeAttention.apply(self, rows, *self.qkv.adapters)
         heads = (part.view(images, states, -1, self.size).transpose(1, 2) for part in (query, key, value))
         attended = scaled_dot_product_attention(*heads).transpose(1, 2).reshape(images * states, width)
         weights = [*self.out.adapters, *self.first.adapters, *self.second.adapters]
@@ -78,7 +80,7 @@ class _TowerBeforeAttention(torch.autograd.Function):
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         layer: JoinedTowerLayer = ctx.layer
         x, entering, inner = ctx.saved_tensors
-        qkv, (weight, _, eps) = layer.qkv, layer.norm_before
+        qkv, (weight, _, eps), beside = layer.qkv, layer.norm_before, beside.contiguous()
         gradient = torch.cat([query, key, value], dim=1)
         to_inner = qkv.backward_inner(gradient)
         to_rows = qkv.backward_input(gradient, None, to_inner, ctx.seeds) if ctx.needs_input_grad[1] else None
@@ -110,7 +112,7 @@ class _TowerAfterAttention(torch.autograd.Function):
         layer: JoinedTowerLayer = ctx.layer
         attended, entering, total, middle, inner_out, inner_first, inner_second = ctx.saved_tensors
         out, first, second = layer.out, layer.first, layer.second
-        weight, _, eps = layer.norm_between
+        (weight, _, eps), gradient = layer.norm_between, gradient.contiguous()
 
         to_inner = second.backward_inner(gradient)
         to_active = second.backward_input(gradient, None, to_inner, ctx.seeds[2])

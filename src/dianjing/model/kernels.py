@@ -281,7 +281,8 @@ def turn(matrix: Tensor, turned: Tensor) -> None:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
-    """Run a kernel with so many programs."""
+    """Run a kernel with so many programs; its tensors lie row by row."""
+    assert all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor)), "rows apart"
     if programs:
         kernel[(programs,)](*arguments, **settings)
 

@@ -245,5 +245,6 @@ def sum_of_parts(parts: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return scale times (the sum over the first dimension + a.T @ b), where a and b have few rows."""
     total = torch.empty_like(parts[0])
     sizes = total.numel(), total.shape[1], a.stride(0), b.stride(0), len(parts), len(a)
-    launch(_sum_of_parts, triton.cdiv(sizes[0], FLAT), parts, a, b, total, scale, *sizes, SIZE=FLAT)
+    kernel: Any = _sum_of_parts  # a and b may be columns of something wider
+    kernel[(triton.cdiv(sizes[0], FLAT),)](parts, a, b, total, scale, *sizes, SIZE=FLAT)
     return total

@@ -173,8 +173,9 @@ class Linears:
         downs, ups = self.adapters[0::2], self.adapters[1::2]
         if held is None or held[0].dtype != dtype:
             settings: Any = {"dtype": dtype, "device": downs[0].device}
-            blocks = [torch.zeros(sum(widths), sum(ranks), **settings) for widths, ranks in self._blocks]
-            held = torch.empty(len(downs) * self._rank, downs[0].shape[1], **settings), blocks
+            with torch.inference_mode(False):  # a sample answer may be the first to ask, training changes them later
+                blocks = [torch.zeros(sum(widths), sum(ranks), **settings) for widths, ranks in self._blocks]
+                held = torch.empty(len(downs) * self._rank, downs[0].shape[1], **settings), blocks
         targets = [
             part for block, sizes in zip(held[1], self._blocks, strict=True) for part in _diagonal(block, *sizes)
         ]

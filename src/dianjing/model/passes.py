@@ -29,10 +29,10 @@ class EightBits(NamedTuple):
     scale: Float[Tensor, "rows 1"]
 
 
-def _room(x: Tensor, columns: int, *, wanted: bool = True) -> EightBits | None:
-    if not wanted:
-        return None
-    return EightBits(x.new_empty(len(x), columns, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32))
+def _room(rows: int, like: Tensor, columns: int = 0) -> EightBits:
+    """Return room for so many rows, as wide as `like` unless `columns` are given, on its device."""
+    wide = columns or like.shape[1]
+    return EightBits(like.new_empty(rows, wide, dtype=FP8), like.new_empty(rows, 1, dtype=torch.float32))
 
 
 def to_eight_bits(
@@ -44,8 +44,7 @@ def to_eight_bits(
     if x.is_cuda:
         from dianjing.model import kernels
 
-        number = len(x) if taken is None else len(taken)
-        eight = EightBits(x.new_empty(number, x.shape[1], dtype=FP8), x.new_empty(number, 1, dtype=torch.float32))
+        eight = _room(len(x) if taken is None else len(taken), x)
         kernels.quantize(x, taken, column_scale, eight)
         return eight
     rows = x.float() if taken is None else spread(x, taken).float()
@@ -90,7 +89,7 @@ def norm(
         result = Norm(
             None if y is None else torch.empty_like(x),
             torch.empty_like(x) if keep else None,
-            _room(x, x.shape[1], wanted=eight),
+            _room(len(x), x) if eight else None,
         )
         kernels.norm(x, y, weight, bias, eps, *result)
         return result
@@ -120,7 +119,7 @@ def norm_backward(
     if x.is_cuda:
         from dianjing.model import kernels
 
-        to_x, eight = torch.empty_like(x), _room(x, x.shape[1], wanted=column_scale is not None)
+        to_x, eight = torch.empty_like(x), None if column_scale is None else _room(len(x), x)
         kernels.norm_backward(
             gradient, x, weight, eps, centre=centre, beside=beside, to_x=to_x, column_scale=column_scale, eight=eight
         )
@@ -143,7 +142,7 @@ def gated(
 
         columns = gate_up.shape[1] // 2
         rows = gate_up.new_empty(len(gate_up), columns) if keep else None
-        result = rows, _room(gate_up, columns, wanted=eight)
+        result = rows, _room(len(gate_up), gate_up, columns) if eight else None
         kernels.gated(gate_up, *result)
         return result
     gate, up = gate_up.float().chunk(2, dim=1)
@@ -165,7 +164,7 @@ def gated_backward(
 
         result = (
             torch.empty_like(gate_up) if keep else None,
-            _room(gate_up, gate_up.shape[1], wanted=column_scale is not None),
+            None if column_scale is None else _room(len(gate_up), gate_up),
             torch.empty_like(gradient) if again else None,
         )
         kernels.gated_backward(gradient, gate_up, column_scale, *result)
@@ -232,6 +231,8 @@ def spread(x: Float[Tensor, "rows ..."], rows: Int[Tensor, " places"]) -> Float[
         result = x.new_empty(len(rows), *x.shape[1:])
         kernels.spread(x, rows, result)
         return result
+    if not len(x):
+        return x.new_zeros(len(rows), *x.shape[1:])
     return x[rows.clamp(min=0)] * (rows >= 0).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
@@ -255,7 +256,7 @@ def rotate_backward(
 
         columns = (query.shape[1] + 2 * key.shape[1]) * query.shape[2]
         to_qkv = query.new_empty(len(cos), columns) if keep else None
-        eight = _room(cos, columns, wanted=column_scale is not None)
+        eight = None if column_scale is None else _room(len(cos), cos, columns)
         kernels_of_heads.rotate_backward(query, key, value, cos, sin, places, column_scale, to_qkv, eight)
         return to_qkv, eight
     states = [states if places is None else spread(states, places) for states in (query, key, value)]

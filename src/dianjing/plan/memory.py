@@ -49,11 +49,8 @@ class Memory:
 
 def heaviest_pack(recipe: Recipe, lengths: Lengths, gpus: int = 1) -> Pack:
     """Return the pack that takes the most memory of those that records of such lengths can make."""
-    records, pack_tokens = -(-step_records(recipe, lengths) // gpus), recipe.data.pack_tokens
-    tokens = min(pack_tokens, records * (lengths.longest or pack_tokens))
-    if (packs := math.ceil(records * lengths.tokens / pack_tokens)) > 1:
-        # Packs are even (data/pack.py), to about a record.
-        tokens = min(tokens, int(records * lengths.tokens / packs + lengths.tokens))
+    most = -(-step_records(recipe, lengths) // gpus) * (lengths.longest or recipe.data.pack_tokens)
+    tokens = min(recipe.data.pack_tokens, most)  # packs are even (data/pack.py), but full in some steps
     return Pack(
         tokens=tokens,
         pictures=math.ceil(tokens * lengths.picture_share),

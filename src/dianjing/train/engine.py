@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import LlavaForConditionalGeneration
 
@@ -92,6 +93,7 @@ class Engine:
             clip_grads_with_norm_(trained, self._clip_norm or math.inf, norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            count_change(self._model)
         return norm.item()
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -242,6 +244,7 @@ class Zero(ShardedEngine):
     def step(self) -> float:
         """Let DeepSpeed clip and step; it does not step either where the norm is no finite number."""
         self._losses.step()
+        count_change(self._model)
         return math.inf if self._losses.optimizer.overflow else float(self._losses.get_global_grad_norm())
 
     def memory(self) -> Mapping[str, Tensor]:
@@ -346,6 +349,14 @@ def start_engine(recipe: Recipe, accelerator: Accelerator, model: LlavaForCondit
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] (torch documents it)
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return engine(recipe, accelerator, model)
+
+
+def count_change(model: nn.Module) -> None:
+    """Let torch know that what trains has changed: joined layers keep copies of it in bf16, and ask torch.
+
+    Neither the fused step of torch's optimizer nor DeepSpeed's says so by itself.
+    """
+    increment_version([weight for weight in model.parameters() if weight.requires_grad])
 
 
 def layers(model: LlavaForConditionalGeneration) -> Iterator[nn.Module]:

@@ -75,7 +75,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
     log.show(stage)
     if compiled := _compiles(recipe, accelerator):
         # Recorded work has been proved with one process alone.
-        log.show(speed_up(built.model, record=accelerator.num_processes == 1 and recipe.train.engine == "ddp"))
+        alone = accelerator.num_processes == 1 and recipe.train.engine == "ddp"
+        log.show(speed_up(built.model, join=recipe.train.engine not in SHARDS_WEIGHTS, record=alone))
     with watched(log.console) as watch:
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor, watch)
     log.data(dataset)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim import AdamW, Optimizer
 from transformers import LlavaForConditionalGeneration
 
@@ -33,19 +32,12 @@ def make_optimizer(model: LlavaForConditionalGeneration, recipe: Recipe) -> Adam
         }
         for part in PARTS
     ]
-    optimizer = AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         betas=recipe.train.betas,
         weight_decay=recipe.train.weight_decay,
         fused=True,
     )
-    optimizer.register_step_post_hook(_count_the_change)
-    return optimizer
-
-
-def _count_the_change(optimizer: Optimizer, *_: object) -> None:
-    """Let torch know that the weights have changed: its fused step does not say so, and copies are kept of them."""
-    increment_version([weight for group in optimizer.param_groups for weight in group["params"]])
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> float:
