@@ -71,7 +71,7 @@ def test_of_a_siglip_tower_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
         assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "internlm2", "internlm3", "llama3", "smollm"])
 def test_of_other_families_too(make_recipe: MakeRecipe, tmp_path: Path, family: str) -> None:
     folder = write_family(tmp_path / family, family)
     plain, joined, dataset = both(make_recipe, language_model={**LORA, "folder": str(folder)}, vision_tower=LORA)
