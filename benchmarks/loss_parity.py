@@ -1,10 +1,10 @@
 """Do fast and exact training follow the same losses? Packed bf16 against padded transformers, FP8 and NF4 against bf16.
 
-    python benchmarks/loss_parity.py --out results [--steps 300] [--batch 8] [--together] [--tiny]
+    python benchmarks/loss_parity.py --out results [--steps 300] [--batch 8] [--together] [--limit 400] [--tiny]
 
 The inputs are those of train_speed.py, stage 2 (LoRA r = 512 on the LLM, r = 64 on the tower). All rows start from the
 same adapters and take the same records in the same order with the same rates; each is a process of its own. Prints the
-mean distance of the losses, step by step, and writes all of them.
+mean distance of the losses over the steps that both rows took, and writes all losses.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train_inputs import make_inputs, recipe_of
 from benchmarks.train_speed import Padded
+from dianjing.train.log import JOURNAL, read_journal
 
 ROWS: dict[str, str | None] = {"upstream": None, "bf16": "", "fp8": "fp8", "nf4": "nf4"}
 """What the product holds the frozen LLM as; None: padded transformers, bf16."""
@@ -41,34 +42,44 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--together", action="store_true", help="all rows at once: losses do not ask for the time")
+    parser.add_argument("--limit", type=int, default=0, help="seconds after which a row is ended; 0: none")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.row:
-        print(json.dumps(losses_of(chosen)))
+        train_row(chosen)
         return 0
     chosen.out.mkdir(parents=True, exist_ok=True)
     make_inputs(chosen.work, tiny=chosen.tiny)
     names = chosen.only.split(",") if chosen.only else [*ROWS]
     began = time.perf_counter()
     with ThreadPoolExecutor(len(names) if chosen.together else 1) as rows:
-        found = rows.map(lambda name: run_row(name, chosen.out), names)
+        found = rows.map(lambda name: run_row(name, chosen), names)
         curves = {name: losses for name, losses in zip(names, found, strict=True) if losses}
     print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
     (chosen.out / "loss_parity.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     return report(curves)
 
 
-def run_row(name: str, out: Path) -> list[float]:
-    """Run a row in a process of its own; return its losses, none if it failed."""
-    finished = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", name], capture_output=True, text=True)
-    (out / f"parity-{name}.log").write_text(finished.stdout + finished.stderr, encoding="utf-8")
-    if finished.returncode:
-        print(f"{name}: failed: {finished.stderr.strip()[-1000:]}", flush=True)
-        return []
-    losses = json.loads(finished.stdout.strip().splitlines()[-1])
-    print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}", flush=True)
+def run_row(name: str, chosen: argparse.Namespace) -> list[float]:
+    """Run a row in a process of its own; return the losses of the steps it took."""
+    run = run_of(name, chosen.work)
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
+    ending = ""
+    with (chosen.out / f"parity-{name}.log").open("w", encoding="utf-8") as log:
+        try:
+            if subprocess.run(command, stdout=log, stderr=log, timeout=chosen.limit or None).returncode:
+                ending = f", then it failed: {log.name}"
+        except subprocess.TimeoutExpired:  # the row's process is gone by now
+            ending = f", then {chosen.limit} s were over"
+    losses = [step["loss"] for step in read_journal(run)]
+    print(f"{name}: {len(losses)} steps, loss {losses[:1]} -> {losses[-1:]}{ending}", flush=True)
     return losses
+
+
+def run_of(name: str, work: Path) -> Path:
+    return work / f"parity-{name}"
 
 
 def report(curves: dict[str, list[float]]) -> int:
@@ -76,35 +87,35 @@ def report(curves: dict[str, list[float]]) -> int:
     distances, failed = {}, False
     for name, beside, most in PAIRS:
         if name in curves and beside in curves:
-            gaps = [abs(one - other) for one, other in zip(curves[name], curves[beside], strict=True)]
+            gaps = [abs(one - other) for one, other in zip(curves[name], curves[beside], strict=False)]
             distances[name] = sum(gaps) / len(gaps)
             failed |= most is not None and distances[name] > most
             bound = "" if most is None else f", at most {most}"
-            print(f"{name} against {beside}: mean |difference| {distances[name]:.5f}, worst {max(gaps):.5f}{bound}")
+            mean = f"mean |difference| over {len(gaps)} steps {distances[name]:.5f}"
+            print(f"{name} against {beside}: {mean}, worst {max(gaps):.5f}{bound}")
     if {"fp8", "nf4"} <= distances.keys():
         failed |= distances["fp8"] > distances["nf4"]
         print(f"FP8's distance is {distances['fp8'] / distances['nf4']:.2f} of NF4's")
     return int(failed)
 
 
-def losses_of(chosen: argparse.Namespace) -> list[float]:
-    """Return the loss of each step of a row."""
+def train_row(chosen: argparse.Namespace) -> None:
+    """Train a row, which writes the loss of each step to its train.jsonl."""
     frozen = ROWS[chosen.row]
     settings: dict[str, Any] = {"max_steps": chosen.steps, "epochs": 1000, "global_batch_size": chosen.batch}
     recipe = recipe_of(chosen.work, STAGE, frozen=frozen or "", **settings, precision="bf16")
+    recipe = replace(recipe, output=str(run_of(chosen.row, chosen.work)))
     if frozen is None:
-        return padded(recipe)
-    from dianjing.train.loop import train
+        padded(recipe)
+        return
+    import dianjing.train.loop as loop
 
-    recipe = replace(recipe, output=f"{recipe.output}-{chosen.row}")
-    shutil.rmtree(recipe.output, ignore_errors=True)
-    train(recipe, quiet=True)
-    steps = map(json.loads, (Path(recipe.output) / "train.jsonl").read_text().splitlines())
-    return [step["loss"] for step in steps if "loss" in step]
+    loop._save = lambda *_: None  # 7 GB that nobody reads
+    loop.train(recipe, quiet=True)
 
 
-def padded(recipe: Any) -> list[float]:
-    """Return the losses of transformers' LLaVA on padded batches, in the product's order and with its rates."""
+def padded(recipe: Any) -> None:
+    """Train transformers' LLaVA on padded batches, in the product's order and with its rates."""
     from dianjing.data.order import run_indices
     from dianjing.train.optim import learning_rate_factor, set_learning_rates
 
@@ -120,12 +131,13 @@ def padded(recipe: Any) -> list[float]:
         first_step=0,
         last_step=steps,
     )
-    losses = []
-    for step, indices in enumerate(plan):
-        set_learning_rates(run.optimizer, learning_rate_factor(step, steps, recipe.train.warmup_ratio))
-        loss, _ = run.step(*run.batch(indices))
-        losses.append(loss.item())
-    return losses
+    folder = Path(recipe.output)
+    folder.mkdir(parents=True)
+    with (folder / JOURNAL).open("w", encoding="utf-8") as journal:
+        for step, indices in enumerate(plan):
+            set_learning_rates(run.optimizer, learning_rate_factor(step, steps, recipe.train.warmup_ratio))
+            loss, _ = run.step(*run.batch(indices))
+            print(json.dumps({"step": step + 1, "loss": loss.item()}), file=journal, flush=True)
 
 
 if __name__ == "__main__":
