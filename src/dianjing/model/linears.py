@@ -113,6 +113,8 @@ class Linears:
             result = scaled_product(*eight, turned(self._weight), self._ones, dtype)
         else:
             assert gradient is not None
+            if to_inner is not None and not seeds and self._is_less_work(len(gradient)):
+                return gradient @ self._with_adapters()
             result = gradient @ self._weight
         if to_inner is None:
             return result
@@ -122,6 +124,25 @@ class Linears:
             return result.addmm_(to_inner, down, alpha=self._scaling)
         for ranks, part, seed in zip(self._ranks(to_inner), down.split(self._rank), seeds, strict=True):
             add_dropped(result, (ranks @ part).mul_(self._scaling), seed, self._share)
+        return result
+
+    def _is_less_work(self, rows: int) -> bool:
+        """Return whether adding adapters to the weights is less work than adding their share to so many gradients."""
+        return rows * len(self._adapted) > len(self._weight)
+
+    def _with_adapters(self) -> Float[Tensor, "outputs inputs"]:
+        """Return the frozen weights and what the adapters add to them.
+
+        For gradients alone. Rounding is then a small and equal part of each row's gradient, as it is in any product of
+        these weights; in the forward pass a young adapter's share of the result would be lost in it.
+        """
+        assert self._converted
+        down, ups = self._converted
+        result = torch.empty_like(self._weight)
+        heights = [len(up) for up in ups]
+        downs = down.split([up.shape[1] for up in ups])
+        for target, rows, up, part in zip(result.split(heights), self._weight.split(heights), ups, downs, strict=True):
+            torch.addmm(rows, up, part, alpha=self._scaling, out=target)
         return result
 
     def backward_adapters(

@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-STEP = 2
-"""Numbers of pictures that have a recording of their own: multiples of this. The missing ones are black."""
 WARM_UP = 2
 """Runs before the recording: the first ones build and choose kernels."""
 
@@ -23,7 +21,8 @@ WARM_UP = 2
 class Recorded:
     """A function of pictures, with learning weights, that replays its work; inputs learn nothing.
 
-    `refresh` is called before each run: what the function reads that is made of the weights must be made in its place.
+    Each number of pictures has a recording of its own; all read and write the same places. `refresh` is called before
+    each run: what the function reads that is made of the weights must be made in its place.
     """
 
     def __init__(
@@ -36,67 +35,72 @@ class Recorded:
         self._weights = weights
         self._refresh = refresh
         self._recordings: dict[int, _Recording] = {}
-        self._memory: Any = None
+        self._places: _Places | None = None
 
     def __call__(self, images: Float[Tensor, "images ..."]) -> Float[Tensor, "images ..."]:
         """Return what the function returns; its result and gradients are to be used before the next call."""
         self._refresh()
-        count = -(-len(images) // STEP) * STEP
-        if count not in self._recordings:
-            self._make_room(count)
-            sample = images.new_zeros(count, *images.shape[1:])
-            self._recordings[count] = _Recording(self._run, self._weights, sample, self._memory)
-        return _Replay.apply(self._recordings[count], images, *self._weights)
-
-    def _make_room(self, count: int) -> None:
-        """Begin anew where no recording is as large: small ones fit in the memory of the largest, not it in theirs."""
-        if count > max(self._recordings, default=0):
+        count = len(images)
+        if self._places is None or count > len(self._places.images):
+            # Begin anew: small recordings fit in the memory of the largest, not it in theirs.
             torch.cuda.synchronize()
             self._recordings.clear()
-            self._memory = torch.cuda.graph_pool_handle()
+            self._places = None
             torch.cuda.empty_cache()
+            self._places = _Places(images, self._weights)
+        if count not in self._recordings:
+            self._recordings[count] = _Recording(self._run, self._weights, count, self._places)
+        return _Replay.apply(self._recordings[count], images, *self._weights)
+
+
+class _Places:
+    """What recordings read and write, for as many pictures as are given, and the memory that they work in."""
+
+    def __init__(self, images: Tensor, weights: Sequence[nn.Parameter]) -> None:
+        self.images = torch.zeros_like(images)
+        self.gradients = [torch.empty_like(weight) for weight in weights]
+        self.memory: Any = torch.cuda.graph_pool_handle()
 
 
 class _Recording:
-    def __init__(self, run: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], sample: Tensor, memory: Any):
-        self.images = sample
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], count: int, places: _Places
+    ) -> None:
+        self.images, self.gradients = places.images[:count], places.gradients
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
-                _run_both_ways(run, weights, sample)
+                outputs = run(self.images)
+                torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
+                del outputs
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # what the warm-up took belongs to its stream, of use to no other work
         # Other threads may talk to the GPU meanwhile: the loader puts pictures in pinned memory.
-        settings: Any = {"pool": memory, "capture_error_mode": "thread_local"}
+        settings: Any = {"pool": places.memory, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, **settings):
-            outputs = run(sample)
+            outputs = run(self.images)
         self.to_outputs = torch.zeros_like(outputs)
         with torch.cuda.graph(self.backward, **settings):
-            self.gradients = torch.autograd.grad(outputs, weights, self.to_outputs)
+            gradients = torch.autograd.grad(outputs, weights, self.to_outputs)
+            torch._foreach_copy_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]
+            del gradients
         self.outputs = outputs.detach()
-
-
-def _run_both_ways(run: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], sample: Tensor) -> None:
-    outputs = run(sample)
-    torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, images: Tensor, *_weights: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.recording, ctx.count = recording, len(images)
-        recording.images[: len(images)].copy_(images)
-        recording.images[len(images) :].zero_()
+        ctx.recording = recording
+        recording.images.copy_(images)
         recording.forward.replay()
-        return recording.outputs[: len(images)]
+        return recording.outputs.view_as(recording.outputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        recording = ctx.recording
-        recording.to_outputs[: ctx.count].copy_(gradient)
-        recording.to_outputs[ctx.count :].zero_()
+        recording: _Recording = ctx.recording
+        recording.to_outputs.copy_(gradient)
         recording.backward.replay()
         # The next replay writes over these, and a first gradient would be kept as it is.
         copies = torch._foreach_mul(recording.gradients, 1.0)  # pyright: ignore[reportPrivateImportUsage]
