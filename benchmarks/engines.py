@@ -49,6 +49,7 @@ def write_recipe(folder: Path, engine: str, data: Path, options: argparse.Namesp
         "train.log_every": "1",
         "train.sample_every": "0",
         "train.precision": options.precision,
+        "train.compile": "off",  # joined layers round otherwise, and only some engines have them
     }
     path = folder / f"{engine}.toml"
     save_recipe(load_recipe("tinyworld_finetune", overrides), path)

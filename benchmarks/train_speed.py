@@ -46,6 +46,7 @@ OURS: dict[str, dict[str, Any]] = {
     "stage2-bf16": {"stage": 2},
     "stage2-fp8": {"stage": 2, "frozen": "fp8"},
     "stage2-exact": {"stage": 2, "dropout": 0.05},
+    "stage2-exact-fp8": {"stage": 2, "frozen": "fp8", "dropout": 0.05},
 }
 UPSTREAM: dict[str, dict[str, Any]] = {
     "stage1-upstream": {"stage": 1, "checkpointing": False, "batch": 32},

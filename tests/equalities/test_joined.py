@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dianjing.model import joined, joined_tower
+from dianjing.model import joined, joined_tower, linears
 from dianjing.model.compile import speed_up
 from dianjing.model.forward import JOINED, forward_loss
 from dianjing.train.engine import start_engine
@@ -53,6 +53,34 @@ def test_joined_layers_are_the_layers(
     for records in ([0, 1, 3], [2, 7], [0, 5], [0, 6, 4, 1]):
         batch = dataset.batch(records)
         assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+@pytest.mark.parametrize("family", ["internlm2", "qwen2"])
+def test_adapters_of_large_rank_too(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dropout: float
+) -> None:
+    """Each adapter is then multiplied by itself; dropout, even of nothing, keeps them apart from the frozen weights."""
+    monkeypatch.setattr(linears, "SMALL", 0)
+    folder = write_family(tmp_path / family, family)
+    adapters = {**LORA, "lora_rank": 24, "lora_dropout": dropout}
+    plain, joined, dataset = both(
+        make_recipe, language_model={**adapters, "folder": str(folder)}, vision_tower=adapters
+    )
+    # Few rows and many: adapters are added to the gradients, or to the weights.
+    for records in ([2], [0, 1, 3, 4]):
+        batch = dataset.batch(records)
+        assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_gradients_are_the_same_with_adapters_in_the_weights(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, merged: bool
+) -> None:
+    monkeypatch.setattr(linears.Linears, "_is_less_work", lambda *_: merged)
+    plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
+    batch = dataset.batch([0, 1, 2])
+    assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
 def test_documents_side_by_side_too(make_recipe: MakeRecipe) -> None:

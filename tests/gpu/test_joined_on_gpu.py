@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -84,6 +84,18 @@ def test_kernels_compute_what_the_operators_do(columns: int) -> None:
     eight = x.to(FP8)
     assert torch.equal(passes.turned(eight.cuda()).cpu().float(), eight.float())
     assert passes.turned(eight.cuda()).stride() == (1, ROWS)
+
+
+def test_a_norm_goes_into_something_wider() -> None:
+    torch.manual_seed(0)
+    x, weight = rows(48).cuda(), rows(48, 1)[0].cuda()
+    whole = torch.full((ROWS, 4 + 48 + 10), 7.0, dtype=torch.bfloat16, device="cuda")
+    found = passes.norm(x, weight, None, 1e-5, wide=passes.Wide(whole, 4, 48)).rows
+    assert found is not None
+    assert found.data_ptr() == whole[:, 4:].data_ptr()
+    assert torch.equal(found, cast(Tensor, passes.norm(x, weight, None, 1e-5).rows))
+    assert (whole[:, :4] == 7).all()
+    assert (whole[:, 52:] == 7).all()
 
 
 @pytest.mark.parametrize("heads", [Heads(4, 2, 6), Heads(16, 8, 128), Heads(7, 1, 64)])

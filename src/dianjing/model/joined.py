@@ -76,9 +76,9 @@ class JoinedDecoderLayer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._layer = layer
-        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True)
         self.out = Linears([attention.o_proj])
-        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj])
+        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj], beside=True)
         self.down = Linears([mlp.down_proj])
         self.norm_before, self.norm_between = map(norm_of, (layer.input_layernorm, layer.post_attention_layernorm))
         size = attention.head_dim
@@ -155,8 +155,9 @@ class _BeforeAttention(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         qkv, seeds = layer.qkv, layer.qkv.draw_seeds()
-        _, entering, eight = norm(x, *layer.norm_before, keep=_reads_rows(qkv), eight=qkv.eight)
-        states, inner = qkv.forward(entering, eight, seeds)
+        wide = qkv.room_for(x)
+        _, entering, eight = norm(x, *layer.norm_before, keep=_reads_rows(qkv), wide=wide, eight=qkv.eight)
+        states, inner = qkv.forward(entering, eight, seeds, wide)
         ctx.layer, ctx.seeds = layer, seeds
         kept = entering if qkv.has_adapters else None
         ctx.save_for_backward(x, cos, sin, None if beside is None else beside.places, kept, inner)
@@ -198,9 +199,10 @@ class _AfterAttention(torch.autograd.Function):
         seeds = [linears.draw_seeds() for linears in (out, gate_up, down)]
         taken = _taken(attended, places) if _reads_rows(out) else None
         y, inner_out = out.forward(taken, to_eight_bits(attended, taken=places) if out.eight else None, seeds[0])
-        total, entering, eight = norm(x, *layer.norm_between, y=y, keep=_reads_rows(gate_up), eight=gate_up.eight)
+        keep, wide = _reads_rows(gate_up), gate_up.room_for(x)
+        total, entering, eight = norm(x, *layer.norm_between, y=y, keep=keep, wide=wide, eight=gate_up.eight)
         assert total is not None
-        both, inner_both = gate_up.forward(entering, eight, seeds[1])
+        both, inner_both = gate_up.forward(entering, eight, seeds[1], wide)
         y, inner_down = down.forward(*gated(both, keep=_reads_rows(down), eight=down.eight), seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
         kept = (taken if out.has_adapters else None, entering if gate_up.has_adapters else None)

@@ -27,9 +27,9 @@ class JoinedTowerLayer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._layer = layer
-        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True)
         self.out = Linears([attention.out_proj])
-        self.first, self.second = Linears([mlp.fc1]), Linears([mlp.fc2])
+        self.first, self.second = Linears([mlp.fc1], beside=True), Linears([mlp.fc2])
         self.norm_before, self.norm_between = map(norm_of, (layer.layer_norm1, layer.layer_norm2))
         self.activation = attention.config.hidden_act
         self.size = attention.head_dim
@@ -70,8 +70,9 @@ class _TowerBeforeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         seeds = layer.qkv.draw_seeds()
-        entering = norm(x, *layer.norm_before).rows
-        states, inner = layer.qkv.forward(entering, None, seeds)
+        wide = layer.qkv.room_for(x)
+        entering = norm(x, *layer.norm_before, wide=wide).rows
+        states, inner = layer.qkv.forward(entering, None, seeds, wide)
         ctx.layer, ctx.seeds = layer, seeds
         ctx.save_for_backward(x, entering if layer.qkv.has_adapters else None, inner)
         return *states.split(layer.qkv.widths, dim=1), x.view_as(x)
@@ -98,9 +99,10 @@ class _TowerAfterAttention(torch.autograd.Function):
     def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, attended: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[override]
         seeds = [linears.draw_seeds() for linears in (layer.out, layer.first, layer.second)]
         y, inner_out = layer.out.forward(attended, None, seeds[0])
-        total, entering, _ = norm(x, *layer.norm_between, y=y)
+        wide = layer.first.room_for(x)
+        total, entering, _ = norm(x, *layer.norm_between, y=y, wide=wide)
         assert total is not None
-        middle, inner_first = layer.first.forward(entering, None, seeds[1])
+        middle, inner_first = layer.first.forward(entering, None, seeds[1], wide)
         y, inner_second = layer.second.forward(activation(middle, layer.activation), None, seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
         kept = (attended if layer.out.has_adapters else None, entering if layer.first.has_adapters else None)

@@ -39,6 +39,8 @@ def _norm(
     eight,
     scale,
     columns,
+    wide,
+    left,
     eps,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
@@ -63,7 +65,7 @@ def _norm(
     if CENTRE:
         values += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     if KEEP:
-        tl.store(rows + at_row, values.to(rows.dtype.element_ty), mask=inside)
+        tl.store(rows + row * wide + left + at, values.to(rows.dtype.element_ty), mask=inside)
     if EIGHT:
         _store_eight_bits(values, inside, eight, at_row, scale, row)
 
@@ -207,13 +209,16 @@ def norm(
     bias: Tensor | None,
     eps: float,
     total: Tensor | None,
-    rows: Tensor | None,
+    wide: tuple[Tensor, int, int] | None,
     eight: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Fill `total`, `rows` and `eight`."""
-    flags = {"ADD": y is not None, "CENTRE": bias is not None, "KEEP": rows is not None, "EIGHT": eight is not None}
-    pair = eight or (x, x)
-    launch(_norm, len(x), x, y, weight, bias, total, rows, *pair, x.shape[1], eps, **flags, **row_shape(x.shape[1]))
+    """Fill `total`, the rows in `wide` (passes.Wide) and `eight`."""
+    flags = {"ADD": y is not None, "CENTRE": bias is not None, "KEEP": wide is not None, "EIGHT": eight is not None}
+    whole, left, _ = wide or (x, 0, 0)
+    sizes = x.shape[1], whole.shape[1], left
+    launch(
+        _norm, len(x), x, y, weight, bias, total, whole, *(eight or (x, x)), *sizes, eps, **flags, **row_shape(sizes[0])
+    )
 
 
 def norm_backward(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dianjing.model.fp8 import Fp8Linear, scaled_product
 from dianjing.model.lora import ADAPTER, LoraLinear
-from dianjing.model.passes import EightBits, add_dropped, draw_seed, dropped, turned
+from dianjing.model.passes import EightBits, Wide, add_dropped, draw_seed, dropped, turned
 from dianjing.model.products import product_over_rows
 
 Seeds = tuple[int, ...]
@@ -26,33 +26,45 @@ class Linears:
 
     The layers keep their names and weights, which become parts of one. Adapters' weights are fp32 and are multiplied
     in the precision of the rows: they are converted when one of them has changed, by torch's own count of changes.
+
+    With `beside`, B lies in memory beside the frozen weights, and what A makes of the rows beside the rows
+    (`Wide`): one product then computes what the layer and its adapter make of them. So for the first layer, whose part
+    is on the left, and the second, on the right; of more, the others' is added.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], *, beside: bool = False) -> None:
         bases: list[Any] = [_base(layer) for layer in layers]
         self._adapted: list[Any] = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self.widths = [base.out_features for base in bases]
         names = ("rows", "scale") if isinstance(bases[0], Fp8Linear) else ("weight",)
-        joined = [_join([getattr(base, name) for base in bases]) for name in names]
-        self._weight = joined[0]
-        self.scale: Tensor | None = joined[1].flatten() if len(joined) > 1 else None
-        """Of each column of the result, if the weights are FP8."""
-        self._bias = _join([base.bias for base in bases]) if bases[0].bias is not None else None
-        self._converted: tuple[Tensor, list[Tensor]] | None = None
-        """All A, one below the other, and each B; small ones along the diagonal of one."""
-        self._versions: tuple[int, ...] = ()
-        self._ones: Tensor | None = None
-        self.eight = self.scale is not None
-        """Whether the weights are FP8."""
         self.has_adapters = bool(self._adapted)
         self.adapters = [weight for layer in self._adapted for weight in _weights(layer)]
         """What learns: each adapter's A and B in turn."""
+        self._left = self._right = 0
+        self._blocks: list[tuple[list[int], list[int]]] = []
+        """Widths and ranks of the adapters whose B are one matrix, along its diagonal."""
         if self._adapted:
             self._rank, self._scaling = self._adapted[0].r[ADAPTER], self._adapted[0].scaling[ADAPTER]
             self._share = _share(self._adapted[0])
             ranks = [self._rank] * len(self.widths)
             one_by_one = [([width], [self._rank]) for width in self.widths]
             self._blocks = [(self.widths, ranks)] if sum(ranks) <= SMALL else one_by_one
+            if beside and len(names) == 1:
+                self._left = self._rank if len(self._blocks) > 1 else 0
+                self._right = sum(self._blocks[-1][1])
+        joined = [_join([getattr(base, name) for base in bases], self._left, self._right) for name in names]
+        self._matrix = joined[0]
+        """The frozen weights, and beside them what B of the first and the second block are converted to."""
+        self._weight = joined[0][:, self._left : self._left + bases[0].in_features]
+        self.scale: Tensor | None = joined[1].flatten() if len(joined) > 1 else None
+        """Of each column of the result, if the weights are FP8."""
+        self._bias = _join([base.bias for base in bases]) if bases[0].bias is not None else None
+        self._converted: tuple[Tensor, list[Tensor]] | None = None
+        """All A, one below the other, and each B, times the adapters' scale; small ones along the diagonal of one."""
+        self._versions: tuple[int, ...] = ()
+        self._ones: Tensor | None = None
+        self.eight = self.scale is not None
+        """Whether the weights are FP8."""
 
     @property
     def draws(self) -> bool:
@@ -63,13 +75,23 @@ class Linears:
         """Return a seed for the dropout of each adapter, if there is any."""
         return tuple(draw_seed() for _ in self._adapted) if self.draws else ()
 
-    def forward(
-        self, x: Float[Tensor, "rows inputs"] | None, eight: EightBits | None, seeds: Seeds
-    ) -> tuple[Float[Tensor, "rows outputs"], Float[Tensor, "rows ranks"] | None]:
-        """Return the layers' results side by side, and what the adapters made of x half-way.
+    def room_for(self, x: Float[Tensor, "rows inputs"]) -> Wide | None:
+        """Return room for rows like x that leaves some beside them, or None where none is needed."""
+        if not self._right or self.draws or x.dtype != self._weight.dtype:
+            return None
+        inputs, ranks = self._weight.shape[1], self._rank * len(self._adapted)
+        return Wide(x.new_empty(len(x), inputs + ranks), self._left, inputs)
 
-        `eight` is x in FP8, for weights that are; x itself is read by bf16 weights and by adapters.
+    def forward(
+        self, x: Float[Tensor, "rows inputs"] | None, eight: EightBits | None, seeds: Seeds, wide: Wide | None = None
+    ) -> tuple[Float[Tensor, "rows outputs"], Tensor | None]:
+        """Return the layers' results side by side, and what the adapters made of x half-way, for the backward pass.
+
+        `eight` is x in FP8, for weights that are; x itself is read by bf16 weights and by adapters. `wide` is what
+        `room_for` returned, with x in it.
         """
+        if wide is not None:
+            return self._forward_beside(wide), wide.whole
         if self.scale is not None:
             assert eight is not None
             dtype = torch.bfloat16 if x is None else x.dtype
@@ -85,11 +107,37 @@ class Linears:
         down, ups = self.convert(x.dtype)
         inner = self._inner(x, down, seeds)
         for columns, ranks, up in zip(*self._in_blocks(result, inner), ups, strict=True):
-            columns.addmm_(ranks, up.T, alpha=self._scaling)
+            columns.addmm_(ranks, up.T)
         return result, inner
 
+    def _forward_beside(self, wide: Wide) -> Tensor:
+        """Return the results; what A makes of x goes beside it."""
+        x, whole = wide.rows, wide.whole
+        end = self._left + wide.columns
+        down, ups = self.convert(x.dtype)
+        if self._left:
+            torch.mm(x, down[: self._left].T, out=whole[:, : self._left])
+        torch.mm(x, down[self._left :].T, out=whole[:, end:])
+        result = x.new_empty(len(x), len(self._matrix))
+        heights = [len(up) for up in ups]
+        matrices = self._matrix.split(heights)
+        biases = [None] * len(ups) if self._bias is None else self._bias.split(heights)
+        # The first block's ranks are on the left; of one block alone, and of the second, on the right.
+        spans = [slice(0, end)] if self._left else []
+        spans.append(slice(self._left, end + self._right))
+        for number, (columns, ranks, up) in enumerate(zip(*self._in_blocks(result, whole), ups, strict=True)):
+            span = spans[number] if number < len(spans) else slice(self._left, end)
+            rows, matrix, bias = whole[:, span], matrices[number][:, span], biases[number]
+            if bias is None:
+                torch.mm(rows, matrix.T, out=columns)
+            else:
+                torch.addmm(bias, rows, matrix.T, out=columns)
+            if number >= len(spans):
+                columns.addmm_(ranks, up.T)
+        return result
+
     def backward_inner(self, gradient: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows ranks"] | None:
-        """Return the gradient of what the adapters made half-way, not yet times their scale."""
+        """Return the gradient of what the adapters made half-way."""
         if not self._adapted:
             return None
         assert self._converted
@@ -121,9 +169,9 @@ class Linears:
         assert self._converted
         down, _ = self._converted
         if not seeds:
-            return result.addmm_(to_inner, down, alpha=self._scaling)
-        for ranks, part, seed in zip(self._ranks(to_inner), down.split(self._rank), seeds, strict=True):
-            add_dropped(result, (ranks @ part).mul_(self._scaling), seed, self._share)
+            return result.addmm_(to_inner, down)
+        for ranks, part, seed in zip(to_inner.split(self._rank, dim=1), down.split(self._rank), seeds, strict=True):
+            add_dropped(result, ranks @ part, seed, self._share)
         return result
 
     def _is_less_work(self, rows: int) -> bool:
@@ -142,7 +190,7 @@ class Linears:
         heights = [len(up) for up in ups]
         downs = down.split([up.shape[1] for up in ups])
         for target, rows, up, part in zip(result.split(heights), self._weight.split(heights), ups, downs, strict=True):
-            torch.addmm(rows, up, part, alpha=self._scaling, out=target)
+            torch.addmm(rows, up, part, out=target)
         return result
 
     def backward_adapters(
@@ -161,27 +209,30 @@ class Linears:
         ]
         if seeds:
             to_downs = [
-                product_over_rows(ranks, dropped(x, seed, self._share), self._scaling)
-                for ranks, seed in zip(self._ranks(to_inner), seeds, strict=True)
+                product_over_rows(ranks, dropped(x, seed, self._share), 1.0)
+                for ranks, seed in zip(to_inner.split(self._rank, dim=1), seeds, strict=True)
             ]
         else:
-            to_downs = product_over_rows(to_inner, x, self._scaling).split(self._rank)
+            to_downs = product_over_rows(to_inner, x, 1.0).split(self._rank)
         return [gradient for pair in zip(to_downs, to_ups, strict=True) for gradient in pair]
 
     def _in_blocks(self, result: Tensor, inner: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the columns of results, and of what is half-way, that belong to each block of adapters."""
-        if len(self._blocks) == 1:
-            return [result], [inner]
-        return result.split(self.widths, dim=1), self._ranks(inner)
-
-    def _ranks(self, inner: Tensor) -> tuple[Tensor, ...]:
-        return inner.split(self._rank, dim=1)
+        """Return the columns of results, and of what is half-way (in something wide or not), of each block."""
+        sizes = [sum(ranks) for _, ranks in self._blocks]
+        if inner.shape[1] == sum(sizes):
+            parts: Sequence[Tensor] = inner.split(sizes, dim=1)
+        else:
+            inputs = self._weight.shape[1]
+            before, after = (sizes[:1], sizes[1:]) if self._left else ([], sizes)
+            parts = inner.split([*before, inputs, *after], dim=1)
+            parts = [*parts[: len(before)], *parts[len(before) + 1 :]]
+        return result.split([sum(widths) for widths, _ in self._blocks], dim=1), parts
 
     def _inner(self, x: Tensor, down: Tensor, seeds: Seeds) -> Tensor:
         if not seeds:
             return x @ down.T
         result = x.new_empty(len(x), len(down))
-        for ranks, part, seed in zip(self._ranks(result), down.split(self._rank), seeds, strict=True):
+        for ranks, part, seed in zip(result.split(self._rank, dim=1), down.split(self._rank), seeds, strict=True):
             torch.mm(dropped(x, seed, self._share), part.T, out=ranks)
         return result
 
@@ -193,19 +244,32 @@ class Linears:
             return held
         downs, ups = self.adapters[0::2], self.adapters[1::2]
         if held is None or held[0].dtype != dtype:
-            settings: Any = {"dtype": dtype, "device": downs[0].device}
             with torch.inference_mode(False):  # a sample answer may be the first to ask, training changes them later
-                blocks = [torch.zeros(sum(widths), sum(ranks), **settings) for widths, ranks in self._blocks]
-                held = torch.empty(len(downs) * self._rank, downs[0].shape[1], **settings), blocks
+                held = (
+                    torch.empty(len(downs) * self._rank, downs[0].shape[1], dtype=dtype, device=downs[0].device),
+                    [self._room_of_block(number, dtype) for number in range(len(self._blocks))],
+                )
         targets = [
             part for block, sizes in zip(held[1], self._blocks, strict=True) for part in _diagonal(block, *sizes)
         ]
         with torch.no_grad():
+            scaled = [up if self._scaling == 1 else up * self._scaling for up in ups]
             torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage] (torch has no public one)
-                [*held[0].split(self._rank), *targets], [*downs, *ups]
+                [*held[0].split(self._rank), *targets], [*downs, *scaled]
             )
         self._converted, self._versions = held, versions
         return held
+
+    def _room_of_block(self, number: int, dtype: torch.dtype) -> Tensor:
+        """Return where the B of a block are converted to: beside its frozen weights, if there is room."""
+        heights = [sum(widths) for widths, _ in self._blocks]
+        ranks = sum(self._blocks[number][1])
+        beside = self._right and dtype == self._matrix.dtype
+        if beside and self._left and number == 0:
+            return self._matrix.split(heights)[0][:, :ranks]
+        if beside and number == (1 if self._left else 0):
+            return self._matrix.split(heights)[number][:, -ranks:]
+        return torch.zeros(heights[number], ranks, dtype=dtype, device=self._matrix.device)
 
 
 def joinable(layers: Sequence[Any]) -> bool:
@@ -246,11 +310,18 @@ def _share(layer: Any) -> float:
     return float(getattr(layer.lora_dropout[ADAPTER], "p", 0.0))
 
 
-def _join(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return parameters one below the other; each becomes a part of it."""
-    if len(parameters) == 1:
+def _join(parameters: Sequence[nn.Parameter], left: int = 0, right: int = 0) -> Tensor:
+    """Return parameters one below the other, with so many columns of zeros beside; each becomes a part of it."""
+    if len(parameters) == 1 and not left + right:
         return parameters[0].detach()
-    joined = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters]), strict=True):
+    first = parameters[0]
+    heights = [len(parameter) for parameter in parameters]
+    if not left + right:
+        joined = inside = torch.cat([parameter.detach() for parameter in parameters])
+    else:
+        joined = first.new_zeros(sum(heights), left + first.shape[1] + right, requires_grad=False)
+        inside = joined[:, left : left + first.shape[1]]
+        torch.cat([parameter.detach() for parameter in parameters], out=inside)
+    for parameter, part in zip(parameters, inside.split(heights), strict=True):
         parameter.data = part
     return joined

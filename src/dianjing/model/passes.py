@@ -63,6 +63,20 @@ def turned(matrix: Float8e4m3fn[Tensor, "rows columns"]) -> Float8e4m3fn[Tensor,
     return result.view(FP8).T
 
 
+class Wide(NamedTuple):
+    """Rows inside of something wider."""
+
+    whole: Float[Tensor, "rows wide"]
+    left: int
+    """Columns before those of the rows."""
+    columns: int
+
+    @property
+    def rows(self) -> Float[Tensor, "rows columns"]:
+        """The rows, where they lie."""
+        return self.whole[:, self.left : self.left + self.columns]
+
+
 class Norm(NamedTuple):
     """What `norm` returns; None for what was not asked for."""
 
@@ -80,22 +94,26 @@ def norm(
     *,
     y: Float[Tensor, "rows columns"] | None = None,
     keep: bool = True,
+    wide: Wide | None = None,
     eight: bool = False,
 ) -> Norm:
-    """Return the norm of x + y by rows: RMS (arXiv 1910.07467) without a bias, else LayerNorm (arXiv 1607.06450)."""
+    """Return the norm of x + y by rows: RMS (arXiv 1910.07467) without a bias, else LayerNorm (arXiv 1607.06450).
+
+    `wide` is where the rows go, if they are to lie in something wider.
+    """
     if x.is_cuda:
         from dianjing.model import kernels
 
-        result = Norm(
-            None if y is None else torch.empty_like(x),
-            torch.empty_like(x) if keep else None,
-            _room(len(x), x) if eight else None,
-        )
-        kernels.norm(x, y, weight, bias, eps, *result)
-        return result
+        total, in_eight = None if y is None else torch.empty_like(x), _room(len(x), x) if eight else None
+        if keep and wide is None:
+            wide = Wide(torch.empty_like(x), 0, x.shape[1])
+        kernels.norm(x, y, weight, bias, eps, total, wide, in_eight)
+        return Norm(total, None if wide is None else wide.rows, in_eight)
     total = x if y is None else x + y
     rows = _normed(total.float(), weight.float(), None if bias is None else bias.float(), eps)
     kept, in_eight = rows.to(x.dtype) if keep else None, to_eight_bits(rows) if eight else None
+    if kept is not None and wide is not None:
+        kept = wide.rows.copy_(kept)
     return Norm(None if y is None else total, kept, in_eight)
 
 
