@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,19 @@ def test_a_recipe_that_cannot_be_copied(
     (tmp_path / "there.toml").touch()
     assert main(["recipes", "copy", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_gpu_memory_grows_unless_told_otherwise(given: dict[str, str], expected: str | None) -> None:
+    """Before torch is imported: the first library that asks for a GPU settles it."""
+    code = "import dianjing, os, sys; print('torch' in sys.modules, os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    kept = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", str(expected)]

@@ -51,8 +51,6 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
         Stopped: SIGINT or SIGTERM came; the checkpoint is written.
     """
     require_engine(recipe)
-    # Packs are of many sizes, and memory in fixed pieces would be taken anew for them: 93 GiB for 41 GiB of tensors.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # torch says so once, of the thread of the backward pass, which then sets the context up.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     accelerator = _start_accelerator(recipe)
