@@ -47,6 +47,16 @@ def test_the_card_tells_how_it_is_loaded(
     assert answers[0] == answers[1]
 
 
+def test_what_lies_beside_an_export_stays(run: str, tmp_path: Path) -> None:
+    kept = tmp_path / "beside" / "out.unproven" / "mine.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    assert main(["export", run, str(tmp_path / "beside/out"), "--format", "adapter"]) == 0
+    assert kept.read_text() == "mine"
+    assert sorted(path.name for path in (tmp_path / "beside").iterdir()) == ["out", "out.unproven"]
+    assert (tmp_path / "beside/out").stat().st_mode == kept.parent.stat().st_mode
+
+
 def test_fewer_bits_say_what_they_cost(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", run, str(tmp_path / "out"), "--dtype", "bf16"]) == 0
     cost = json.loads((tmp_path / "out" / "parity.json").read_text())["max_rounding_difference"]

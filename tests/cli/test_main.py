@@ -58,6 +58,8 @@ def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (DianjingError("x is y; do z"), 2, "error: x is y; do z\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(28, "No space left", "f"), 2, "error: f: No space left; make room on that disk\n"),
+        (OSError(28, "No space left"), 2, "error: a file: No space left; make room on that disk\n"),
+        (PermissionError(13, "No", "f"), 2, "error: f: No; name another, or see that it can be read and written\n"),
     ],
 )
 def test_how_a_failed_verb_ends(
@@ -114,6 +116,8 @@ def test_recipes_are_listed_and_copied(
         (["tinyworld_pretain"], "did you mean 'tinyworld_pretrain'?"),
         (["tinyworld_pretrain", "there.toml"], "there.toml: it already exists"),
         (["tinyworld_pretrain", "no/where.toml"], "there is no folder no"),
+        (["tinyworld_pretrain", "x" * 300], "xxx: File name too long; name another"),
+        (["tinyworld_pretrain", "/proc/x.toml"], "/proc/x.toml: "),
     ],
 )
 def test_a_recipe_that_cannot_be_copied(

@@ -144,6 +144,19 @@ def test_the_printed_example_works(server: Server, tmp_path: Path) -> None:
 
 
 @needs_server
+def test_what_a_request_takes_is_counted_as_the_server_counts_it(server: Server) -> None:
+    status, text = server.post(question(photo()[1], stop=["zzz"], seed=3, temperature=0.5, top_p=0.9))
+    assert status == 200
+    taken = json.loads(text)["usage"]["prompt_tokens"]
+    status, text = server.post(question(photo()[1], max_tokens=10**12))
+    assert status == 400
+    assert f"the messages take {taken} of the model's 512 positions" in json.loads(text)["error"]["message"]
+    assert f"ask for at most {512 - taken}" in json.loads(text)["error"]["message"]
+    status, text = server.post(question(photo()[1], "word " * 200_000))
+    assert (status, "512 positions" in text) == (400, True)
+
+
+@needs_server
 def test_nothing_that_a_request_names_is_opened(server: Server) -> None:
     visits: list[str] = []
 

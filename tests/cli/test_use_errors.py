@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -104,7 +105,29 @@ def test_exports_that_cannot_be(fails: Fails, make_recipe: MakeRecipe, tiny_llm:
     assert "cannot be read" in fails("export", run, tmp_path / "out", "--data", tmp_path / "none.json")
     (run / "checkpoints/step-000001/manifest.json").unlink()
     assert "no checkpoint is whole" in fails("export", run, tmp_path / "out")
+    assert "File name too long" in fails("export", run, tmp_path / ("x" * 300))
+    assert "Not a directory" in fails("export", run, run / "recipe.toml" / "out")
+    assert "the name is not UTF-8" in fails("export", run, tmp_path / os.fsdecode(b"out\xff"))
+    (tmp_path / "out link").symlink_to(tmp_path / "nowhere")
+    assert "already there" in fails("export", run, tmp_path / "out link")
+    (tmp_path / "out link").unlink()
     assert not list(tmp_path.glob("out*"))
+
+
+def test_paths_too_long_are_said(fails: Fails, tmp_path: Path) -> None:
+    assert "File name too long; name another" in fails("chat", "x" * 300, "--prompt", "Hello!")
+    assert "File name too long; name another" in fails("export", "x" * 300, tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["file/x.html", "x" * 300, "."])
+def test_a_page_that_cannot_be_written_is_said_before_a_question_is_asked(
+    fails: Fails, tiny_dataset: TinyDataset, tmp_path: Path, out: str
+) -> None:
+    (tmp_path / "file").touch()
+    said = fails(
+        "compare", "nowhere", "--data", tiny_dataset.path, "--images", tiny_dataset.images, "--out", tmp_path / out
+    )
+    assert said.startswith(f"--out {tmp_path / out}: cannot be written: ")
 
 
 def test_a_fresh_process_says_the_same(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> int:
 
     notices = Console(stderr=True)
     questions, root = read_questions(given.data, given, notices)
+    _require_writable(given.out)
     columns = []
     with Progress(console=notices, transient=True) as progress:
         for name in given.models:
@@ -52,7 +53,18 @@ def run(arguments: list[str]) -> int:
             columns.append(column(name, seer.can_see, questions, answers))
             del seer  # before the next one is loaded
     html = page(f"{Path(given.data).name}: side by side", questions, columns, load_pictures(questions, root))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(html, encoding="utf-8")
     print(given.out)
     return 0
+
+
+def _require_writable(out: Path) -> None:
+    """Refuse a place that cannot be written before hours of answers are lost to it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = not out.exists()
+        out.open("a").close()
+        if new:
+            out.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; name another file") from None

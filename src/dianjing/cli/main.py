@@ -50,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.filename is None:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room on that disk", file=sys.stderr)
+        remedy = "make room on that disk" if full else "name another, or see that it can be read and written"
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {remedy}", file=sys.stderr)
         return 2
 
 

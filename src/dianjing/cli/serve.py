@@ -49,10 +49,11 @@ def run(arguments: list[str]) -> int:
         folder = servable(given.model, port, console)
         if given.backend == "transformers":
             console.print(f"loading {folder}")
-            app = Guard(app=transformers_app(folder), model=folder.name, key=key)
+            app, room = transformers_app(folder)
+            guard = Guard(app=app, model=folder.name, room=room, key=key)
             console.print(f"serving {folder.name} at http://{HOST}:{port}/v1 to this machine only; Ctrl-C ends")
             console.print(example(port, folder.name, bool(key)))
-            run_server(app, listening)
+            run_server(guard, listening)
             console.print("stopped")
             return 0
     console.print(f"vLLM serves {folder.name} at http://{HOST}:{port}/v1")

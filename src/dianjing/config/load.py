@@ -26,7 +26,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     source = find_recipe(path)
     try:
         table = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{source}: not TOML: {error}") from None
     written = {name: (value, str(source)) for name, value in _flatten(table, str(source))}
     for name, text in (overrides or {}).items():
@@ -128,7 +128,7 @@ def _typed(name: str, text: str, flag: str) -> object:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import re
+import resource
+import signal
+import sys
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any, cast
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
-from jinja2 import Environment
-from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerBase
 
 from dianjing.errors import ModelError
@@ -26,8 +34,12 @@ HARD_TEXTS = ("{x} 'a' \"b\" <b>&amp;</b> \\n \\", "你好，世界 😀", "seve
 STOPPED_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """Put before a template that writes today's date, since a prompt must be the same tomorrow; the date is the one that
 Llama 3.1 and 3.2 have for readers without a clock."""
-GREEDY = frozenset({"*", "**", "center"})
-"""'x' * 10**10: no chat template needs one of them."""
+MOST_SECONDS = 5.0
+MOST_MEMORY = 2**29
+"""Bytes, beyond what the program has already."""
+LONGEST_TEXT = 100_000
+"""Characters that a template may write for a short conversation."""
+LONGEST_REASON = 1000
 THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -61,29 +73,97 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     Raises:
         TurnsError: it has none, it cannot be rendered, or it does not treat all turns alike.
     """
-    if not cast(Any, tokenizer).chat_template:
+    source = _source(tokenizer)
+    specials = special_tokens(tokenizer)
+
+    def read() -> Turns:
+        render = _renderer(tokenizer, source)
+        turns = _cut(render, specials)
+        check_turns(turns, render)
+        return turns
+
+    return _in_limits(read)
+
+
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the tokenizer's chat template, of several the one named "default"."""
+    found: Any = cast(Any, tokenizer).chat_template
+    if not found:
         raise TurnsError("its tokenizer has no chat template")
-    _require_modest(cast(Any, tokenizer).get_chat_template())
-    render = _renderer(tokenizer)
-    turns = _cut(render, special_tokens(tokenizer))
-    check_turns(turns, render)
-    return turns
+    folder = cast(Any, tokenizer).name_or_path
+    named = cast("dict[str, Any]", found) if isinstance(found, dict) else {"default": found}
+    if "default" not in named:
+        names = _short(", ".join(f'"{name}"' for name in named))
+        raise TurnsError(f'{folder}: none of the chat templates of its tokenizer is named "default", but {names}')
+    if not isinstance(named["default"], str):
+        kind = type(named["default"]).__name__
+        raise TurnsError(f"{folder}: the chat template of its tokenizer is no text, but of type {kind}")
+    return named["default"]
 
 
-def _require_modest(template: str) -> None:
-    """Refuse a template that could fill the memory with one product, which the sandbox does not keep it from.
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+
+
+def _in_limits(read: Callable[[], Turns]) -> Turns:
+    """Return what `read` returns, called in a child process that is ended: a template can loop and grow for ever.
+
+    The child is a fork, since one that began anew would import transformers, for a second. It does nothing but render.
 
     Raises:
-        TurnsError: it multiplies, or pads.
+        TurnsError: as `read` raises it, or it takes too much time or memory.
     """
+    receiving, sending = Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads' locks; the child needs none
+        child = os.fork()
+    if child == 0:
+        _answer(read, sending)
+    sending.close()
+    found: dict[str, Any] = {}
     try:
-        tokens = [value for _, kind, value in Environment().lex(template) if kind in ("operator", "name")]
-    except TemplateSyntaxError as error:
-        raise TurnsError(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from None
-    if found := GREEDY.intersection(tokens):
+        found = json.loads(receiving.recv_bytes()) if receiving.poll(MOST_SECONDS) else {}
+    except EOFError:
+        pass
+    finally:
+        receiving.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not found:
         raise TurnsError(
-            f"its chat template asks for what it may not have ({', '.join(sorted(found))}), and was not run"
+            f"its chat template takes more than {MOST_SECONDS:g} s or {MOST_MEMORY:,} bytes of memory for a short "
+            "conversation, and was stopped"
         )
+    if "error" in found:
+        raise TurnsError(found["error"])
+    return Turns(**found)
+
+
+def _answer(read: Callable[[], Turns], sending: Connection) -> NoReturn:
+    """Send what `read` returns, or its error, and end this process, whatever happens."""
+    try:
+        gc.freeze()  # the parent's objects, on a GPU perhaps, are not this process's to end
+        _limit_memory()
+        try:
+            found: dict[str, Any] = asdict(read())
+        except TurnsError as error:
+            found = {"error": _short(str(error))}
+        except Exception as error:  # a fault of ours; one of memory is said by saying nothing
+            found = {} if isinstance(error, MemoryError) else {"error": _short(f"{type(error).__name__}: {error}")}
+        sending.send_bytes(json.dumps(found).encode())
+    finally:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    """Limit this process to little more memory than it has; macOS knows no such limit, and there time must do."""
+    if sys.platform != "linux":
+        return
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + MOST_MEMORY
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -92,25 +172,30 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted({str(token) for token in added if token.special}, key=lambda token: (-len(token), token))
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
+def _renderer(tokenizer: PreTrainedTokenizerBase, source: str) -> Render:
     """Return a renderer in transformers' sandbox; a template for pictures wants its texts as content parts."""
 
-    source = cast(Any, tokenizer)
+    template = STOPPED_CLOCK + source if "strftime_now" in source else source
 
     def render(messages: Sequence[Message], asking: bool, *, parts: bool = False) -> str:
         said = [
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in messages
         ]
         try:
-            text = source.get_chat_template()
-            text = STOPPED_CLOCK + text if "strftime_now" in text else text
-            return str(
-                source.apply_chat_template(said, chat_template=text, add_generation_prompt=asking, tokenize=False)
+            text = str(
+                cast(Any, tokenizer).apply_chat_template(
+                    said, chat_template=template, add_generation_prompt=asking, tokenize=False
+                )
             )
         except SecurityError as error:
             raise TurnsError(f"its chat template asks for what it may not have, and was stopped ({error})") from None
+        except MemoryError:
+            raise
         except Exception as error:  # a template can fail in any way that Python can
             raise TurnsError(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from None
+        if len(text) > LONGEST_TEXT:
+            raise TurnsError(f"its chat template writes {len(text):,} characters for a short conversation")
+        return text
 
     def with_parts(messages: Sequence[Message], asking: bool) -> str:
         return render(messages, asking, parts=True)

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError
@@ -65,30 +66,37 @@ def export(
     """
     require_free(out)
     module = _module(format, options)
-    unproven = out.with_name(f"{out.name}.unproven")
     try:
-        shutil.rmtree(unproven, ignore_errors=True)
-        unproven.mkdir(parents=True)
-        module.save(seer, unproven, options)
-        proof = _prove(module, seer, unproven, [*conversations, *drawn_cases()], options)
-        write_receipt(seer, unproven, format, proof)
-        write_card(seer, unproven, format, module.LOADING, proof)
-        unproven.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="unproven-", dir=out.parent, ignore_cleanup_errors=True) as place:
+            unproven = Path(place, out.name)
+            unproven.mkdir()
+            module.save(seer, unproven, options)
+            proof = _prove(module, seer, unproven, [*conversations, *drawn_cases()], options)
+            write_receipt(seer, unproven, format, proof)
+            write_card(seer, unproven, format, module.LOADING, proof)
+            unproven.rename(out)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out}: cannot be written: {error}; make room, or choose another place") from error
-    finally:
-        shutil.rmtree(unproven, ignore_errors=True)
     return proof
 
 
 def require_free(out: Path) -> None:
-    """Refuse to write over what is there.
+    """Refuse to write over what is there, and to begin what could not get its name.
 
     Raises:
-        ExportError: there is something of that name.
+        ExportError: there is something of that name, or nothing can have it.
     """
-    if out.exists():
-        raise ExportError(f"{out}: already there; remove it or give another name")
+    try:
+        str(out).encode()
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except UnicodeEncodeError:
+        raise ExportError(f"{str(out)!a}: the name is not UTF-8; give another name") from None
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written: {error.strerror}; give another name") from None
+    raise ExportError(f"{out}: already there; remove it or give another name")
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

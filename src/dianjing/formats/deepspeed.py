@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,10 @@ def read_deepspeed(folder: Path) -> DeepSpeed:
         states = [content["optimizer_state_dict"] for content in contents]
         _require_all_ranks(folder, len(files), model, states[0])
         _require_own_shares(files, states)
+        _require_same_step(files, states)
         groups = [dict(group) for group in model["param_shapes"]]
         weights, moments = (_zero3 if "fp32_flat_groups" in states[0] else _zero12)(states, groups)
+        _require_rounded(folder, model["module"], weights)
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}: the files of its ranks do not fit each other: {error!r}; copy it again") from None
     # What does not train has no fp32 copy: buffers, for example.
@@ -77,7 +80,19 @@ def read_deepspeed(folder: Path) -> DeepSpeed:
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    found = {int(match[1] or 0): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    """Return a file for each rank.
+
+    Raises:
+        ModelError: a rank's is missing, or there are those of two runs.
+    """
+    matches = [match for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))]
+    kinds = {match[0].partition("_rank_")[0]: match[0] for match in matches}
+    if len(kinds) > 1:
+        raise ModelError(
+            f"{folder}: {' and '.join(kinds.values())} are of two runs; move the files of one elsewhere, or copy the "
+            "folder again into an empty one"
+        )
+    found = {int(match[1] or 0): folder / match[0] for match in matches}
     missing = sorted(set(range(max(found, default=0))) - found.keys())
     if missing:
         raise ModelError(f"{folder}: the files of rank {', '.join(map(str, missing))} are missing; copy it whole")
@@ -85,6 +100,9 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def _read(path: Path, kind: type) -> Any:
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ModelError(f"{path}: cut off or damaged; copy it again")
     content = read_checkpoint(path)
     if not isinstance(content, kind):
         raise ModelError(f"{path}: no DeepSpeed checkpoint: a {type(content).__name__} is in it")
@@ -95,7 +113,10 @@ def _require_all_ranks(folder: Path, found: int, model: Mapping[str, Any], state
     count = state.get("partition_count", model.get("dp_world_size", found))
     expected = max(count) if isinstance(count, list | tuple) else count
     if found != expected:
-        raise ModelError(f"{folder}: {found} ranks' *_optim_states.pt are there, but the run had {expected}")
+        raise ModelError(
+            f"{folder}: {found} ranks' *_optim_states.pt are there, but the run had {expected}; copy the whole folder "
+            "again into an empty one"
+        )
     zero = model.get("ds_config", {}).get("zero_optimization", {})
     if isinstance(zero, Mapping) and zero.get("round_robin_gradients"):
         raise ModelError(f"{folder}: DeepSpeed's round_robin_gradients was on, which shuffles the weights; turn it off")
@@ -112,6 +133,31 @@ def _require_own_shares(files: Sequence[Path], states: Sequence[Mapping[str, Any
             digest.update(piece.contiguous().view(torch.uint8).numpy())
         if share and (other := seen.setdefault(digest.digest(), file)) is not file:
             raise ModelError(f"{file}: it holds the same weights as {other.name}; copy the folder again")
+
+
+def _require_same_step(files: Sequence[Path], states: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse ranks' files of different checkpoints: the pieces would fit, and be of no model there ever was."""
+    kind = "optimizer_state_dict" if "fp32_flat_groups" in states[0] else "base_optimizer_state"
+    steps = [_step(state[kind], 0).item() for state in states]
+    for file, step in zip(files, steps, strict=True):
+        if step != steps[0]:
+            raise ModelError(
+                f"{file}: it is of step {step:g}, {files[0].name} of step {steps[0]:g}; copy the folder of one "
+                "checkpoint again into an empty one"
+            )
+
+
+def _require_rounded(folder: Path, module: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights in 16 bits that are not those in fp32, rounded either way: one of the two is of another step."""
+    for name, half in module.items():
+        if name not in weights or not half.numel():  # ZeRO 3's are empty
+            continue
+        limits = torch.finfo(half.dtype)
+        if not half.allclose(weights[name].to(half.dtype), rtol=limits.eps, atol=limits.tiny, equal_nan=True):
+            raise ModelError(
+                f"{folder}: {name} in *_model_states.pt is not what the *_optim_states.pt have in fp32: they are of "
+                "different checkpoints; copy the folder of one again into an empty one"
+            )
 
 
 Groups = list[dict[str, tuple[int, ...]]]

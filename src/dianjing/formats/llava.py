@@ -9,10 +9,13 @@ model.layers.0.self_attn.q_proj.weight                             the LLM
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from dianjing.errors import ModelError
 
 PEFT = "base_model.model."
 PROJECTOR = "model.mm_projector."
@@ -25,6 +28,13 @@ LIVE_NAMES = {
     "model.vision_tower.": f"{TOWER}vision_model.",
 }
 """How names in the live model begin -> how LLaVA's do; lm_head is the same."""
+READ: dict[str, tuple[str | bool, ...]] = {
+    "mm_projector_type": (MLP,),
+    "mm_vision_select_feature": ("patch",),
+    "mm_use_im_start_end": (False,),
+    "image_aspect_ratio": ("pad", "square"),
+}
+"""What config.json may say where LLaVA can be built otherwise than ours; it need not say anything."""
 
 
 def is_llava(name: str) -> bool:
@@ -57,8 +67,18 @@ def llava_name(live: str) -> str:
     return live
 
 
-def recipe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a recipe that LLaVA's config.json tells, by dotted name."""
+def recipe_fields(config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Return the fields of a recipe that LLaVA's config.json tells, by dotted name.
+
+    Raises:
+        ModelError: it says that the model saw pictures otherwise than ours can.
+    """
+    for name, known in READ.items():
+        if (value := config.get(name)) is not None and value not in known:
+            raise ModelError(
+                f"{where}: {name} is {json.dumps(value)}, only {' and '.join(map(json.dumps, known))} can be read; "
+                "take another checkpoint, or correct it if it is not what the run had"
+            )
     found = {
         "vision_tower.folder": config.get("mm_vision_tower"),
         "vision_tower.feature_layer": config.get("mm_vision_select_layer"),

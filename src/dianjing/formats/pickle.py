@@ -27,6 +27,15 @@ LARGEST_PROGRAM_BYTES = 512 * 2**20
 """Of a zip's data.pkl, which holds all but the tensors; a real one has a few MB."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of an entry of a zip: signature, then, after 22 bytes, the lengths of its name and of its extra field."""
+LONGEST_KEY = 1000
+"""Characters: longer ones, compared over and over, could take for ever."""
+LARGEST_KEY = 2**32
+"""Whole numbers from 2**61 on can be chosen so that all of them have one hash."""
+MOST_DIMENSIONS = MOST_ARGUMENTS = 16
+COPIED_PER_BYTE = 2
+"""Items that calls may copy, per byte of the program; a real one makes once what it hands to a call, and copies 0.1."""
+COPIED = (str, bytes, list, tuple, dict, set, frozenset)
+LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -62,22 +71,27 @@ def read_checkpoint(path: Path) -> Any:
         return _Machine(storages).run(program)
     except Refused as refused:
         raise ModelError(
-            f"{path}: refused, nothing in it was run: {refused}; a checkpoint needs no such thing, so do not trust "
-            "where the file comes from"
+            f"{path}: refused, nothing in it was run: {_short(refused)}; a checkpoint needs no such thing, so do not "
+            "trust where the file comes from"
         ) from None
     except (OSError, zipfile.BadZipFile, struct.error) as error:
-        raise ModelError(f"{path}: cannot be read: {error}; a checkpoint of torch is needed, copied whole") from None
+        raise ModelError(f"{path}: cannot be read: {_short(error)}; a whole checkpoint of torch is needed") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {_short(error)}"
         raise ModelError(f"{path}: damaged, or no checkpoint of torch ({reason}); copy it again") from None
+
+
+def _short(reason: Exception) -> str:
+    text = str(reason)
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}... ({len(text):,} characters)"
 
 
 def _open_zip(path: Path, mapped: mmap.mmap) -> tuple[bytes, Callable[[str], tuple[int, int, mmap.mmap]]]:
     """Return the program in a torch file, and a function from an entry's name to where its bytes are."""
     if not zipfile.is_zipfile(path):
         raise ModelError(
-            f"{path}: not the zip file that torch writes since version 1.6: it is damaged, was not copied whole, or is "
-            "older; save it again with a torch of today"
+            f"{path}: not the zip file that torch writes since version 1.6: copy it again; if it is older "
+            "than that, save it with a torch of today"
         )
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
@@ -149,7 +163,9 @@ STATISTICS = ("min", "max", "mean", "current")
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     """Return a view of a storage, never of more than it holds."""
-    if not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
+    if len(size) > MOST_DIMENSIONS or len(stride) > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(size):,} dimensions, more than {MOST_DIMENSIONS}")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *size, *stride)):
         raise ValueError("a tensor with a size that is no size")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if prod(size) > len(storage) or (prod(size) and last >= len(storage)):
@@ -163,18 +179,23 @@ def _dict(items: Any = ()) -> dict[Any, Any]:
 
 
 def _key(value: Any) -> Any:
-    """Return what may be a key: hashing nested tuples can take for ever."""
-    if not isinstance(value, str | int | float | bytes | None):
+    """Return what may be a key: hashing and comparing others can take for ever."""
+    if not isinstance(value, str | int | bytes | None):
         raise Refused(f"it has a {type(value).__name__} as a key")
+    size, most = (abs(value), LARGEST_KEY) if isinstance(value, int) else (len(value or ""), LONGEST_KEY)
+    if size > most:
+        raise Refused(f"it has a key or a name ({type(value).__name__}) that is too large")
     return value
 
 
 def _rebuild_from_type(function: Named, _kind: Named, arguments: tuple[Any, ...], _state: Any) -> Any:
+    if not isinstance(function, Named) or not function.name.startswith("torch._utils."):
+        raise Refused("it makes a tensor by other means than torch's")
     return _call(function, arguments)
 
 
 def _getattr(owner: Named, name: str) -> Inert:
-    if owner != Named("mmengine.logging.history_buffer.HistoryBuffer") or _key(name) not in STATISTICS:
+    if _key(name) not in STATISTICS or owner != Named("mmengine.logging.history_buffer.HistoryBuffer"):
         raise Refused(f"it asks for getattr({getattr(owner, 'name', type(owner).__name__)}, {name!r})")
     return Inert(f"{owner.name}.{name}", ())
 
@@ -220,6 +241,8 @@ MOVED = {"__builtin__.": "builtins.", "copy_reg.": "copyreg.", "numpy._core.": "
 
 
 def _call(named: Any, arguments: tuple[Any, ...]) -> Any:
+    if len(arguments) > MOST_ARGUMENTS:
+        raise Refused(f"it makes a call with {len(arguments):,} arguments")
     if isinstance(named, Named) and named.name in CALLS:
         return CALLS[named.name](*arguments)
     if isinstance(named, Named) and named.name in CLASSES:
@@ -246,19 +269,26 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._may_copy = 0
 
     def run(self, program: bytes) -> Any:
         """Return what the program leaves on the stack."""
+        self._may_copy = COPIED_PER_BYTE * len(program)
         for opcode, given, _ in pickletools.genops(program):
             name, argument = opcode.name, cast(Any, given)
-            if name in CONSTANTS:
-                self._stack.append(CONSTANTS[name])
+            if name in MADE:
+                self._stack.append(MADE[name]())
+            elif name in FILLED:
+                self._stack.append(FILLED[name](self._since_mark()))
             elif name in LITERALS:
                 self._stack.append(argument)
             elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
                 self._memo[len(self._memo) if name == "MEMOIZE" else argument] = self._stack[-1]
             elif name in ("GET", "BINGET", "LONG_BINGET"):
                 self._stack.append(self._memo[argument])
+            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+                items = [self._stack.pop() for _ in range(int(name[-1]))]
+                self._stack.append(tuple(reversed(items)))
             elif name == "GLOBAL":
                 self._stack.append(_named(*argument.split(" ")))
             elif name == "STOP":
@@ -276,9 +306,7 @@ class _Machine:
         del self._stack[start:]
         return items
 
-    def _tuple_of(self, number: int) -> None:
-        items = [self._stack.pop() for _ in range(number)]
-        self._stack.append(tuple(reversed(items)))
+    _pop_mark = _since_mark
 
     def _mark(self) -> None:
         self._marks.append(len(self._stack))
@@ -286,41 +314,8 @@ class _Machine:
     def _pop(self) -> None:
         self._stack.pop()
 
-    def _pop_mark(self) -> None:
-        self._since_mark()
-
     def _dup(self) -> None:
         self._stack.append(self._stack[-1])
-
-    def _empty_list(self) -> None:
-        self._stack.append([])
-
-    def _empty_dict(self) -> None:
-        self._stack.append({})
-
-    def _empty_set(self) -> None:
-        self._stack.append(set())
-
-    def _list(self) -> None:
-        self._stack.append(self._since_mark())
-
-    def _tuple(self) -> None:
-        self._stack.append(tuple(self._since_mark()))
-
-    def _frozenset(self) -> None:
-        self._stack.append(frozenset(map(_key, self._since_mark())))
-
-    def _dict(self) -> None:
-        self._stack.append(_dict(_pairs(self._since_mark())))
-
-    def _tuple1(self) -> None:
-        self._tuple_of(1)
-
-    def _tuple2(self) -> None:
-        self._tuple_of(2)
-
-    def _tuple3(self) -> None:
-        self._tuple_of(3)
 
     def _append(self) -> None:
         item = self._stack.pop()
@@ -348,10 +343,12 @@ class _Machine:
 
     def _reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
+        self._may_copy -= sum(len(item) for item in (arguments, *arguments) if isinstance(item, COPIED))
+        if self._may_copy < 0:
+            raise Refused("it copies the same things over and over")
         self._stack.append(_call(function, tuple(arguments)))
 
-    def _newobj(self) -> None:
-        self._reduce()
+    _newobj = _reduce
 
     def _build(self) -> None:
         """Give an object its state: kept for an `Inert`; a dict's or a tensor's is of no use to us."""
@@ -381,7 +378,15 @@ class _Machine:
         return self._stack[-1]
 
 
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+MADE: dict[str, Callable[[], Any]] = {
+    **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
+    **{"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set},
+}
+FILLED: dict[str, Callable[[list[Any]], Any]] = {
+    **{"LIST": list, "TUPLE": tuple},
+    "FROZENSET": lambda items: frozenset(map(_key, items)),
+    "DICT": lambda items: _dict(_pairs(items)),
+}
 LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),

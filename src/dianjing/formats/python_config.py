@@ -15,6 +15,11 @@ from dianjing.errors import ConfigError
 
 LARGEST = 2**63
 LONGEST_TEXT = 100_000
+MOST_WRITTEN_OUT = 1_000_000
+"""Values and characters that a config may have, a name counting as often as it is used: [x, x], 60 times over, is more
+than any memory holds."""
+MOST_DIGITS = 64
+LONGEST_REASON = 300
 
 OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -25,13 +30,21 @@ OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
+
+
+def _round(number: Any, digits: Any = None) -> Any:
+    if digits is not None and abs(digits) > MOST_DIGITS:
+        raise ValueError(f"round to more than {MOST_DIGITS} digits")
+    return round(number, digits)
+
+
 CONVERSIONS: dict[str, Callable[..., Any]] = {
     "int": int,
     "float": float,
     "str": str,
     "list": list,
     "tuple": tuple,
-    "round": round,
+    "round": _round,
     "min": min,
     "max": max,
 }
@@ -45,12 +58,26 @@ def read_python_config(text: str, where: str) -> dict[str, Any]:
     """
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not a config in Python: {error}") from None
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{where}: not a config in Python: {_short(error)}") from None
+    except (RecursionError, MemoryError):  # what ast.parse says of depth, whatever the memory
+        raise ConfigError(f"{where}: not a config in Python: its brackets or operators are nested too deep") from None
     reader = _Reader(where)
     for statement in tree.body:
         reader.take(statement)
     return reader.values
+
+
+def _short(reason: object) -> str:
+    text = str(reason)
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+
+
+def _key(value: Any) -> Any:
+    """Return what may be a key: hashes of nested tuples can take for ever, and those of long numbers can be all one."""
+    if not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) >= 2**32):
+        raise TypeError(f"a {type(value).__name__} as a key, or in a set, that is neither text nor a small number")
+    return value
 
 
 class _Reader:
@@ -58,6 +85,7 @@ class _Reader:
         self.values: dict[str, Any] = {}
         self._imported: dict[str, str] = {}
         self._where = where
+        self._left = MOST_WRITTEN_OUT
 
     def take(self, statement: ast.stmt) -> None:
         """Read one statement of the file."""
@@ -88,7 +116,9 @@ class _Reader:
     def _value(self, node: ast.expr) -> Any:
         try:
             return self._evaluate(node)
-        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        except RecursionError:
+            self._refuse(node, "a value that is nested too deep")
+        except (TypeError, ValueError, ArithmeticError) as error:
             self._refuse(node, str(error))
 
     def _evaluate(self, node: ast.expr) -> Any:
@@ -100,9 +130,9 @@ class _Reader:
             case ast.Tuple(elts=items):
                 return tuple(self._evaluate(item) for item in items)
             case ast.Set(elts=items):
-                return {self._evaluate(item) for item in items}
+                return {_key(self._evaluate(item)) for item in items}
             case ast.Dict(keys=keys, values=values) if all(keys):
-                return {self._evaluate(k): self._evaluate(v) for k, v in zip(keys, values, strict=True) if k}
+                return {_key(self._evaluate(k)): self._evaluate(v) for k, v in zip(keys, values, strict=True) if k}
             case ast.Name() | ast.Attribute():
                 return self._look_up(node)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -116,7 +146,7 @@ class _Reader:
                     found |= {word.arg: value} if word.arg else value
                 return found
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in CONVERSIONS:
-                return CONVERSIONS[name](*map(self._evaluate, arguments))
+                return self._counted(CONVERSIONS[name](*map(self._evaluate, arguments)))
             case ast.Call(func=function):
                 self._refuse(node, f"{ast.unparse(function)}(...) would have to be run; write its value there")
             case _:
@@ -125,10 +155,24 @@ class _Reader:
     def _look_up(self, node: ast.Name | ast.Attribute) -> Any:
         names = ast.unparse(node).split(".")
         if isinstance(node, ast.Name) and node.id in self.values:
-            return self.values[node.id]
+            return self._counted(self.values[node.id])
         if names[0] in self._imported and all(name.isidentifier() for name in names):
             return ".".join([self._imported[names[0]], *names[1:]])
         self._refuse(node, f"{names[0]!r} is not set above")
+
+    def _counted(self, value: Any) -> Any:
+        """Return the value, if with it the config has not more than may be written out."""
+        waiting = [value]
+        while waiting:
+            item = waiting.pop()
+            self._left -= 1 + (len(item) if isinstance(item, str | bytes) else 0)
+            if self._left < 0:
+                raise ValueError(f"a value that is too large (more than {MOST_WRITTEN_OUT:,} parts, written out)")
+            if isinstance(item, dict):
+                waiting += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple | set):
+                waiting += item
+        return value
 
     def _combine(self, node: ast.expr, left: Any, op: ast.operator, right: Any) -> Any:
         numbers = all(type(value) in (int, float) for value in (left, right))
@@ -147,4 +191,4 @@ class _Reader:
         return value
 
     def _refuse(self, node: ast.stmt | ast.expr, reason: str) -> Any:
-        raise ConfigError(f"{self._where}: line {node.lineno}: {reason} (a config is read, never run)")
+        raise ConfigError(f"{self._where}: line {node.lineno}: {_short(reason)} (a config is read, never run)")

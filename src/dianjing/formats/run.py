@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,17 +23,19 @@ from dianjing.formats.xtuner import Translation, live_parts, require_two_layers,
 from dianjing.formats.xtuner_config import XTunerConfig, read_xtuner_config
 from dianjing.model.build import Built, build
 from dianjing.model.forward import num_tower_layers
-from dianjing.model.language import name_some
+from dianjing.model.language import HeadsError, name_some
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import trainable_state
 from dianjing.tinyworld.folders import NAME as TINYWORLD
 from dianjing.train.checkpoint import save
-from dianjing.train.state import FREE_TO_CHANGE, TrainState, state_at
+from dianjing.train.state import FREE_TO_CHANGE, TrainState, state_at, total_steps
 
 SECTIONS = {"llm": "language_model", "visual_encoder": "vision_tower"}
 """XTuner's name of a part -> the recipe's section."""
 FLAGS = {"llm": "--llm", "visual_encoder": "--vision-tower"}
 ALPHA_FLAGS = {"llm": "--llm-alpha", "visual_encoder": "--tower-alpha"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a number may be stored as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +58,10 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     """Write the run and return what was found, a line each.
 
     Raises:
-        DianjingError: the checkpoint cannot be read, does not fit the LLM, the tower or the data, or `out` is there.
+        DianjingError: the checkpoint cannot be read, does not fit the LLM, the tower or the data, or `out` is there
+            or cannot be written; nothing is left of it then.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"{out}: already there; remove it or give another name")
     foreign = open_foreign(source, optimizer=not wishes.weights_only)
     config = _config_of(foreign, source, wishes)
@@ -67,23 +72,49 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     built = build(light, fresh_projector=True)
     apply_stage(built.model, light)
     text_config = built.model.config.text_config
-    found = to_live(foreign.weights, text_config, num_tower_layers(built.model))
+    try:
+        found = to_live(foreign.weights, text_config, num_tower_layers(built.model))
+    except HeadsError as error:
+        raise ModelError(f"{source}: {error} (--llm)") from None
     _require_match(found, trainable_state(built.model), source)
-    memory = {} if wishes.weights_only else _optimizer_state(foreign, found, text_config)
+    memory = {} if wishes.weights_only else _optimizer_state(foreign, found, text_config, source)
     fresh = not memory and not foreign.iteration and bool(wishes.data) and not wishes.weights_only
     if fresh:
         memory = _fresh_memory(found.live)
     dataset, why_not = _dataset(recipe, built, foreign, config, bool(wishes.data)) if memory else (None, "")
     accumulation = config.accumulation if config else 1
-    step = foreign.iteration // accumulation
-
-    out.mkdir(parents=True)
-    save_recipe(recipe, out / "recipe.toml")
-    recipe = load_recipe(out / "recipe.toml")
-    state = state_at(step, recipe, dataset) if dataset else _state_without_data(step, recipe)
-    learned = {name: weight.float().contiguous() for name, weight in found.live.items()}
-    save(out, learned, memory, state, keep=1)
+    state = _write(out, recipe, foreign.iteration // accumulation, dataset, found.live, memory)
     return [*_report(foreign, found, memory, fresh), *_outlook(state, dataset, why_not, config)]
+
+
+def _write(
+    out: Path,
+    recipe: Recipe,
+    step: int,
+    dataset: Dataset | None,
+    learned: Mapping[str, Tensor],
+    memory: Mapping[str, Tensor],
+) -> TrainState:
+    """Write the run beside `out`, give it its name last, and return the state it is in."""
+    try:
+        if not out.parent.exists():
+            out.parent.mkdir(parents=True)
+        with TemporaryDirectory(prefix="unfinished-", dir=out.parent, ignore_cleanup_errors=True) as place:
+            unfinished = Path(place, out.name)
+            unfinished.mkdir()
+            save_recipe(recipe, unfinished / "recipe.toml")
+            recipe = load_recipe(unfinished / "recipe.toml")
+            state = state_at(step, recipe, dataset) if dataset else _state_without_data(step, recipe)
+            trained = {name: weight.float().contiguous() for name, weight in learned.items()}
+            save(unfinished, trained, memory, state, keep=1)
+            unfinished.rename(out)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}; choose another place") from None
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{out}: cannot be written: its name, or that of a folder the run needs, is not UTF-8; rename it"
+        ) from None
+    return state
 
 
 def _config_of(foreign: Foreign, source: Path, wishes: Wishes) -> XTunerConfig | None:
@@ -149,7 +180,7 @@ def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Pa
     adapted = [name for name in names if ".lora_A." in name]
     if not adapted:
         return {f"{section}.tuning": "full" if names else "frozen"}
-    ranks = {foreign.weights[name].shape[0] for name in adapted}
+    ranks = {shape[0] if (shape := foreign.weights[name].shape) else 0 for name in adapted}
     if len(ranks) > 1:
         raise ModelError(f"{source}: the LoRA of {part} has ranks {sorted(ranks)}; only one rank for all can be read")
     (rank,) = ranks
@@ -178,8 +209,8 @@ def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Pa
     return fields
 
 
-def _require_folder(folder: str, part: str, source: Path) -> None:
-    if folder and (folder == TINYWORLD or Path(folder).expanduser().is_dir()):
+def _require_folder(folder: Any, part: str, source: Path) -> None:
+    if isinstance(folder, str) and (folder == TINYWORLD or os.path.isdir(os.path.expanduser(folder))):
         return
     what = "LLM" if part == "llm" else "vision tower"
     named = f'names its {what} as "{folder}", which is no folder here' if folder else f"does not say what its {what} is"
@@ -193,7 +224,7 @@ def _require_match(found: Translation, own: Mapping[str, Tensor], source: Path) 
         ModelError: missing, unexpected and misshapen tensors are named.
     """
     shapes = [
-        f"{name} ({_size(found.live[name])} in the checkpoint, {_size(own[name])} here)"
+        f"{name} ({_size(found.live[name].shape)} in the checkpoint, {_size(own[name].shape)} here)"
         for name in own
         if name in found.live and found.live[name].shape != own[name].shape
     ]
@@ -207,22 +238,51 @@ def _require_match(found: Translation, own: Mapping[str, Tensor], source: Path) 
         raise ModelError(
             "\n  ".join([f"{source}: it is of another LLM or vision tower than --llm and --vision-tower name:", *told])
         )
-    unusable = [name for name, weight in found.live.items() if not _is_finite(weight)]
+    stored = [f"{name} ({weight.dtype})" for name, weight in found.live.items() if weight.dtype not in DTYPES]
+    if stored:
+        raise ModelError(f"{source}: {name_some(stored)} cannot be read; save it again in fp32, bf16 or fp16")
+    unusable = [name for name, weight in found.live.items() if not weight.isfinite().all()]
     if unusable:
         raise ModelError(
-            f"{source}: {name_some(unusable)} hold values that are no finite numbers of floating point: the run had "
-            "failed when this was saved; take an earlier checkpoint"
+            f"{source}: {name_some(unusable)} hold values that are no finite numbers: the run had failed when this was "
+            "saved; take an earlier checkpoint"
         )
 
 
-def _is_finite(weight: Tensor) -> bool:
-    return weight.is_floating_point() and bool(weight.isfinite().all())
+def _require_usable(moments: Mapping[str, Tensor], weight: Tensor, where: str) -> None:
+    """Refuse what cannot be AdamW's memory of a weight.
+
+    Raises:
+        ModelError: it is of another shape, or no numbers that AdamW could have come to.
+    """
+    for kind, value in moments.items():
+        shape = torch.Size() if kind == "step" else weight.shape
+        if value.shape != shape:
+            fault = f"is of size {_size(value.shape)}, not {_size(shape)}"
+        elif value.dtype not in DTYPES:
+            fault = f"is of {value.dtype}"
+        elif not value.isfinite().all():
+            fault = "has values that are no finite numbers"
+        elif kind != "exp_avg" and (value < 0).any():
+            fault = "is below 0"
+        else:
+            continue
+        raise ModelError(
+            f"{where}: {kind} in the optimizer's state {fault}; take an earlier checkpoint, or give --weights-only to "
+            "leave it out: the run can be asked, but not trained on"
+        )
 
 
-def _optimizer_state(foreign: Foreign, found: Translation, text_config: Any) -> dict[str, Tensor]:
-    """Return AdamW's memory under our names; none when it is not of all that trains."""
+def _optimizer_state(foreign: Foreign, found: Translation, text_config: Any, source: Path) -> dict[str, Tensor]:
+    """Return AdamW's memory under our names; none when it is not of all that trains.
+
+    Raises:
+        ModelError: a tensor of it cannot be AdamW's memory of the weight of its name, which is named.
+    """
     state: dict[str, Tensor] = {}
     for name, moments in foreign.moments.items():
+        if name in foreign.weights:
+            _require_usable(moments, foreign.weights[name], f"{source}: {name}")
         for kind in ("exp_avg", "exp_avg_sq"):
             parts = live_parts(name, moments[kind], text_config)
             state |= {f"{live}/{kind}": part.float().contiguous() for live, part in parts.items() if live in found.live}
@@ -248,7 +308,7 @@ def _dataset(
         DataError: the data that --data names cannot be used, or is not what the run was trained on.
     """
     paths = (recipe.data.path,) if isinstance(recipe.data.path, str) else recipe.data.path
-    gone = [path for path in (*paths, recipe.data.images) if path and not Path(path).expanduser().exists()]
+    gone = [path for path in (*paths, recipe.data.images) if path and not os.path.exists(os.path.expanduser(path))]
     if not required and (gone or not recipe.data.path):
         return None, f"its data ({', '.join(gone) or 'not named'}) is not here; import again with --data and --images"
     dataset = open_dataset(recipe.data, built.encoder, built.image_processor)
@@ -261,6 +321,13 @@ def _dataset(
                 f"{recipe.data.path}: {records} records in batches of {in_iteration} make {expected} iterations, but "
                 f"the run was to have {foreign.last_iteration}; give its own data (--data), or its GPUs (--gpus)"
             )
+    step, end = foreign.iteration // (config.accumulation if config else 1), total_steps(recipe, dataset.num_records)
+    if step > end:
+        raise DataError(
+            f"{recipe.data.path}: a run on its {dataset.num_records} records ends at step {end}, but the checkpoint is "
+            f"of step {step}; give its own data (--data), or its GPUs (--gpus), or --weights-only: the run can be "
+            "asked, but not trained on"
+        )
     return dataset, ""
 
 
@@ -289,11 +356,13 @@ def _report(foreign: Foreign, found: Translation, memory: Mapping[str, Tensor], 
 def _outlook(state: TrainState, dataset: Dataset | None, why_not: str, config: XTunerConfig | None) -> list[str]:
     if not dataset:
         return [f"it can be asked and exported, not trained on: {why_not or 'the optimizer is not in it'}"]
+    if state.step == state.total_steps:
+        return [f"it can be asked and exported; its training has ended: step {state.step} of {state.total_steps}"]
     lines = [f"it can be trained on: step {state.step} of {state.total_steps}"]
     if config and config.accumulation > 1:
         lines.append("note: XTuner moves its learning rate each iteration, we each optimizer step")
     return lines + [f"note: {note}" for note in (config.notes if config else ())]
 
 
-def _size(weight: Tensor) -> str:
-    return "x".join(map(str, weight.shape))
+def _size(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "1"

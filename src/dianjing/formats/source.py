@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -18,11 +18,15 @@ from dianjing.formats.llava import is_llava, recipe_fields, xtuner_names
 from dianjing.formats.pickle import read_checkpoint
 from dianjing.formats.xtuner import PROJECTOR, moments_by_name
 from dianjing.formats.xtuner_config import require_plain_lora
+from dianjing.model.language import name_some
 
 PICKLES = (".pth", ".pt", ".bin")
 CONFIG = "xtuner_config.py"
 POINTERS = ("last_checkpoint", "latest")
 """Files of mmengine and of DeepSpeed that name the newest checkpoint beside them."""
+LARGEST_SEED = 2**32
+"""numpy's, which every seed of XTuner has gone through."""
+MOST_ITERATIONS = 2**63
 KNOWN = (
     "an XTuner checkpoint (iter_N.pth, file or DeepSpeed folder), a folder that `xtuner convert pth_to_hf` wrote, "
     "LLaVA's mm_projector.bin or a LLaVA folder"
@@ -35,30 +39,47 @@ def open_foreign(path: Path, *, optimizer: bool = True) -> Foreign:
     Raises:
         ModelError: there is none of a known form, or it is damaged or unsafe.
     """
-    if not path.exists():
-        raise ModelError(f"{path}: no such file or folder; give {KNOWN}")
     try:
-        return _open_file(path, optimizer) if path.is_file() else _open_folder(path, optimizer)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return _open(path, optimizer, POINTERS)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}; give {KNOWN}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{path}: not made as XTuner or LLaVA make theirs ({reason}); give {KNOWN}") from None
 
 
-def _open_folder(path: Path, optimizer: bool) -> Foreign:
+def _open(path: Path, optimizer: bool, pointers: Sequence[str]) -> Foreign:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder; give {KNOWN}")
+    return _open_file(path, optimizer) if path.is_file() else _open_folder(path, optimizer, pointers)
+
+
+def _open_folder(path: Path, optimizer: bool, pointers: Sequence[str]) -> Foreign:
     if is_deepspeed(path):
         return _open_deepspeed(path)
     for file, open_form in FORMS.items():
         if (path / file).exists():
             return open_form(path)
-    for pointer in POINTERS:
+    for pointer in pointers:
         if (path / pointer).is_file():
-            newest = Path((path / pointer).read_text(encoding="utf-8").strip()).name
-            if not newest:
-                raise ModelError(f"{path / pointer}: it names no checkpoint; give the checkpoint itself")
-            return open_foreign(path / newest, optimizer=optimizer)
+            # What it names leads no further, or it could lead round and round.
+            return _open(path / _named_in(path / pointer), optimizer, ())
     if any(path.glob("*_optim_states.pt")):
         raise ModelError(f"{path}: a DeepSpeed folder without its *_model_states.pt; copy the whole folder")
+    if checkpoints := [file.name for file in path.glob("*.pth")]:
+        raise ModelError(
+            f"{path}: no {POINTERS[0]} in it says which checkpoint is meant; give one of those that are there: "
+            f"{name_some(checkpoints)}"
+        )
     raise ModelError(f"{path}: no checkpoint of a known form is in it; give {KNOWN}")
+
+
+def _named_in(pointer: Path) -> str:
+    """Return the name of what a pointer names, which lies beside it, whatever folder of what machine it says."""
+    newest = PureWindowsPath(pointer.read_text(encoding="utf-8").strip()).name
+    if newest in ("", ".."):
+        raise ModelError(f"{pointer}: it names no checkpoint; give the checkpoint itself")
+    return newest
 
 
 def _open_file(path: Path, optimizer: bool) -> Foreign:
@@ -74,7 +95,7 @@ def _open_file(path: Path, optimizer: bool) -> Foreign:
     weights = _in_xtuner_names(_tensors(content, path), path)
     found = Foreign(kind="weights", weights=weights)
     beside = path.parent / "config.json"
-    return replace(found, settings=recipe_fields(_read_json(beside))) if beside.is_file() else found
+    return replace(found, settings=recipe_fields(_read_json(beside), beside)) if beside.is_file() else found
 
 
 def _xtuner(path: Path, content: Mapping[str, Any], state: Mapping[str, Any], optimizer: bool) -> Foreign:
@@ -102,13 +123,18 @@ def _with_meta(found: Foreign, content: Mapping[str, Any]) -> Foreign:
     schedules = content.get("param_schedulers") or []
     ends = [schedule["end"] for schedule in schedules if isinstance(schedule, dict) and "end" in schedule]
     iteration, seed = int(meta.get("iter", info.get("iter", 0))), meta.get("seed", info.get("seed"))
-    if iteration < 0:
-        raise ValueError(f"its iteration is {iteration}")
+    config = meta.get("cfg") or info.get("cfg") or ""
+    if not 0 <= iteration < MOST_ITERATIONS:
+        raise ValueError("its iteration is no number of batches")
+    if not 0 <= int(seed or 0) < LARGEST_SEED:
+        raise ValueError(f"its seed is not between 0 and {LARGEST_SEED:,}")
+    if not isinstance(config, str):
+        raise TypeError(f"its config is a {type(config).__name__}, not text")
     return replace(
         found,
         iteration=iteration,
         seed=None if seed is None else int(seed),
-        config=str(meta.get("cfg") or info.get("cfg") or ""),
+        config=config,
         last_iteration=max(map(int, ends), default=int(info.get("max_iters") or 0)),
     )
 
@@ -150,7 +176,7 @@ def _open_llava_lora(folder: Path) -> Foreign:
         weights=weights,
         adapters={"llm": alpha},
         settings={
-            **recipe_fields(_read_json(folder / "config.json")),
+            **recipe_fields(_read_json(folder / "config.json"), folder / "config.json"),
             **({"language_model.folder": base} if base else {}),
         },
     )
@@ -165,7 +191,7 @@ def _open_llava(folder: Path) -> Foreign:
     weights = _read_folder(folder)
     if not any(map(is_llava, weights)):
         raise ModelError(f"{folder}: a model, but no LLaVA of haotian-liu's: it has no mm_projector; give {KNOWN}")
-    return Foreign(kind="LLaVA", weights=xtuner_names(weights), settings=recipe_fields(config))
+    return Foreign(kind="LLaVA", weights=xtuner_names(weights), settings=recipe_fields(config, folder / "config.json"))
 
 
 FORMS: dict[str, Callable[[Path], Foreign]] = {
@@ -201,7 +227,7 @@ def _read_adapter_config(folder: Path) -> tuple[Adapter, str]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}; copy the whole folder") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed, not a {type(content).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 import pickletools
 import re
 import warnings
@@ -18,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dianjing.errors import ModelError
@@ -53,7 +55,7 @@ INTERNLM2_SETTINGS = (
     "tie_word_embeddings",
 )
 
-BAD_CONFIG = (KeyError, TypeError, ValueError, StrictDataclassError)
+BAD_CONFIG = (KeyError, TypeError, ValueError, ZeroDivisionError, StrictDataclassError)
 """What a configuration class raises for values that it cannot have."""
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -62,6 +64,11 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 MOST_LAYERS = 1000
 """A model is built before its weights are read: what a broken number would take hours for is refused."""
+AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "rope_theta", "image_size", "patch_size"),
+)
+ACTIVATIONS = ("hidden_act", "hidden_activation")
 
 
 @dataclass(frozen=True)
@@ -150,24 +157,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a model folder.
 
     Raises:
-        ModelError: it is missing, is not a JSON object, or asks for more layers than any model has.
+        ModelError: it is missing, is not a JSON object, or a size in it is none that a model can have.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: there is no config.json; give the folder of a Hugging Face model")
     config = _read_object(path)
     for part in (config, config.get("text_config"), config.get("vision_config")):
-        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
-        if isinstance(layers, int) and layers > MOST_LAYERS:
-            raise ModelError(f"{path}: num_hidden_layers is {layers}; no model has over {MOST_LAYERS}; copy it again")
+        if isinstance(part, dict) and (fault := _impossible(part)):
+            raise ModelError(f"{path}: {fault}; copy it again")
     return config
+
+
+def _impossible(config: Mapping[str, Any]) -> str:
+    """Return what no model has, "" when nothing is wrong; values of other types are left to transformers."""
+    numbers = {name: config[name] for name in AT_LEAST_ONE if isinstance(config.get(name), int | float)}
+    for name, value in numbers.items():
+        if value < 1:
+            return f"{name} is {value}; at least 1 is needed"
+    if (layers := numbers.get("num_hidden_layers", 1)) > MOST_LAYERS:
+        return f"num_hidden_layers is {layers}; no model has over {MOST_LAYERS}"
+    heads, groups = numbers.get("num_attention_heads", 0), numbers.get("num_key_value_heads", 1)
+    if heads % groups:
+        return f"num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {groups}"
+    for name in ACTIVATIONS:
+        if isinstance(config.get(name), str) and config[name] not in ACT2FN:
+            return f'{name} is "{config[name]}", which transformers does not know'
+    return ""
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON: {error}; copy it again") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed, not a {type(content).__name__}")
     return content
@@ -190,12 +213,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     weight_map = _read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise ModelError(f"{index}: it has no weight_map from tensors to files; copy it again")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise ModelError(f"{index}: {outside[0]!r} is no file of this folder; files elsewhere are not read")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
+    if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise ModelError(f"{index}: {name_some(missing)} not there; copy the folder again")
     return [index.parent / name for name in names]
 
@@ -256,8 +283,11 @@ def make_config(config_class: Any, folder: Path, settings: Mapping[str, Any]) ->
 def _load_internlm2(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     llama = _as_llama(folder, config)
     weights: dict[str, Tensor] = {}
-    for name, weight in read_weights(folder):
-        weights |= internlm2_to_llama(name, weight, llama)
+    try:
+        for name, weight in read_weights(folder):
+            weights |= internlm2_to_llama(name, weight, llama)
+    except HeadsError as error:
+        raise ModelError(f"{folder}: the weights are not those of its config.json: {error}") from None
     return load_exactly(LlamaForCausalLM, folder, dtype=dtype, weights=weights, config=llama)
 
 
@@ -267,19 +297,34 @@ def _as_llama(folder: Path, config: Mapping[str, Any]) -> Any:
     return make_config(LlamaConfig, folder, settings | {"attention_bias": bool(config.get("bias", False))})
 
 
+class HeadsError(ModelError):
+    """A wqkv is of an LLM with other heads."""
+
+
 def internlm2_to_llama(name: str, weight: Tensor, config: Any) -> dict[str, Tensor]:
     """Return one InternLM2 tensor under Llama's names.
 
     wqkv holds, for each key-value head, the rows of its query heads, then of the key, then of the value:
     with 4 query and 2 key-value heads q0 q1 k0 v0 q2 q3 k1 v1.
+
+    Raises:
+        HeadsError: it cannot be divided so.
     """
+    stored = name
     for old, new in INTERNLM2_TO_LLAMA.items():
         name = name.replace(old, new)
     if FUSED_QKV not in name:
         return {name: weight}
-    queries = config.num_attention_heads // config.num_key_value_heads
-    groups = weight.unflatten(0, (config.num_key_value_heads, queries + 2, -1))
-    parts = {"q_proj": groups[:, :queries], "k_proj": groups[:, -2:-1], "v_proj": groups[:, -1:]}
+    heads = getattr(config, "num_attention_heads", 0)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    rows = weight.shape[0] if weight.dim() else 0
+    if not rows or not groups or heads % groups or rows % (heads + 2 * groups):
+        raise HeadsError(
+            f"{stored} has {rows} rows, which {heads} query and {groups} key-value heads cannot share; it is of "
+            "another LLM; name the one that it was trained on"
+        )
+    grouped = weight.unflatten(0, (groups, heads // groups + 2, -1))
+    parts = {"q_proj": grouped[:, :-2], "k_proj": grouped[:, -2:-1], "v_proj": grouped[:, -1:]}
     return {
         name.replace(FUSED_QKV, f".self_attn.{part}."): rows.flatten(0, 2).contiguous() for part, rows in parts.items()
     }
@@ -289,18 +334,27 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a folder's weight files.
 
     Raises:
-        ModelError: a file is damaged, or is a pickle of more than tensors.
+        ModelError: a file is damaged, is a pickle of more than tensors, or holds what another one holds too.
     """
+    holders: dict[str, str] = {}
     for path in weight_files(folder):
-        if path.suffix == ".bin":
-            yield from _unpickle(path).items()
-            continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{path}: damaged: {error}; copy it again") from None
+        for name, weight in _read_file(path):
+            if name in holders:
+                raise ModelError(f"{path}: {name} is in {holders[name]} too; which counts is not said; copy it again")
+            holders[name] = path.name
+            yield name, weight
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix == ".bin":
+        yield from _unpickle(path).items()
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged: {error}; copy it again") from None
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,23 +57,58 @@ def load_projector(model: LlavaForConditionalGeneration, source: str | Path) -> 
     `dianjing import` reads.
 
     Raises:
-        ModelError: there is no checkpoint, it is damaged, or its projector joins another vision tower or LLM.
+        ModelError: there is no checkpoint, it is damaged, or its projector joins another vision tower or LLM, or holds
+            what are no weights.
     """
     path = Path(source).expanduser()
+    if not os.path.exists(path):
+        raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
     checkpoint = _newest(path)
     learned = _own_projector(checkpoint) if checkpoint else _foreign_projector(path)
     own = model.model.multi_modal_projector.state_dict()
-    if learned.keys() != own.keys():
-        raise ModelError(f"{checkpoint or path}: there is no projector in it; projector.init_from names a pretrain run")
-    there, here = _widths(learned), _widths(own)
-    if there != here:
-        raise ModelError(
-            f"{checkpoint or path}: the projector is of another vision tower or LLM: it goes {there[0]} -> {there[1]}, "
-            f"here {here[0]} -> {here[1]} is needed; pretrain with these two first"
-        )
+    _require_projector(learned, own, checkpoint or path)
     for name, weight in own.items():
         weight.copy_(learned[name])
     return checkpoint / TRAINABLE if checkpoint else path
+
+
+def _require_projector(learned: Mapping[str, Tensor], own: Mapping[str, Tensor], where: Path) -> None:
+    """Refuse what is not the weights of exactly the projector that is needed.
+
+    Raises:
+        ModelError: says what is there.
+    """
+    if not learned:
+        raise ModelError(f"{where}: there is no projector in it; projector.init_from names a pretrain run")
+    faults = {"missing": own.keys() - learned.keys(), "left over": learned.keys() - own.keys()}
+    if found := [f"{name_some(names)} {fault}" for fault, names in faults.items() if names]:
+        raise ModelError(
+            f"{where}: its projector is not two linear layers with biases: {'; '.join(found)}; projector.init_from "
+            "names a pretrain run"
+        )
+    shapes = [
+        f"{name} ({_size(learned[name])} in it, {_size(own[name])} here)"
+        for name in own
+        if learned[name].shape != own[name].shape
+    ]
+    there, here = _widths(learned), _widths(own)
+    if shapes and there != here and 0 not in there:
+        raise ModelError(
+            f"{where}: the projector is of another vision tower or LLM: it goes {there[0]} -> {there[1]}, "
+            f"here {here[0]} -> {here[1]} is needed; pretrain with these two first"
+        )
+    if shapes:
+        raise ModelError(
+            f"{where}: its projector is of another shape: {name_some(shapes)}; pretrain with Dianjing first"
+        )
+    kinds = [f"{name} ({weight.dtype})" for name, weight in learned.items() if not weight.is_floating_point()]
+    if kinds:
+        raise ModelError(f"{where}: {name_some(kinds)} in it are no weights; name a checkpoint in fp32, bf16 or fp16")
+    if broken := [name for name, weight in learned.items() if not weight.float().isfinite().all()]:
+        raise ModelError(
+            f"{where}: {name_some(broken)} hold values that are no finite numbers: the run had failed when this was "
+            "saved; name an earlier checkpoint in projector.init_from"
+        )
 
 
 def _own_projector(checkpoint: Path) -> dict[str, Tensor]:
@@ -85,8 +121,6 @@ def _own_projector(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _foreign_projector(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
     weights = open_foreign(path, optimizer=False).weights
     require_two_layers(weights, path)
     parts = [live_parts(name, weight, None) for name, weight in weights.items() if name.startswith(FOREIGN_PROJECTOR)]
@@ -115,8 +149,10 @@ def _damage(path: Path) -> str:
 
 
 def _widths(projector: Mapping[str, Tensor]) -> tuple[int, int]:
-    return projector["linear_1.weight"].shape[1], projector["linear_2.weight"].shape[0]
+    """Return the widths of tower and LLM that a projector joins; 0 where a weight is no matrix."""
+    first, last = projector["linear_1.weight"].shape, projector["linear_2.weight"].shape
+    return first[1] if len(first) == 2 else 0, last[0] if len(last) == 2 else 0
 
 
 def _size(weight: Tensor) -> str:
-    return "x".join(map(str, weight.shape))
+    return "x".join(map(str, weight.shape)) or "one number"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import LlavaForConditionalGeneration
@@ -80,7 +81,7 @@ def load_optimizer_state(
     """Put back what `optimizer_state` returned; `place` brings a value to where its parameter is.
 
     Raises:
-        CheckpointError: it is of other parameters.
+        CheckpointError: it is of other parameters, or of other shapes.
     """
     weights = {
         name: weight
@@ -93,11 +94,17 @@ def load_optimizer_state(
         optimizer.state[weights[name]][kind] = place(value, weights[name])
 
 
-def require_memory_of(names: Iterable[str], state: Mapping[str, Tensor]) -> None:
-    """Refuse the optimizer's memory of other parameters than these.
+def require_memory_of(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse what is not AdamW's memory of these parameters: its step would read beyond what is too short.
 
     Raises:
         CheckpointError: one that differs is named.
     """
-    if other := {key.rpartition("/")[0] for key in state} ^ set(names):
+    expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for name, weight in weights.items():
+        shape = getattr(weight, "ds_shape", weight.shape)  # the whole one, where ZeRO-3 has it partitioned
+        expected |= {f"{name}/{kind}": (shape, weight.dtype) for kind in ("exp_avg", "exp_avg_sq")}
+        expected[f"{name}/step"] = (torch.Size(), torch.float32)
+    found = {key: (value.shape, value.dtype) for key, value in state.items()}
+    if other := [key for key in {**expected, **found} if found.get(key) != expected.get(key)]:
         raise CheckpointError(f"the optimizer's state is not of what trains here ({min(other)}); start a new run")

@@ -8,7 +8,6 @@ inside the request; each picture is decoded and written anew, prepared as in tra
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import io
 import json
@@ -16,24 +15,26 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.picture import load_image
 from dianjing.errors import ConfigError, DataError, ModelError
+from dianjing.model.vision import num_image_tokens
 
 HOST = "127.0.0.1"
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
 MAX_PICTURES = 16
-FIELDS = (
-    *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
-    *("seed", "stop", "frequency_penalty", "user"),
-)
-"""What a request may hold; transformers ignores the others, or lets them replace the prompt."""
+ANSWER_TOKENS = 1024
+"""Longest answer to a request that names no limit, as far as the model's positions reach."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half a character, which JSON can write and no tokenizer can read."""
 DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 
 Message = MutableMapping[str, Any]
@@ -52,11 +53,43 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Room:
+    """The positions of a model, which prompt and answer share."""
+
+    positions: int
+    picture: int
+    """Positions of one picture."""
+    processor: Any
+    """Its chat template and its tokenizer, as transformers has them."""
+
+    def taken(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        """Return how many positions a prompt takes, its pictures included.
+
+        Raises:
+            Refusal: it takes more than there are, or the model's chat template refuses it.
+        """
+        said = [{"role": one["role"], "content": _template_parts(one["content"])} for one in messages]
+        parts = [part for one in said for part in one["content"]]
+        characters = sum(len(part.get("text", "")) for part in parts)
+        tokenizer = self.processor.tokenizer
+        longest = max(map(len, tokenizer.get_vocab()))
+        if max(len(said), len(parts), characters / longest) > self.positions:
+            raise Refusal(400, f"the messages are longer than the {self.positions} positions of the model; send less")
+        try:
+            text = self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise Refusal(400, f"messages: the model's chat template refuses them: {error}") from None
+        pictures = sum(part["type"] == "image" for part in parts)
+        return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) + pictures * (self.picture - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Guard:
     """Stands before an application and lets only safe requests for one model through."""
 
     app: App
     model: str
+    room: Room
     key: str = ""
     """Bearer token that every request must bring; "" = none."""
 
@@ -74,7 +107,7 @@ class Guard:
             elif (scope["method"], scope["path"]) == ("GET", "/health"):
                 await self.app(scope, receive, send)
             elif (scope["method"], scope["path"]) == ("POST", "/v1/chat/completions"):
-                body = safe_request(await _read(headers, receive), self.model)
+                body = safe_request(await _read(headers, receive), self.model, self.room)
                 await self._pass_on(scope, body, receive, send)
             else:
                 raise Refusal(404, "only POST /v1/chat/completions, GET /v1/models and GET /health are served")
@@ -106,7 +139,41 @@ def check_sender(headers: Mapping[str, str], key: str) -> None:
         raise Refusal(401, "the key is missing or wrong; send it as Authorization: Bearer KEY")
 
 
-def safe_request(body: bytes, model: str) -> bytes:
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # NaN is neither
+
+
+def _is_temperature(value: Any) -> bool:
+    return _is_number(value, 0, 0) or _is_number(value, 1e-4, 2)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not SURROGATE.search(value)
+
+
+def _is_stop(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return 1 <= len(texts) <= 4 and all(_is_text(text) and 1 <= len(text) <= 100 for text in texts)
+
+
+VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "stream": (lambda value: isinstance(value, bool), "true or false"),
+    "stream_options": (lambda value: isinstance(value, dict), "an object"),
+    "max_tokens": (lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
+    "max_completion_tokens": (lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
+    "temperature": (_is_temperature, "0, or a number from 0.0001 to 2,"),
+    "top_p": (lambda value: _is_number(value, 1e-9, 1), "a number above 0, at most 1,"),
+    "seed": (lambda value: type(value) is int and -(2**63) <= value < 2**63, "a whole number of 64 bits"),
+    "stop": (_is_stop, "a text, or up to four, each of 1 to 100 characters,"),
+    "frequency_penalty": (lambda value: _is_number(value, -0.99, 2), "a number from -0.99 to 2"),
+    "user": (_is_text, "text"),
+}
+"""Field -> whether it may have a value, and the values it may have, in words; null is as if it were not there."""
+FIELDS = ("model", "messages", *VALUES)
+"""What a request may hold; transformers ignores the others, or lets them replace the prompt."""
+
+
+def safe_request(body: bytes, model: str, room: Room) -> bytes:
     """Return a chat request as it may be passed on, its pictures decoded and written anew.
 
     Raises:
@@ -122,6 +189,10 @@ def safe_request(body: bytes, model: str) -> bytes:
         raise Refusal(400, f"not supported: {', '.join(unknown)}; a request may hold {', '.join(FIELDS)}")
     if request.get("model", model) != model:
         raise Refusal(404, f"this server has only the model {model!r}")
+    request = {name: value for name, value in request.items() if value is not None}
+    for name, (allowed, wanted) in VALUES.items():
+        if name in request and not allowed(request[name]):
+            raise Refusal(400, f"{name}: {wanted} is needed, not {json.dumps(request[name])[:60]}")
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refusal(400, "messages must be a list of messages")
@@ -129,8 +200,27 @@ def safe_request(body: bytes, model: str) -> bytes:
     safe = [_safe_message(number, message, pictures) for number, message in enumerate(messages)]
     if safe[-1]["role"] != "user":
         raise Refusal(400, "the last message must be the user's")
+    asked = request.pop("max_completion_tokens", request.get("max_tokens"))
+    limits = {"max_tokens": _answer_tokens(asked, room.taken(safe), room.positions)}
     # Without a temperature the answer is the likeliest one, as in `dianjing chat`.
-    return json.dumps({"temperature": 0, **request, "model": model, "messages": safe}).encode()
+    return json.dumps({"temperature": 0, **request, **limits, "model": model, "messages": safe}).encode()
+
+
+def _answer_tokens(asked: int | None, taken: int, positions: int) -> int:
+    """Return how long the answer may become."""
+    left = positions - taken
+    told = f"the messages take {taken} of the model's {positions} positions, pictures included"
+    if left < 1:
+        raise Refusal(400, f"{told}; send less, or start a new conversation")
+    if asked and asked > left:
+        raise Refusal(400, f"max_tokens is {str(asked)[:30]}, but {told}; ask for at most {left}")
+    return asked or min(ANSWER_TOKENS, left)
+
+
+def _template_parts(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return a message's content as chat templates read it."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{"type": "text", "text": part["text"]} if "text" in part else {"type": "image"} for part in parts]
 
 
 def _safe_message(number: int, message: Any, pictures: list[int]) -> dict[str, Any]:
@@ -169,6 +259,8 @@ def _safe_part(where: str, part: Any, pictures: list[int]) -> dict[str, Any]:
 
 
 def _safe_text(where: str, text: str) -> str:
+    if SURROGATE.search(text):
+        raise Refusal(400, f"{where}: half a character (a lone surrogate) is in the text; send it as valid Unicode")
     if IMAGE_MARKER in text:
         raise Refusal(400, f"{where}: {IMAGE_MARKER} in a text; send the picture as a part of type image_url")
     return text
@@ -180,7 +272,7 @@ def _written_anew(where: str, encoded: str) -> str:
         try:
             Path(folder, "picture").write_bytes(base64.b64decode(encoded, validate=True))
             image = load_image(folder, "picture")
-        except (binascii.Error, DataError) as error:
+        except (ValueError, DataError) as error:  # what is not ASCII is no base64 either
             raise Refusal(400, f"{where}: {error}") from None
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
@@ -209,8 +301,8 @@ async def _reply(send: Send, status: int, content: Mapping[str, Any]) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def transformers_app(folder: Path) -> App:
-    """Return transformers' server of one folder, the model loaded; its name there is the folder's.
+def transformers_app(folder: Path) -> tuple[App, Room]:
+    """Return transformers' server of one folder, the model loaded, and its room; its name there is the folder's.
 
     Raises:
         ConfigError: a package that serving needs is missing.
@@ -233,11 +325,13 @@ def transformers_app(folder: Path) -> App:
 
     # Answers name the model as it was loaded: by the folder's name, not by a path of this machine.
     os.chdir(folder.parent)
-    models = ModelManager(force_model=folder.name)
-    model, _ = models.load_model_and_processor(models.process_model_name(folder.name))
+    models: Any = ModelManager(force_model=folder.name)
+    model, processor = models.load_model_and_processor(models.process_model_name(folder.name))
+    generate = model.generate  # transformers gives it the processor, which cannot find the texts that stop an answer
+    model.generate = lambda **given: generate(**given | {"tokenizer": processor.tokenizer})
     model.generation_config.do_sample = True  # a request's temperature counts; 0, the guard's default, is greedy
     state = GenerationState()
-    return build_server(
+    app = build_server(
         models,
         ChatCompletionHandler(models, state),
         completion_handler=CompletionHandler(models, state),
@@ -245,6 +339,11 @@ def transformers_app(folder: Path) -> App:
         transcription_handler=TranscriptionHandler(models, state),
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
+    )
+    return app, Room(
+        positions=model.config.get_text_config().max_position_embeddings,
+        picture=num_image_tokens(model.config.vision_config, model.config.vision_feature_select_strategy),
+        processor=processor,
     )
 
 

@@ -76,6 +76,7 @@ def test_a_flag_wins_and_has_the_type_of_its_field(file: Path, override: dict[st
         ("[train]\nbetas = [0.9, 1]", "it must be at least 0 and below 1"),
         ("[train]\nbetas = [0.9]", "train.betas has 1 values; 2 must be there"),
         ("[train]\nsample_every = 5", "train.sample_path names no records"),
+        pytest.param("x = " + "[" * 5000, "run.toml: not TOML: maximum recursion", id="deep"),
         ("[trian]\nx = 1", "unknown section [trian]; there are language_model, vision_tower, projector, data, train"),
         ("[projector]\ninit_from = 'x'\n[projector]", "not TOML: "),
     ],

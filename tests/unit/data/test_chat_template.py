@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from dianjing.constants import IGNORE_INDEX
+from dianjing.data import chat_template
 from dianjing.data.chat_template import TurnsError, read_turns
 from dianjing.data.encode import Encoder, load_tokenizer
 from dianjing.data.record import Record, Turn
@@ -201,9 +204,70 @@ def test_a_blank_at_the_beginning_of_a_text_is_not_put_before_an_answer(text: st
         assert ids == asked(tokenizer, TURNS[:size], TURNS[size].question) == example.input_ids[: len(ids)]
 
 
-@pytest.mark.parametrize("greedy", ["{{ 'x' * 10 }}", "{{ 2 ** 3 }}", "{{ 'x' | center(9) }}"])
-def test_a_template_that_could_fill_the_memory_is_not_run(greedy: str, tiny_llm: Path) -> None:
-    tokenizer = load_tokenizer(tiny_llm)
-    tokenizer.chat_template = "{% for message in messages %}* ** center {{ message.content }}{% endfor %}" + greedy
-    with pytest.raises(TurnsError, match=r"asks for what it may not have .*, and was not run"):
-        read_turns(tokenizer)
+NAMESPACE = "{% set ns = namespace(x=START) %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "greedy",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        NAMESPACE.replace("START", "'aaaaaaaa'").replace("ns.x + ns.x", "ns.x ~ ns.x"),
+        NAMESPACE.replace("START", "[1, 1, 1, 1]"),
+        "{% set x = 'x' * 10**10 %}",
+        "{% set x = 10 ** (10 ** 10) %}",
+        "{% set x = 'x' | center(3000000000) %}",
+        "{% set x = 'x'.ljust(3000000000) %}",
+        "{% set x = '%3000000000d' % 1 %}",
+        "{% set x = '{:>3000000000}'.format(1) %}",
+        "{% set x = 'a\\nb' | indent(3000000000) %}",
+        "{% set x = messages | tojson(indent=300000000) %}",
+    ],
+)
+def test_a_template_that_takes_too_much_time_or_memory_is_stopped(greedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MOST_SECONDS", 2.0)
+    fork, children, begin = os.fork, list[int](), time.monotonic()
+    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+    with pytest.raises(TurnsError, match=r"takes more than 2 s or .* bytes of memory .*, and was stopped"):
+        read_turns(Family(greedy + "{{ bos_token }}" + chat_templates.CHATML, IM).tokenizer())
+    assert time.monotonic() - begin < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
+
+
+@pytest.mark.parametrize("text", ["{{ raise_exception('Z') }}", "Z"], ids=["error", "text"])
+def test_a_template_that_writes_too_much_is_refused_in_few_words(text: str) -> None:
+    with pytest.raises(TurnsError, match="its chat template") as caught:
+        read_turns(Family(text.replace("Z", "z" * 1_000_000) + chat_templates.CHATML, IM).tokenizer())
+    assert len(str(caught.value)) < 1100
+
+
+def test_a_template_may_multiply_a_little() -> None:
+    turns = read_turns(Family("{{ '-' * 2**3 }}{{ 'x' | center(3) }}" + chat_templates.CHATML, IM).tokenizer())
+    assert turns.begin == "-" * 8 + " x "
+
+
+def test_a_fault_of_ours_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "check_turns", None)
+    with pytest.raises(TurnsError, match="TypeError: 'NoneType' object is not callable"):
+        read_turns(FAMILIES["internlm2"].tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("templates", "complaint"),
+    [
+        ({"a": "{{ 1 }}"}, 'none of the chat templates of its tokenizer is named "default", but "a"'),
+        ({"a": "{{ 1 }}", "b": "{{ 2 }}"}, 'none of .* is named "default", but "a", "b"'),
+        ({"a": 1}, 'none of .* is named "default", but "a"'),
+        ({"default": 1}, "is no text, but of type int"),
+        (5, "is no text, but of type int"),
+    ],
+)
+def test_chat_templates_without_a_default_text_are_refused_by_folder(templates: Any, complaint: str) -> None:
+    tokenizer: Any = FAMILIES["internlm2"].tokenizer()
+    tokenizer.chat_template = templates
+    tokenizer.name_or_path = "models/llm"
+    with pytest.raises(ModelError, match=f'template "own" cannot be used: models/llm: .*{complaint}; name another'):
+        template_for(tokenizer, OWN)
+    tokenizer.chat_template = {"default": FAMILIES["internlm2"].chat_template, "other": "{% for"}
+    assert choose_template(tokenizer) == "internlm2_chat"

@@ -11,6 +11,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -193,6 +194,65 @@ def test_keys_that_would_take_for_ever_to_hash_are_refused(tmp_path: Path) -> No
         read_checkpoint(write(tmp_path / "x.pth", program))
 
 
+def text(content: str) -> bytes:
+    return b"X" + struct.pack("<I", len(content)) + content.encode()
+
+
+DOUBLED = b"K\x01\x85" + b"2\x86" * 60
+TENSOR_OF = b"ctorch._utils\n_rebuild_tensor_v2\n((%s%stQK\x00%s%s\x89NtR."
+COLLIDING = b"".join(b"\x8a\x0a" + (number * (2**61 - 1)).to_bytes(10, "little") + b"N" for number in range(20_000))
+STORAGE = text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+TENSOR_CALL = b"ctorch._tensor\n_rebuild_from_type_v2\n(ccollections\nOrderedDict\nNh\x00\x85NtR0"
+
+
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        pytest.param(
+            b"c__builtin__\ngetattr\n" + text("os") + DOUBLED + b"\x86R.", "a tuple as a key", id="doubled name"
+        ),
+        pytest.param(b"}(" + COLLIDING + b"u.", "that is too large", id="one hash for all"),
+        pytest.param(b"}(" + (text("k" * 100_000) + b"N") * 2 + b"u.", "that is too large", id="long keys"),
+        pytest.param(b"}G" + struct.pack(">d", 0.5) + b"Ns.", "a float as a key", id="number with a point"),
+        pytest.param(
+            b"}q\0(" + b"".join(b"J" + struct.pack("<i", number) + b"N" for number in range(50_000)) + b"u0"
+            b"](" + b"ccollections\nOrderedDict\nh\x00\x85R" * 5_000 + b"e.",
+            "over and over",
+            id="copies",
+        ),
+        pytest.param(
+            b"}q\0("
+            + b"".join(b"J" + struct.pack("<i", number) + b"N" for number in range(50_000))
+            + b"u0"
+            + TENSOR_CALL,
+            "by other means",
+            id="copies within",
+        ),
+        pytest.param(b"c__builtin__\nset\n(" + b"N" * 1000 + b"tR.", "1,000 arguments", id="arguments"),
+        pytest.param(
+            TENSOR_OF
+            % (STORAGE, b"K\x04", b"(" + (b"\x8a\x09" + (2**62).to_bytes(9, "little")) * 60_000 + b"t", b"(K\x01t"),
+            "60,000 dimensions",
+            id="dimensions",
+        ),
+        pytest.param(
+            TENSOR_OF % (STORAGE, b"K\x04", b"(\x8a\xff" + b"\x7f" * 255 + b"t", b"(K\x01t"), "no size", id="size"
+        ),
+        pytest.param(b"c" + b"a" * 2_000_000 + b"\nb\n.", "that is too large", id="name"),
+        pytest.param(b"Fz" + b"z" * 2_000_000 + b"\n.", "2,000,", id="number"),
+    ],
+)
+def test_a_small_program_that_would_take_for_ever_is_refused_in_few_words(
+    tmp_path: Path, program: bytes, complaint: str
+) -> None:
+    path, begin = write(tmp_path / "x.pth", b"\x80\x02" + program), time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        read_checkpoint(path)
+    assert complaint in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert time.monotonic() - begin < 8
+
+
 TENSOR = (
     b"ctorch._utils\n_rebuild_tensor_v2\n"
     b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ%stQJ%s(J%st(J%st\x89NtR."
@@ -243,7 +303,7 @@ def test_a_file_cut_off_or_flipped_is_never_more_than_an_error(tmp_path: Path) -
 def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({"w": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ModelError, match="or is older; save it again"):
+    with pytest.raises(ModelError, match="if it is older than that, save it with a torch of today"):
         read_checkpoint(path)
     path.write_bytes(b"")
     with pytest.raises(ModelError, match="damaged"):

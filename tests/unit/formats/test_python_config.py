@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dianjing.errors import ConfigError
@@ -69,3 +71,38 @@ def test_texts_cannot_grow_without_end() -> None:
     doubling = "x = 'aaaaaaaa'\n" + "x = x + x\n" * 60
     with pytest.raises(ConfigError, match=r"c\.py: line 15: a value that is too large"):
         read_python_config(doubling, "c.py")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("x = [1]\n" + "x = [x, x]\n" * 60 + "y = str(x)\n", id="str"),
+        pytest.param("x = [1]\nz = [1]\n" + "x = [x, x]\nz = [z, z]\n" * 60 + "y = max(x, z)\n", id="max"),
+        pytest.param("x = [1]\nz = [1]\n" + "x = [x, x]\nz = [z, z]\n" * 60 + "y = min(x, z)\n", id="min"),
+        pytest.param("x = (1,)\n" + "x = (x, x)\n" * 15 + "y = {x}\n", id="set"),
+        pytest.param("x = (1,)\n" + "x = (x, x)\n" * 15 + "y = {x: 1}\n", id="key"),
+        pytest.param("x = {" + ", ".join(f"{number * (2**61 - 1)}: 1" for number in range(9_000)) + "}", id="hashes"),
+        pytest.param("x = dict()\n" + "x = dict(a=x, b=x)\n" * 60, id="dict"),
+        pytest.param(f"x = list({'a' * 50_000!r})\n" + "y = list(x)\n" * 20_000, id="copies"),
+        pytest.param("y = [" + f"list({'a' * 5_000!r}), " * 300 + "]", id="copies in one value"),
+        pytest.param("y = " + "str([" * 60 + "'\\\\'" + "])" * 60, id="escapes of escapes"),
+        pytest.param("x = round(1, -(10**9))", id="round"),
+        pytest.param("x = " + "not " * 50_000 + "1", id="not"),
+        pytest.param("x = " + "-" * 50_000 + "1", id="minus"),
+        pytest.param("x = " + "1 if 1 else " * 20_000 + "1", id="if"),
+        pytest.param("x = " + "lambda: " * 3_000 + "1", id="lambda"),
+        pytest.param("x = " + "y" * 100_000, id="long name"),
+        pytest.param("x = " + "y" * 100_000 + "()", id="long call"),
+    ],
+)
+def test_a_small_config_that_would_take_for_ever_is_refused_in_few_words(text: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^c\.py: ") as caught:
+        read_python_config(text, "c.py")
+    assert len(str(caught.value)) < 500
+    assert time.monotonic() - begin < 8
+
+
+def test_values_that_are_used_often_are_read() -> None:
+    values = read_python_config("x = dict(a=[1, 2, {3}])\n" + "y = [x, x, {4: x, None: x, 0.5: x}]\n" * 1000, "c.py")
+    assert values["y"][2][4] == values["x"] == {"a": [1, 2, {3}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dianjing.config.schema import TrainConfig
 from dianjing.errors import CheckpointError, ConfigError, DataError, DianjingError, ModelError
 from dianjing.formats.pickle import read_checkpoint
 from dianjing.formats.run import Wishes, import_run
+from dianjing.formats.xtuner import moments_by_name
 from dianjing.model.weights import trainable_state
 from dianjing.train.checkpoint import damage, newest, read_state
 from dianjing.train.loop import train
@@ -137,6 +139,7 @@ HEAD = "llm.base_model.model.output.lora_B.default.weight"
         ({HEAD: torch.ones(699, 4)}, r"lm_head\.lora_B\.default\.weight \(699x4 in the checkpoint, 700x4 here\)"),
         ({"projector.model.4.weight": torch.ones(2, 2)}, "its projector has 3 linear layers; only those of 2"),
         ({HEAD.replace("_B", "_A"): torch.ones(5, 32)}, r"the LoRA of llm has ranks \[4, 5\]"),
+        ({HEAD.replace("_B", "_A"): torch.tensor(1.0)}, r"the LoRA of llm has ranks \[0, 4\]"),
     ],
 )
 def test_nothing_is_half_loaded(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
@@ -145,13 +148,88 @@ def test_nothing_is_half_loaded(tmp_path: Path, changes: dict[str, Any], complai
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("spoil", [lambda weight: weight * float("nan"), lambda weight: weight.to(torch.int8)])
-def test_what_is_no_finite_number_is_not_taken_over(tmp_path: Path, spoil: Any) -> None:
-    content = read_checkpoint(PRETRAIN)["state_dict"]
-    torch.save({**content, "projector.model.2.bias": spoil(content["projector.model.2.bias"])}, tmp_path / "x.pth")
-    with pytest.raises(ModelError, match=r"linear_2\.bias hold values .* earlier checkpoint"):
-        import_run(tmp_path / "x.pth", tmp_path / "run", HERE)
+BIAS = "projector.model.2.bias"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda weight: weight * float("nan"), "hold values that are no finite numbers.* earlier checkpoint"),
+        *(
+            (lambda weight, dtype=dtype: weight.to(dtype), rf"\({dtype}\) cannot be read; save it again in fp32")
+            for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn)
+        ),
+    ],
+)
+def test_what_is_no_finite_number_is_not_taken_over(tmp_path: Path, spoil: Any, complaint: str) -> None:
+    content = {name: weight.contiguous() for name, weight in read_checkpoint(PRETRAIN)["state_dict"].items()}
+    save_file({**content, BIAS: spoil(content[BIAS])}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=rf"linear_2\.bias {complaint}"):
+        import_run(tmp_path / "x.safetensors", tmp_path / "run", replace(HERE, template="internlm2_chat"))
     assert not (tmp_path / "run").exists()
+
+
+def pretrain_at(path: Path, iteration: int, last: int, **spoiled: Any) -> Path:
+    """Write the pretrain checkpoint as of another iteration, with the optimizer's state of BIAS changed."""
+    content = read_checkpoint(PRETRAIN)
+    moments = dict(moments_by_name(content["optimizer"], content["state_dict"], PRETRAIN))
+    moments[BIAS] |= spoiled
+    return write_iter(path, content["state_dict"], moments, client_state(content["meta"]["cfg"], iteration, last))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "fault"),
+    [
+        ("exp_avg_sq", torch.zeros(1), "is of size 1, not 32"),
+        ("exp_avg_sq", -torch.ones(32), "is below 0"),
+        ("exp_avg_sq", torch.ones(32, dtype=torch.int8), r"is of torch\.int8"),
+        ("exp_avg", torch.full((32,), float("nan")), "has values that are no finite numbers"),
+        ("step", torch.tensor(-3.0), "is below 0"),
+        ("step", torch.tensor(float("nan")), "has values that are no finite numbers"),
+    ],
+)
+def test_what_cannot_be_adamws_memory_is_not_taken_over(tmp_path: Path, kind: str, value: Any, fault: str) -> None:
+    source = pretrain_at(tmp_path / "iter_10.pth", 10, 80, **{kind: value})
+    with pytest.raises(ModelError, match=rf"{BIAS}: {kind} in the optimizer's state {fault}; .*--weights-only"):
+        import_run(source, tmp_path / "run", HERE)
+    assert not (tmp_path / "run").exists()
+    import_run(source, tmp_path / "run", replace(HERE, weights_only=True))
+
+
+def test_a_checkpoint_behind_the_end_of_its_run_is_not_trained_on(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
+    wishes = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images))
+    with pytest.raises(DataError, match="its 8 records ends at step 4, but the checkpoint is of step 5; give"):
+        import_run(pretrain_at(tmp_path / "iter_5.pth", 5, 4), tmp_path / "run", wishes)
+    report = import_run(pretrain_at(tmp_path / "iter_4.pth", 4, 4), tmp_path / "run", wishes)
+    assert report[-1] == "it can be asked and exported; its training has ended: step 4 of 4"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("file/run", "cannot be written: Not a directory; choose another place"),
+        ("n" * 300, "cannot be written: File name too long"),
+        ("dangling", "already there"),
+        (os.fsdecode(b"\xff"), "its name, .* is not UTF-8; rename it"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_left_as_it_was(tmp_path: Path, name: str, complaint: str) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=complaint):
+        import_run(PRETRAIN, tmp_path / name, HERE)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
+
+
+@pytest.mark.parametrize("tower", [5, {"a": 1}])
+def test_a_tower_that_is_no_name_is_asked_for(tmp_path: Path, tower: Any) -> None:
+    weights = read_checkpoint(PRETRAIN)["state_dict"]
+    torch.save(
+        {name.replace("projector.model", "mm_projector"): one for name, one in weights.items()}, tmp_path / "x.bin"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": tower}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="which is no folder here; give --vision-tower DIR"):
+        import_run(tmp_path / "x.bin", tmp_path / "run", replace(HERE, vision_tower=""))
 
 
 def test_a_checkpoint_of_another_llm_or_tower_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,39 @@ def test_a_file_that_names_the_newest_checkpoint_leads_to_nothing_else(tmp_path:
         (inside / pointer).write_text(str(tmp_path / "iter_4.pth"), encoding="utf-8")
         with pytest.raises(ModelError, match=r"inside/iter_4\.pth: no such file"):
             open_foreign(inside)
-        (inside / pointer).write_text("\n", encoding="utf-8")
-        with pytest.raises(ModelError, match=f"{pointer}: it names no checkpoint"):
+        for nothing in ("\n", ".", "..", "../..", "C:\\x\\.."):
+            (inside / pointer).write_text(nothing, encoding="utf-8")
+            with pytest.raises(ModelError, match=f"{pointer}: it names no checkpoint"):
+                open_foreign(inside)
+        (inside / pointer).write_text("x" * 5000, encoding="utf-8")
+        with pytest.raises(ModelError, match="cannot be read: File name too long"):
             open_foreign(inside)
+        (inside / "again").symlink_to(".")
+        (inside / pointer).write_text("again", encoding="utf-8")
+        with pytest.raises(ModelError, match="again: no checkpoint of a known form"):
+            open_foreign(inside)
+        (inside / "again").unlink()
         (inside / pointer).unlink()
+    (tmp_path / "latest").write_text("D:\\work\\iter_4.pth", encoding="utf-8")
+    assert open_foreign(tmp_path).iteration == 4
 
 
-@pytest.mark.parametrize("wrong", [{"iter": -1}, {"iter": "ten"}, {"seed": "x"}, [1]])
+def test_a_folder_of_several_checkpoints_says_which_there_are(tmp_path: Path) -> None:
+    for number in (4, 8):
+        write_iter(tmp_path / f"iter_{number}.pth", ALL, {}, client_state("", number, 80))
+    with pytest.raises(ModelError, match=r"give one of those that are there: iter_4\.pth, iter_8\.pth"):
+        open_foreign(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"iter": value} for value in (-1, "ten", math.inf, 10**300)),
+        *({"seed": value} for value in ("x", math.inf, 2**70)),
+        {"cfg": ("x",)},
+        [1],
+    ],
+)
 def test_what_no_run_could_have_saved_is_refused(tmp_path: Path, wrong: Any) -> None:
     meta = {"iter": 4, "seed": 0, **wrong} if isinstance(wrong, dict) else wrong
     torch.save({"state_dict": ALL, "meta": meta}, tmp_path / "iter_4.pth")
@@ -123,7 +150,10 @@ def test_a_deepspeed_folder_with_a_part_gone_is_refused(tmp_path: Path, stage: i
     with pytest.raises(ModelError, match="the files of rank 1 are missing"):
         open_foreign(folder)
     files[2].unlink()
-    with pytest.raises(ModelError, match=r"1 ranks' .* are there, but the run had 3"):
+    with pytest.raises(ModelError, match=r"1 ranks' .* are there, but the run had 3; copy the whole folder again"):
+        open_foreign(folder)
+    files[0].write_bytes(files[0].read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"optim_states\.pt: cut off or damaged; copy it again"):
         open_foreign(folder)
     files[0].unlink()
     with pytest.raises(ModelError, match="which hold the weights in fp32"):
@@ -140,6 +170,49 @@ def test_a_ranks_file_that_is_a_copy_of_anothers_is_refused(tmp_path: Path, stag
     files = sorted(folder.glob("*optim_states.pt"))
     files[1].write_bytes(files[0].read_bytes())
     with pytest.raises(ModelError, match=r"rank_1.* it holds the same weights as .*rank_0"):
+        open_foreign(folder)
+
+
+LATER = {name: weight + 0.1 for name, weight in ALL.items()}
+LATER_MOMENTS = {name: {**moments, "step": torch.tensor(8.0)} for name, moments in MOMENTS.items()}
+
+
+def write_zero(folder: Path, stage: int, *, later: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a folder of two ranks, of step 4 or of step 8."""
+    weights, moments = (LATER, LATER_MOMENTS) if later else (ALL, MOMENTS)
+    if stage == 3:
+        return write_zero3(folder, weights, moments, client_state("", 4, 80), ranks=2, subgroups=1)
+    return write_zero12(folder, weights, moments, client_state("", 4, 80), ranks=2, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("stage", "moved", "complaint"),
+    [
+        (2, "*rank_1*optim_states.pt", r"rank_1.* it is of step 8, .*rank_0.* of step 4; copy"),
+        (3, "*rank_1*optim_states.pt", r"rank_1.* it is of step 8, .*rank_0.* of step 4; copy"),
+        (2, "*model_states.pt", r"weight in \*_model_states\.pt is not what the \*_optim_states\.pt have in fp32"),
+    ],
+)
+def test_a_folder_of_two_checkpoints_is_refused(tmp_path: Path, stage: int, moved: str, complaint: str) -> None:
+    folder = write_zero(tmp_path / "iter_4.pth", stage)
+    (later,) = write_zero(tmp_path / "iter_8.pth", stage, later=True).glob(moved)
+    later.replace(folder / later.name)
+    with pytest.raises(ModelError, match=complaint):
+        open_foreign(folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "moved", "complaint"),
+    [
+        (2, "*optim_states.pt", r"bf16_zero_pp_rank_1_\S+ and zero_pp_rank_1_\S+ are of two runs; move"),
+        (3, "*model_states.pt", r"mp_rank_00_\S+ and zero_pp_rank_1_\S+ are of two runs; move"),
+    ],
+)
+def test_a_folder_of_two_runs_is_refused(tmp_path: Path, stage: int, moved: str, complaint: str) -> None:
+    folder = write_zero(tmp_path / "iter_4.pth", 2)
+    for other in write_zero(tmp_path / "other", stage, later=True, dtype=torch.float16).glob(moved):
+        other.replace(folder / other.name)
+    with pytest.raises(ModelError, match=complaint):
         open_foreign(folder)
 
 
@@ -197,6 +270,23 @@ def test_llavas_projector_and_its_lora_folder(tmp_path: Path) -> None:
     assert found.settings["language_model.folder"] == "/x/llm"
 
 
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ('{"mm_projector_type": "linear"}', 'mm_projector_type is "linear", only "mlp2x_gelu" can be read'),
+        ('{"mm_vision_select_feature": "cls_patch"}', 'mm_vision_select_feature is "cls_patch", only "patch"'),
+        ('{"mm_use_im_start_end": true}', "mm_use_im_start_end is true, only false"),
+        ('{"image_aspect_ratio": "anyres"}', 'image_aspect_ratio is "anyres", only "pad" and "square"'),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_a_llava_that_ours_cannot_be_is_refused(tmp_path: Path, config: str, complaint: str) -> None:
+    torch.save({"model.mm_projector.0.weight": torch.ones(2, 2)}, tmp_path / "mm_projector.bin")
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"config\.json: {complaint}"):
+        open_foreign(tmp_path)
+
+
 def test_a_whole_llava(tmp_path: Path) -> None:
     whole = {
         "model.layers.0.mlp.up_proj.weight": torch.randn(2, 2),
@@ -226,6 +316,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     save_file({"model.norm.weight": torch.ones(1)}, tmp_path / "llm" / "model.safetensors")
     for name, complaint in {
         "gone.pth": "no such file or folder",
+        "x" * 300: "cannot be read: File name too long",
         "other.pth": r"no weights of a LLaVA are in it \(it begins with conv.weight\)",
         "list.pth": "no weights are in it, but a list",
         "number.pth": "is a int, not a tensor",

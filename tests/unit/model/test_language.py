@@ -178,13 +178,19 @@ def test_an_index_leads_to_no_other_folder(folder: Path) -> None:
         (f"../{WEIGHTS}", "is no file of this folder"),
         (str(folder.parent / WEIGHTS), "is no file of this folder"),
         ("gone.safetensors", "gone.safetensors not there"),
+        ("x" * 300, "not there; copy the folder again"),
     ):
         index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, name)}))
         with pytest.raises(ModelError, match=message):
             load_language_model(folder, torch.float32)
-    index.write_text(json.dumps({"weight_map": None}))
-    with pytest.raises(ModelError, match="no weight_map"):
-        load_language_model(folder, torch.float32)
+    for text, message in (
+        ('{"weight_map": null}', "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ("[" * 100_000, "index.json: not JSON"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ModelError, match=message):
+            load_language_model(folder, torch.float32)
     index.unlink()
     with pytest.raises(ModelError, match="it has no weights"):
         load_language_model(folder, torch.float32)
@@ -225,6 +231,48 @@ def test_a_value_that_a_config_cannot_have_is_refused(folder: Path, tmp_path: Pa
         load_language_model(folder, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; at least 1 is needed"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, which is no multiple of num_key_value_heads, 3"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"hidden_act": "evil"}, 'hidden_act is "evil", which transformers does not know'),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused_by_name(tmp_path: Path, settings: dict, message: str) -> None:
+    folder = Path(shutil.copytree(INTERNLM2, tmp_path / "llm"))
+    change_config(folder, **settings)
+    with pytest.raises(ModelError, match=f"config.json: {message}.*; copy it again"):
+        load_language_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 5), (7, 5)])
+def test_a_wqkv_of_other_heads_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    name = "model.layers.1.attention.wqkv.weight"
+    with pytest.raises(ModelError, match=f"{name} has . rows, which 4 query and 2 key-value heads.*of another LLM"):
+        internlm2_to_llama(name, torch.zeros(shape), LlamaConfig(num_attention_heads=4, num_key_value_heads=2))
+    folder = Path(shutil.copytree(INTERNLM2, tmp_path / "llm"))
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(shape)}))
+    with pytest.raises(ModelError, match=rf"{folder}: the weights are not those of its config.json: {name}"):
+        load_language_model(folder, torch.float32)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    weights = as_bin(folder)
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    torch.save(weights, folder / names[0])
+    torch.save({"model.norm.weight": torch.zeros(32)}, folder / names[1])
+    (folder / "pytorch_model.bin").unlink()
+    index = {"weight_map": dict.fromkeys(weights, names[0]) | {"model.norm.weight": names[1]}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=rf"{names[1]}: model.norm.weight is in {names[0]} too"):
+        load_language_model(folder, torch.float32)
+
+
 @pytest.mark.parametrize("part", [None, "vision_config"])
 def test_a_model_of_a_million_layers_is_not_built(folder: Path, part: str | None) -> None:
     layers = {"num_hidden_layers": 1_000_000}
@@ -233,7 +281,9 @@ def test_a_model_of_a_million_layers_is_not_built(folder: Path, part: str | None
         read_config(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "a JSON object is needed, not a list")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "a JSON object is needed, not a list")]
+)
 def test_a_config_that_is_none_is_refused(folder: Path, text: str, message: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):

@@ -109,6 +109,48 @@ def test_a_checkpoint_without_a_projector_or_damaged_is_refused(model: Any, tmp_
         load_projector(model, folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"linear_1.bias": torch.ones(1)}, r"another shape: linear_1.bias \(1 in it, 32 here\)"),
+        ({"linear_1.bias": torch.ones(7)}, r"another shape: linear_1.bias \(7 in it, 32 here\)"),
+        ({"linear_1.weight": torch.ones(1, 24)}, r"another shape: linear_1.weight \(1x24 in it, 32x24 here\)"),
+        ({"linear_1.weight": torch.ones(24)}, r"another shape: linear_1.weight \(24 in it, 32x24 here\)"),
+        (
+            {
+                "linear_1.weight": torch.ones(20, 24),
+                "linear_1.bias": torch.ones(20),
+                "linear_2.weight": torch.ones(32, 20),
+            },
+            r"another shape: linear_1.bias \(20 in it, 32 here\), linear_1.weight .*, linear_2.weight",
+        ),
+        ({"linear_1.weight": torch.ones(32, 24, dtype=torch.int8)}, r"linear_1.weight \(torch.int8\).*are no weights"),
+        ({"linear_2.bias": torch.full((32,), torch.nan)}, "linear_2.bias hold values that are no finite numbers"),
+        ({"linear_1.bias": None, "linear_2.bias": None}, "linear_1.bias, linear_2.bias missing"),
+        ({"linear_1.extra": torch.ones(1)}, "linear_1.extra left over"),
+    ],
+)
+def test_what_is_not_exactly_the_projector_is_refused_by_name(
+    model: Any, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    own = model.model.multi_modal_projector.state_dict()
+    before = {name: weight.clone() for name, weight in own.items()}
+    kept = {name: weight for name, weight in {**before, **change}.items() if weight is not None}
+    ours = {f"model.multi_modal_projector.{name}": weight for name, weight in kept.items()}
+    numbers = {"linear_1": "projector.model.0", "linear_2": "projector.model.2"}
+    theirs = {f"{numbers[name[:8]]}{name[8:]}": weight for name, weight in kept.items()}
+    torch.save(theirs, tmp_path / "iter_1.pth")
+    for source in (write_checkpoint(tmp_path, 1, ours), tmp_path / "iter_1.pth"):
+        with pytest.raises(ModelError, match=f"{source}: .*{message}"):
+            load_projector(model, source)
+    assert all(torch.equal(weight, before[name]) for name, weight in own.items())
+
+
+def test_a_path_too_long_is_none(model: Any) -> None:
+    with pytest.raises(ModelError, match="no such run or checkpoint"):
+        load_projector(model, "x" * 300)
+
+
 def test_the_projector_of_an_xtuner_checkpoint_is_taken_as_it_lies(make_recipe: MakeRecipe) -> None:
     tiny, checkpoint = XTUNER / "tiny", XTUNER / "tiny" / "pretrain_iter_10.pth"
     parts = {

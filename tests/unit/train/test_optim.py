@@ -97,6 +97,21 @@ def test_the_state_goes_through_a_file_exactly(make_recipe: Any, tmp_path: Path)
         assert torch.equal(weight, model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("exp_avg_sq", torch.zeros(1)), ("exp_avg", torch.zeros(1)), ("step", torch.zeros(2)), ("exp_avg", None)],
+)
+def test_a_state_of_another_shape_is_refused(make_recipe: Any, kind: str, value: torch.Tensor | None) -> None:
+    """AdamW's step would read beyond its end."""
+    model, optimizer = optimizer_of(make_recipe)
+    step(model, optimizer, 0)
+    state = optimizer_state(optimizer)
+    key = f"model.multi_modal_projector.linear_2.bias/{kind}"
+    state[key] = state[key].to(torch.bfloat16) if value is None else value
+    with pytest.raises(CheckpointError, match=rf"not of what trains here \({key}\)"):
+        load_optimizer_state(optimizer, state)
+
+
 def test_the_state_of_other_weights_is_refused(make_recipe: Any) -> None:
     model, optimizer = optimizer_of(make_recipe)
     step(model, optimizer, 0)

@@ -8,14 +8,16 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from PIL import Image
 
 from dianjing.errors import ConfigError
 from dianjing.use import serve
-from dianjing.use.serve import Guard, example, open_port, vllm_command
+from dianjing.use.serve import Guard, Room, example, open_port, vllm_command
 
 CHAT = "/v1/chat/completions"
 JSON = {"host": "127.0.0.1:8080", "content-type": "application/json"}
@@ -26,6 +28,27 @@ opened: list[str] = []
 @pytest.fixture(scope="module", autouse=True)
 def _watch() -> None:
     sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
+
+
+class Words:
+    """A processor whose template joins the texts, and whose tokens are words of at most ten letters."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"0123456789": 0}
+
+    def apply_chat_template(self, messages: Any, **settings: Any) -> str:
+        if [message["role"] for message in messages[:2]] == ["user", "user"]:
+            raise TemplateError("roles must alternate")
+        return " ".join(part.get("text", "<image>") for message in messages for part in message["content"])
+
+    def __call__(self, text: str, **settings: Any) -> Any:
+        return SimpleNamespace(input_ids=text.split())
+
+
+ROOM = Room(positions=100, picture=20, processor=Words())
 
 
 class Application:
@@ -59,7 +82,7 @@ def ask(
 
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": fields}
-    asyncio.run(Guard(app=application, model="mine", key=key)(scope, receive, send))
+    asyncio.run(Guard(app=application, model="mine", room=ROOM, key=key)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), application.bodies
 
 
@@ -166,6 +189,13 @@ def message(**fields: Any) -> dict[str, Any]:
         (message(role="user", content=[7]), 400, "content[0]"),
         ({"model": "mine", "messages": []}, 400, "messages"),
         ({"model": "mine"}, 400, "messages"),
+        (message(role="user", content="a\ud800"), 400, "messages[0]: half a character"),
+        (message(role="user", content="word " * 100), 400, "the messages take 100 of the model's 100 positions"),
+        (message(role="user", content="word" * 10**6), 400, "longer than the 100 positions"),
+        (message(role="user", content=[{"type": "text", "text": ""}] * 101), 400, "longer than the 100 positions"),
+        (message(role="user", content=question()["messages"][0]["content"] * 5), 400, "take 105 of"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, 400, "refuses them: roles must alternate"),
+        (question("data:image/png;base64,\u00e9"), 400, "content[0]"),
         ([], 400, "object"),
         (b"{", 400, "JSON"),
         (b"[" * 100_000, 400, "JSON"),
@@ -176,6 +206,37 @@ def test_what_is_refused(body: Any, status: int, word: str) -> None:
     found, reply, passed = ask(body)
     assert (found, passed) == (status, [])
     assert word in reply["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("max_tokens", [0, -1, "9", True, 1.5, 80, 10**12, 10**400]),
+        ("max_completion_tokens", [0, "9", 80]),
+        ("temperature", [float("nan"), float("inf"), -1, 1e-40, 3, 10**400, "1", False]),
+        ("top_p", [0, 2, float("nan"), "1"]),
+        ("seed", ["a", 2**80, -(2**64), 1.0, True]),
+        ("stop", ["", [], ["a", ""], ["a"] * 5, "a" * 101, "\ud800", 7]),
+        ("frequency_penalty", [-1, 3, "a"]),
+        ("stream", ["yes", 1]),
+        ("stream_options", [True]),
+        ("user", [7]),
+    ],
+)
+def test_a_value_that_no_field_can_have_is_refused_by_name(field: str, values: list[Any]) -> None:
+    for value in values:
+        status, reply, passed = ask(question(**{field: value}))
+        assert (status, passed) == (400, []), value
+        assert field.replace("completion_", "") in reply["error"]["message"].replace("completion_", "")
+
+
+def test_an_answer_has_the_room_that_the_prompt_leaves() -> None:
+    """The question has a picture of 20 positions and a word."""
+    assert ask(question())[2][0]["max_tokens"] == 79
+    assert ask(question(max_tokens=None, stop=None))[2][0]["max_tokens"] == 79
+    body = ask(question(max_completion_tokens=79, max_tokens=5))[2][0]
+    assert (body["max_tokens"], "max_completion_tokens" in body) == (79, False)
+    assert "ask for at most 79" in ask(question(max_tokens=80))[1]["error"]["message"]
 
 
 def test_a_request_too_large_is_refused_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
