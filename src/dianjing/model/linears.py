@@ -52,10 +52,11 @@ class Linears:
             if beside and len(names) == 1:
                 self._left = self._rank if len(self._blocks) > 1 else 0
                 self._right = sum(self._blocks[-1][1])
-        joined = [_join([getattr(base, name) for base in bases], self._left, self._right) for name in names]
-        self._matrix = joined[0]
-        """The frozen weights, and beside them what B of the first and the second block are converted to."""
-        self._weight = joined[0][:, self._left : self._left + bases[0].in_features]
+        self._parameters: list[nn.Parameter] = [getattr(base, names[0]) for base in bases]
+        joined = [_join([getattr(base, name) for base in bases]) for name in names]
+        self._weight = joined[0]
+        self._matrix: Tensor | None = None
+        """The frozen weights with, beside them, what B of the first and the second block are converted to."""
         self.scale: Tensor | None = joined[1].flatten() if len(joined) > 1 else None
         """Of each column of the result, if the weights are FP8."""
         self._bias = _join([base.bias for base in bases]) if bases[0].bias is not None else None
@@ -115,6 +116,7 @@ class Linears:
         x, whole = wide.rows, wide.whole
         end = self._left + wide.columns
         down, ups = self.convert(x.dtype)
+        assert self._matrix is not None
         if self._left:
             torch.mm(x, down[: self._left].T, out=whole[:, : self._left])
         torch.mm(x, down[self._left :].T, out=whole[:, end:])
@@ -245,6 +247,8 @@ class Linears:
         downs, ups = self.adapters[0::2], self.adapters[1::2]
         if held is None or held[0].dtype != dtype:
             with torch.inference_mode(False):  # a sample answer may be the first to ask, training changes them later
+                if self._right and self._matrix is None:
+                    self._lay_beside()
                 held = (
                     torch.empty(len(downs) * self._rank, downs[0].shape[1], dtype=dtype, device=downs[0].device),
                     [self._room_of_block(number, dtype) for number in range(len(self._blocks))],
@@ -260,16 +264,28 @@ class Linears:
         self._converted, self._versions = held, versions
         return held
 
+    def _lay_beside(self) -> None:
+        """Move the frozen weights to where there is room for B beside them.
+
+        Not before the first pass: until then engines send each weight to all ranks, as one piece of memory.
+        """
+        rows, columns = self._weight.shape
+        self._matrix = self._weight.new_zeros(rows, self._left + columns + self._right)
+        self._weight = self._matrix[:, self._left : self._left + columns].copy_(self._weight)
+        for parameter, part in zip(self._parameters, self._weight.split(self.widths), strict=True):
+            parameter.data = part
+
     def _room_of_block(self, number: int, dtype: torch.dtype) -> Tensor:
         """Return where the B of a block are converted to: beside its frozen weights, if there is room."""
         heights = [sum(widths) for widths, _ in self._blocks]
         ranks = sum(self._blocks[number][1])
-        beside = self._right and dtype == self._matrix.dtype
-        if beside and self._left and number == 0:
-            return self._matrix.split(heights)[0][:, :ranks]
-        if beside and number == (1 if self._left else 0):
-            return self._matrix.split(heights)[number][:, -ranks:]
-        return torch.zeros(heights[number], ranks, dtype=dtype, device=self._matrix.device)
+        if self._matrix is not None and dtype == self._matrix.dtype:
+            rows = self._matrix.split(heights)[number]
+            if self._left and number == 0:
+                return rows[:, :ranks]
+            if number == (1 if self._left else 0):
+                return rows[:, -ranks:]
+        return torch.zeros(heights[number], ranks, dtype=dtype, device=self._weight.device)
 
 
 def joinable(layers: Sequence[Any]) -> bool:
@@ -310,18 +326,11 @@ def _share(layer: Any) -> float:
     return float(getattr(layer.lora_dropout[ADAPTER], "p", 0.0))
 
 
-def _join(parameters: Sequence[nn.Parameter], left: int = 0, right: int = 0) -> Tensor:
-    """Return parameters one below the other, with so many columns of zeros beside; each becomes a part of it."""
-    if len(parameters) == 1 and not left + right:
+def _join(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return parameters one below the other; each becomes a part of it."""
+    if len(parameters) == 1:
         return parameters[0].detach()
-    first = parameters[0]
-    heights = [len(parameter) for parameter in parameters]
-    if not left + right:
-        joined = inside = torch.cat([parameter.detach() for parameter in parameters])
-    else:
-        joined = first.new_zeros(sum(heights), left + first.shape[1] + right, requires_grad=False)
-        inside = joined[:, left : left + first.shape[1]]
-        torch.cat([parameter.detach() for parameter in parameters], out=inside)
-    for parameter, part in zip(parameters, inside.split(heights), strict=True):
+    joined = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters]), strict=True):
         parameter.data = part
     return joined
