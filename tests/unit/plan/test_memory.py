@@ -121,6 +121,8 @@ def kept_by_layers(recipe: Recipe, layers: int, tower_layers: int, pack: Batch, 
     apply_stage(model, recipe)
     if joined:
         assert "compiled" not in speed_up(model)
+        with torch.no_grad():
+            forward_loss(model.train(), pack)  # joined layers move their weights in the first pass
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Tensor] = {}
 
