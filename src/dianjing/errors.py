@@ -43,3 +43,13 @@ class CheckpointError(DianjingError):
 
 class ExportError(DianjingError):
     """An export was refused because it does not equal its run."""
+
+
+LONGEST_REASON = 300
+"""Characters: what a foreign file makes a message say must not fill the screen."""
+
+
+def shortened(reason: object) -> str:
+    """Return a text, cut off where it is longer than a message needs."""
+    text = str(reason)
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}... ({len(text):,} characters)"

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, cast
 from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerBase
 
-from dianjing.errors import ModelError
+from dianjing.errors import ModelError, shortened
 
 Message = tuple[str, str]
 """Role and text."""
@@ -39,7 +39,6 @@ MOST_MEMORY = 2**29
 """Bytes, beyond what the program has already."""
 LONGEST_TEXT = 100_000
 """Characters that a template may write for a short conversation."""
-LONGEST_REASON = 1000
 THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -93,16 +92,12 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
     folder = cast(Any, tokenizer).name_or_path
     named = cast("dict[str, Any]", found) if isinstance(found, dict) else {"default": found}
     if "default" not in named:
-        names = _short(", ".join(f'"{name}"' for name in named))
+        names = shortened(", ".join(f'"{name}"' for name in named))
         raise TurnsError(f'{folder}: none of the chat templates of its tokenizer is named "default", but {names}')
     if not isinstance(named["default"], str):
         kind = type(named["default"]).__name__
         raise TurnsError(f"{folder}: the chat template of its tokenizer is no text, but of type {kind}")
     return named["default"]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _in_limits(read: Callable[[], Turns]) -> Turns:
@@ -147,9 +142,9 @@ def _answer(read: Callable[[], Turns], sending: Connection) -> NoReturn:
         try:
             found: dict[str, Any] = asdict(read())
         except TurnsError as error:
-            found = {"error": _short(str(error))}
+            found = {"error": shortened(error)}
         except Exception as error:  # a fault of ours; one of memory is said by saying nothing
-            found = {} if isinstance(error, MemoryError) else {"error": _short(f"{type(error).__name__}: {error}")}
+            found = {} if isinstance(error, MemoryError) else {"error": shortened(f"{type(error).__name__}: {error}")}
         sending.send_bytes(json.dumps(found).encode())
     finally:
         os._exit(0)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dianjing.errors import ModelError
+from dianjing.errors import ModelError, shortened
 
 LARGEST_PROGRAM_BYTES = 512 * 2**20
 """Of a zip's data.pkl, which holds all but the tensors; a real one has a few MB."""
@@ -35,7 +35,6 @@ MOST_DIMENSIONS = MOST_ARGUMENTS = 16
 COPIED_PER_BYTE = 2
 """Items that calls may copy, per byte of the program; a real one makes once what it hands to a call, and copies 0.1."""
 COPIED = (str, bytes, list, tuple, dict, set, frozenset)
-LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,14 @@ def read_checkpoint(path: Path) -> Any:
         return _Machine(storages).run(program)
     except Refused as refused:
         raise ModelError(
-            f"{path}: refused, nothing in it was run: {_short(refused)}; a checkpoint needs no such thing, so do not "
-            "trust where the file comes from"
+            f"{path}: refused, nothing in it was run: {shortened(refused)}; a checkpoint needs no such thing, so do "
+            "not trust where the file comes from"
         ) from None
     except (OSError, zipfile.BadZipFile, struct.error) as error:
-        raise ModelError(f"{path}: cannot be read: {_short(error)}; a whole checkpoint of torch is needed") from None
+        raise ModelError(f"{path}: cannot be read: {shortened(error)}; a whole checkpoint of torch is needed") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-        reason = f"{type(error).__name__}: {_short(error)}"
+        reason = f"{type(error).__name__}: {shortened(error)}"
         raise ModelError(f"{path}: damaged, or no checkpoint of torch ({reason}); copy it again") from None
-
-
-def _short(reason: Exception) -> str:
-    text = str(reason)
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}... ({len(text):,} characters)"
 
 
 def _open_zip(path: Path, mapped: mmap.mmap) -> tuple[bytes, Callable[[str], tuple[int, int, mmap.mmap]]]:

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from dianjing.errors import ConfigError
+from dianjing.errors import ConfigError, shortened
 
 LARGEST = 2**63
 LONGEST_TEXT = 100_000
@@ -19,7 +19,6 @@ MOST_WRITTEN_OUT = 1_000_000
 """Values and characters that a config may have, a name counting as often as it is used: [x, x], 60 times over, is more
 than any memory holds."""
 MOST_DIGITS = 64
-LONGEST_REASON = 300
 
 OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -59,18 +58,13 @@ def read_python_config(text: str, where: str) -> dict[str, Any]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{where}: not a config in Python: {_short(error)}") from None
+        raise ConfigError(f"{where}: not a config in Python: {shortened(error)}") from None
     except (RecursionError, MemoryError):  # what ast.parse says of depth, whatever the memory
         raise ConfigError(f"{where}: not a config in Python: its brackets or operators are nested too deep") from None
     reader = _Reader(where)
     for statement in tree.body:
         reader.take(statement)
     return reader.values
-
-
-def _short(reason: object) -> str:
-    text = str(reason)
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _key(value: Any) -> Any:
@@ -191,4 +185,4 @@ class _Reader:
         return value
 
     def _refuse(self, node: ast.stmt | ast.expr, reason: str) -> Any:
-        raise ConfigError(f"{self._where}: line {node.lineno}: {_short(reason)} (a config is read, never run)")
+        raise ConfigError(f"{self._where}: line {node.lineno}: {shortened(reason)} (a config is read, never run)")
