@@ -1,6 +1,7 @@
-"""Milliseconds of single layers, forwards and backwards: attention, decoder and tower, compiled and joined.
+"""Milliseconds of single layers, forwards and backwards: attention, decoder and tower, compiled, joined and replayed.
 
-    python benchmarks/layer_speed.py [--only attention,decoder,tower] [--kinds compiled,joined] [--profile] [--tiny]
+    python benchmarks/layer_speed.py [--only attention,decoder,tower] [--kinds compiled,joined,replayed]
+        [--dropout 0.05] [--profile] [--tiny]
 
 Shapes of InternLM2-Chat-1.8B and CLIP ViT-L/14-336, random weights, bf16, packs of train_speed.py's lengths. Prints the
 clock and how long the CPU took to start the work: where the two are equal, the CPU is what is waited for.
@@ -30,22 +31,26 @@ from dianjing.model.fp8 import Fp8Linear, quantize_layers_to_fp8
 from dianjing.model.joined import join_decoder_layers, spans_of
 from dianjing.model.joined_tower import join_tower_layers
 from dianjing.model.lora import LoraLinear
+from dianjing.model.recorded import Recorded
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 PROFILED = False
 """Whether the kernels of each measured thing are printed, with their milliseconds."""
+DROPOUT = 0.0
+"""Of adapters."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="attention,decoder,tower")
-    parser.add_argument("--kinds", default="compiled,joined")
+    parser.add_argument("--kinds", default="compiled,joined,replayed", help="replayed: a tower on a GPU")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of adapters")
     parser.add_argument("--profile", action="store_true", help="print the kernels of each, and their milliseconds")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
     chosen = parser.parse_args()
-    global PROFILED
-    PROFILED = chosen.profile
+    global PROFILED, DROPOUT
+    PROFILED, DROPOUT = chosen.profile, chosen.dropout
     for name in chosen.only.split(","):
         if name == "attention":
             attention(tiny=chosen.tiny)
@@ -98,7 +103,7 @@ def decoder(kinds: list[str], *, tiny: bool) -> None:
     for stage, lengths in packs(tiny=tiny).items():
         told = places(lengths)
         for frozen in ("bf16", "fp8") if GPU else ("bf16",):
-            for kind in kinds:
+            for kind in [kind for kind in kinds if kind != "replayed"]:
                 torch._dynamo.reset()
                 model = decoder_layers(frozen == "fp8", 512 if stage == "stage 2" else 0, tiny=tiny)
                 x = random_states(1, sum(lengths), model.config.hidden_size)
@@ -162,7 +167,7 @@ def tower(kinds: list[str], *, tiny: bool) -> None:
     )
     x = torch.randn(pictures, 577, width, device=DEVICE, dtype=torch.bfloat16)
     for rank in (0, 64):
-        for kind in kinds:
+        for kind in [kind for kind in kinds if kind != "replayed" or (rank and GPU)]:
             torch._dynamo.reset()
             clip = made(partial(CLIPVisionModel, config)).train()
             if rank:
@@ -181,7 +186,7 @@ def tower(kinds: list[str], *, tiny: bool) -> None:
 
 
 def through_tower(stack: Any, kind: str) -> Callable[[Tensor], Tensor]:
-    joined: Any = join_tower_layers(stack) if kind == "joined" else None
+    joined: Any = None if kind == "compiled" else join_tower_layers(stack)
     if joined is None:
         compile_layers(stack)
 
@@ -190,6 +195,9 @@ def through_tower(stack: Any, kind: str) -> Callable[[Tensor], Tensor]:
             x = layer(x) if joined else layer(x, None)
         return x
 
+    if kind == "replayed":
+        weights = [weight for weight in stack.parameters() if weight.requires_grad]
+        return Recorded(through, weights, lambda: [layer.convert(torch.bfloat16) for layer in joined])
     return through
 
 
@@ -204,7 +212,7 @@ def made(build: Callable[[], Any]) -> Any:
 
 
 def add_adapters(model: nn.Module, targets: str, rank: int) -> None:
-    config = LoraConfig(r=rank, lora_alpha=rank // 2, target_modules=targets)
+    config = LoraConfig(r=rank, lora_alpha=rank // 2, lora_dropout=DROPOUT, target_modules=targets)
     config._register_custom_module({nn.Linear: LoraLinear, Fp8Linear: LoraLinear})
     inject_adapter_in_model(config, model)
     for name, weight in model.named_parameters():
@@ -234,7 +242,7 @@ def report(name: str, step: Callable[[], Any], layers: int = 1, times: int = 10)
             step()
             wait()
         kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-        for kernel in kernels[:28]:
+        for kernel in kernels[:40]:
             taken = kernel.self_device_time_total / 1e3 / layers
             print(f"    {taken:8.4f}  {kernel.count / layers:5.1f}  {kernel.key[:110]}", flush=True)
 

@@ -55,11 +55,11 @@ def speed_up(model: LlavaForConditionalGeneration, *, join: bool = True, record:
 
 
 def may_record(model: LlavaForConditionalGeneration) -> bool:
-    """Return whether the tower's work can be replayed: adapters alone learn, and nothing is drawn or made again."""
+    """Return whether the tower's work can be replayed: adapters alone learn, and nothing is made again."""
     tower: Any = model.model.vision_tower
     joined = getattr(tower, JOINED, None)
     checkpointing = getattr(tower.encoder.layers[0], "gradient_checkpointing", False)
-    return bool(joined) and joined[0].learns and not joined[0].draws and not checkpointing
+    return bool(joined) and joined[0].learns and not checkpointing
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:

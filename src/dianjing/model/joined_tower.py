@@ -36,11 +36,6 @@ class JoinedTowerLayer:
         self._linears = (self.qkv, self.out, self.first, self.second)
         self.learns = any(linears.has_adapters for linears in self._linears)
 
-    @property
-    def draws(self) -> bool:
-        """Whether something is drawn, by dropout."""
-        return any(linears.draws for linears in self._linears)
-
     def convert(self, dtype: torch.dtype) -> None:
         """Make what products read of the adapters, as these are now."""
         for linears in self._linears:

@@ -16,6 +16,11 @@ from dianjing.model.kernels import LARGEST, TINY, launch
 
 FLAT = 2048
 """Numbers that a program takes of a tensor without rows."""
+DRAWS = 65_536
+"""How many numbers a draw of dropout may be."""
+ROUNDS = tl.constexpr(7)
+"""Of Philox, from which dropout is drawn: with seven it passes the tests of randomness that there are (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", 2011)."""
 
 
 @triton.jit
@@ -157,26 +162,37 @@ def _activation(
         tl.store(to_x + at, (arriving * steep).to(to_x.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _drop(x, into, seed, share, number, ADD: tl.constexpr, SIZE: tl.constexpr):
-    """Keep each number with the probability 1 - share, and make up for the others; four draws at a time."""
-    quarter: tl.constexpr = SIZE // 4
-    draw = tl.program_id(0).to(tl.int64) * quarter + tl.arange(0, quarter)
-    one, two, three, four = tl.rand4x(seed, draw)
-    base = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, quarter)
-    _drop_quarter(x, into, one, base, share, number, ADD)
-    _drop_quarter(x, into, two, base + quarter, share, number, ADD)
-    _drop_quarter(x, into, three, base + 2 * quarter, share, number, ADD)
-    _drop_quarter(x, into, four, base + 3 * quarter, share, number, ADD)
+@triton.jit
+def _drawn(seed, program, SIZE: tl.constexpr):
+    """Return whole numbers below 65,536, those of a program: eight to a draw."""
+    draw = program * (SIZE // 8) + tl.arange(0, SIZE // 8)
+    one, two, three, four = tl.randint4x(seed, draw, ROUNDS)
+    words = tl.join(tl.join(one, two), tl.join(three, four))
+    return tl.reshape(tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF), (SIZE,))
 
 
 @triton.jit
-def _drop_quarter(x, into, drawn, at, share, number, ADD: tl.constexpr):
+def _drop(x, results, seeds, number, least, up, SEEDS: tl.constexpr, SIZE: tl.constexpr):
+    program = tl.program_id(0)
+    at = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < number
-    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    values = tl.where(drawn >= share, values / (1.0 - share), 0.0)
-    if ADD:
-        values += tl.load(into + at, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * up
+    for which in tl.static_range(SEEDS):
+        kept = _drawn(tl.load(seeds + which), program, SIZE) >= least
+        left = tl.where(kept, values, 0.0)
+        tl.store(results + which * number + at, left.to(results.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_dropped(parts, into, seeds, number, least, up, SEEDS: tl.constexpr, SIZE: tl.constexpr):
+    program = tl.program_id(0)
+    at = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < number
+    values = tl.load(into + at, mask=inside, other=0.0).to(tl.float32)
+    for which in tl.static_range(SEEDS):
+        kept = _drawn(tl.load(seeds + which), program, SIZE) >= least
+        part = tl.load(parts + which * number + at, mask=inside, other=0.0).to(tl.float32)
+        values += tl.where(kept, part * up, 0.0)
     tl.store(into + at, values.to(into.dtype.element_ty), mask=inside)
 
 
@@ -236,9 +252,25 @@ def activation(
     launch(_activation, triton.cdiv(x.numel(), FLAT), x, rows, gradient, to_x, x.numel(), **flags, SIZE=FLAT)
 
 
-def drop(x: Tensor, into: Tensor, seed: int, share: float, *, add: bool) -> None:
-    """Put what dropout leaves of `x` into `into`, or add it there."""
-    launch(_drop, triton.cdiv(x.numel(), FLAT), x, into, seed, share, x.numel(), ADD=add, SIZE=FLAT)
+def drop(x: Tensor, results: Tensor, seeds: Tensor, share: float) -> None:
+    """Fill `results`."""
+    launch(_drop, triton.cdiv(x.numel(), FLAT), x, results, seeds, x.numel(), *_kept(share), **_drop_shape(seeds))
+
+
+def add_dropped(parts: Tensor, into: Tensor, seeds: Tensor, share: float) -> None:
+    """Add to `into`."""
+    number = into.numel()
+    launch(_add_dropped, triton.cdiv(number, FLAT), parts, into, seeds, number, *_kept(share), **_drop_shape(seeds))
+
+
+def _kept(share: float) -> tuple[int, float]:
+    """Return the smallest draw with which a number is kept, and what it is multiplied with then."""
+    dropped = min(round(share * DRAWS), DRAWS - 1)
+    return dropped, DRAWS / (DRAWS - dropped)
+
+
+def _drop_shape(seeds: Tensor) -> dict[str, Any]:
+    return {"SEEDS": len(seeds), "SIZE": FLAT}
 
 
 def sum_of_parts(parts: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dianjing.model.fp8 import Fp8Linear, scaled_product
 from dianjing.model.lora import ADAPTER, LoraLinear
-from dianjing.model.passes import EightBits, Wide, add_dropped, draw_seed, dropped, turned
+from dianjing.model.passes import EightBits, Wide, add_dropped, draw_seeds, dropped, turned
 from dianjing.model.products import product_over_rows
 
-Seeds = tuple[int, ...]
-"""Of each adapter's dropout; empty without dropout."""
+Seeds = Int[Tensor, " adapters"] | None
+"""Of each adapter's dropout; None without dropout."""
 SMALL = 256
 """Ranks, added up, to which adapters side by side are multiplied as one, zeros included: few large products take a GPU
 less time than many small ones."""
@@ -74,7 +74,7 @@ class Linears:
 
     def draw_seeds(self) -> Seeds:
         """Return a seed for the dropout of each adapter, if there is any."""
-        return tuple(draw_seed() for _ in self._adapted) if self.draws else ()
+        return draw_seeds(len(self._adapted), self._weight.device) if self.draws else None
 
     def room_for(self, x: Float[Tensor, "rows inputs"]) -> Wide | None:
         """Return room for rows like x that leaves some beside them, or None where none is needed."""
@@ -163,17 +163,19 @@ class Linears:
             result = scaled_product(*eight, turned(self._weight), self._ones, dtype)
         else:
             assert gradient is not None
-            if to_inner is not None and not seeds and self._is_less_work(len(gradient)):
+            if to_inner is not None and seeds is None and self._is_less_work(len(gradient)):
                 return gradient @ self._with_adapters()
             result = gradient @ self._weight
         if to_inner is None:
             return result
         assert self._converted
         down, _ = self._converted
-        if not seeds:
+        if seeds is None:
             return result.addmm_(to_inner, down)
-        for ranks, part, seed in zip(to_inner.split(self._rank, dim=1), down.split(self._rank), seeds, strict=True):
-            add_dropped(result, ranks @ part, seed, self._share)
+        parts = result.new_empty(len(seeds), *result.shape)
+        for part, ranks, rows in zip(parts, *self._of_adapters(to_inner, down), strict=True):
+            torch.mm(ranks, rows, out=part)
+        add_dropped(result, parts, seeds, self._share)
         return result
 
     def _is_less_work(self, rows: int) -> bool:
@@ -209,13 +211,12 @@ class Linears:
             for columns, ranks, (widths, sizes) in zip(*self._in_blocks(gradient, inner), self._blocks, strict=True)
             for block in _diagonal(product_over_rows(columns, ranks, self._scaling), widths, sizes)
         ]
-        if seeds:
-            to_downs = [
-                product_over_rows(ranks, dropped(x, seed, self._share), 1.0)
-                for ranks, seed in zip(to_inner.split(self._rank, dim=1), seeds, strict=True)
-            ]
+        if seeds is None:
+            to_downs: Sequence[Tensor] = product_over_rows(to_inner, x, 1.0).split(self._rank)
         else:
-            to_downs = product_over_rows(to_inner, x, 1.0).split(self._rank)
+            entering = dropped(x, seeds, self._share)
+            columns = to_inner.split(self._rank, dim=1)
+            to_downs = [product_over_rows(ranks, rows, 1.0) for ranks, rows in zip(columns, entering, strict=True)]
         return [gradient for pair in zip(to_downs, to_ups, strict=True) for gradient in pair]
 
     def _in_blocks(self, result: Tensor, inner: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -231,12 +232,16 @@ class Linears:
         return result.split([sum(widths) for widths, _ in self._blocks], dim=1), parts
 
     def _inner(self, x: Tensor, down: Tensor, seeds: Seeds) -> Tensor:
-        if not seeds:
+        if seeds is None:
             return x @ down.T
         result = x.new_empty(len(x), len(down))
-        for ranks, part, seed in zip(result.split(self._rank, dim=1), down.split(self._rank), seeds, strict=True):
-            torch.mm(dropped(x, seed, self._share), part.T, out=ranks)
+        for rows, ranks, part in zip(dropped(x, seeds, self._share), *self._of_adapters(result, down), strict=True):
+            torch.mm(rows, part.T, out=ranks)
         return result
+
+    def _of_adapters(self, inner: Tensor, down: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the columns of what is half-way, and the A, of each adapter."""
+        return inner.split(self._rank, dim=1), down.split(self._rank)
 
     def convert(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Return all A, one below the other, and the blocks of B, as they are now; they keep their place in memory."""

@@ -8,7 +8,7 @@ each column before that: the scales of the weights that it is multiplied with ne
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float8e4m3fn, Int
@@ -319,32 +319,43 @@ def activation_backward(
     return to_x.to(x.dtype), rows.detach().to(x.dtype)
 
 
-def draw_seed() -> int:
-    """Return the seed of a dropout: the backward pass draws the same numbers again instead of keeping them."""
-    return int(torch.randint(2**31 - 1, ()).item())
+def draw_seeds(number: int, device: torch.device) -> Int[Tensor, " seeds"]:
+    """Return seeds of dropouts: the backward pass draws the same numbers again instead of keeping them.
+
+    They stay on the device. Work that is recorded there draws others each time it is replayed.
+    """
+    return torch.randint(2**31 - 1, (number,), device=device)
 
 
-def dropped(x: Float[Tensor, "rows columns"], seed: int, share: float) -> Float[Tensor, "rows columns"]:
-    """Return x with a share of its numbers dropped, the others made up for it; drawn from the seed."""
+def dropped(
+    x: Float[Tensor, "rows columns"], seeds: Int[Tensor, " seeds"], share: float
+) -> Float[Tensor, "seeds rows columns"]:
+    """Return x with a share of its numbers dropped, the others made up for it; once for each seed."""
     if x.is_cuda:
         from dianjing.model import kernels_of_heads
 
-        result = torch.empty_like(x)
-        kernels_of_heads.drop(x, result, seed, share, add=False)
+        result = x.new_empty(len(seeds), *x.shape)
+        kernels_of_heads.drop(x, result, seeds, share)
         return result
-    return x * _kept(x, seed, share)
+    return x * _kept(x, seeds, share)
 
 
-def add_dropped(into: Tensor, x: Tensor, seed: int, share: float) -> None:
-    """Add `dropped(x, seed, share)` to a tensor in place."""
-    if x.is_cuda:
+def add_dropped(
+    into: Float[Tensor, "rows columns"],
+    parts: Float[Tensor, "seeds rows columns"],
+    seeds: Int[Tensor, " seeds"],
+    share: float,
+) -> None:
+    """Add to a tensor in place what dropout leaves of each part: of the numbers that `dropped` would, by its seed."""
+    if into.is_cuda:
         from dianjing.model import kernels_of_heads
 
-        kernels_of_heads.drop(x, into, seed, share, add=True)
+        kernels_of_heads.add_dropped(parts, into, seeds, share)
     else:
-        into += x * _kept(x, seed, share)
+        into += (parts * _kept(into, seeds, share)).sum(0)
 
 
-def _kept(x: Any, seed: int, share: float) -> Tensor:
-    drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))
-    return ((drawn >= share) / (1 - share)).to(x.dtype)
+def _kept(x: Tensor, seeds: Tensor, share: float) -> Tensor:
+    """Return what each number is multiplied with: nothing, or what makes up for the others."""
+    drawn = [torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+    return ((torch.stack(drawn) >= share) / (1 - share)).to(x.dtype)

@@ -69,7 +69,8 @@ class _Recording:
         self.images, self.gradients = places.images[:count], places.gradients
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        # What warming up draws is drawn again after it: where a recording is made must not change what is trained.
+        with torch.cuda.stream(aside), torch.random.fork_rng([self.images.device]):
             for _ in range(WARM_UP):
                 outputs = run(self.images)
                 torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
