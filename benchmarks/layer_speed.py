@@ -25,11 +25,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from dianjing.model import joined_tower
 from dianjing.model.attention import PACKED, UNREAD_MASK, packed_attention, rectangle
 from dianjing.model.compile import compile_layers
 from dianjing.model.fp8 import Fp8Linear, quantize_layers_to_fp8
-from dianjing.model.joined import join_decoder_layers, spans_of
-from dianjing.model.joined_tower import join_tower_layers
+from dianjing.model.joined import States, join_decoder_layers, spans_of, total
 from dianjing.model.lora import LoraLinear
 from dianjing.model.recorded import Recorded
 
@@ -132,10 +132,10 @@ def joined_decoder(model: Any, spans: Any) -> Callable[[Tensor], Tensor]:
     told = spans_of(spans["cu_seqlens"], spans["max_seqlen"], spans["rectangle"])
 
     def through(x: Tensor) -> Tensor:
-        x = x[0]
+        states: States = x[0], None
         for layer in layers:
-            x = layer(x, cos[0], sin[0], told)
-        return x
+            states = layer(states, cos[0], sin[0], told)
+        return total(states)
 
     return through
 
@@ -186,18 +186,20 @@ def tower(kinds: list[str], *, tiny: bool) -> None:
 
 
 def through_tower(stack: Any, kind: str) -> Callable[[Tensor], Tensor]:
-    joined: Any = None if kind == "compiled" else join_tower_layers(stack)
+    joined: Any = None if kind == "compiled" else joined_tower.join_tower_layers(stack)
     if joined is None:
         compile_layers(stack)
 
     def through(x: Tensor) -> Tensor:
-        for layer in joined or stack:
-            x = layer(x) if joined else layer(x, None)
+        if joined:
+            return joined_tower.through_tower(joined, x)
+        for layer in stack:
+            x = layer(x, None)
         return x
 
     if kind == "replayed":
         weights = [weight for weight in stack.parameters() if weight.requires_grad]
-        return Recorded(through, weights, lambda: [layer.convert(torch.bfloat16) for layer in joined])
+        return Recorded(through, weights, lambda: [layer.refresh(torch.bfloat16) for layer in joined])
     return through
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dianjing.model.products import product_over_rows, sum_of_products
+from dianjing.model.products import product_over_rows, sum_of_products, sum_with_product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,3 +29,16 @@ def test_what_is_added_in_place_is_the_sum() -> None:
     bias = torch.randn(64, device="cuda", dtype=torch.bfloat16)
     exact = a.double() @ b.double() + bias.double() + 0.5 * c.double() @ d.double()
     assert (sum_of_products(a, b, c, d, 0.5, bias) - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(3072, 192, 1024), (16_384, 512, 2048), (130, 70, 200), (33, 5, 17)]
+)
+def test_a_product_is_added_to_part_of_something_wider(rows: int, inner: int, columns: int) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(rows, columns + 10, device="cuda", dtype=torch.bfloat16)
+    a = torch.randn(rows, inner + 4, device="cuda", dtype=torch.bfloat16)[:, 4:]
+    b, total = (torch.randn(count, columns, device="cuda", dtype=torch.bfloat16) for count in (inner, rows))
+    sum_with_product(wide[:, 3:-7], a, b, total)
+    exact = wide[:, 3:-7].double() + a.double() @ b.double()
+    assert (total - exact).norm() < 2e-3 * exact.norm()

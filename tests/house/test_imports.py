@@ -13,8 +13,8 @@ errors constants progress journal config.schema config.fields config.load model.
 data.split data.read data.record data.sentencepiece data.chat_template data.template data.encode data.picture data.image
 data.pack data.order data.collate data.source data.parallel data.survey data.cache data.dataset
 model.language formats model.vision model.weights model.attention model.frozen model.kernels model.kernels_of_heads
-model.products model.fp8 model.passes model.lora model.linears model.joined model.joined_tower model.build model.forward
-model.recorded model.stage model.compile model.adapter
+model.kernels_of_products model.products model.fp8 model.passes model.lora model.linears model.joined model.joined_tower
+model.build model.forward model.recorded model.stage model.compile model.adapter
 plan
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks

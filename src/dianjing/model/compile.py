@@ -47,7 +47,7 @@ def speed_up(model: LlavaForConditionalGeneration, *, join: bool = True, record:
 
         def refresh() -> None:
             for layer in layers:
-                layer.convert(model.config.dtype)
+                layer.refresh(model.config.dtype)
 
         setattr(tower, RECORDED, Recorded(partial(tower_states, model), weights, refresh))
         said[-1] += " and replayed"

@@ -15,7 +15,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from dianjing.data.collate import Batch
 from dianjing.model.attention import UNREAD_MASK, Rectangle, rectangle
-from dianjing.model.joined import spans_of
+from dianjing.model.joined import States, spans_of, total
+from dianjing.model.joined_tower import through_tower
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""
@@ -73,10 +74,11 @@ def _decoded(
     cos, sin = (part[0] for part in decoder.rotary_emb(hidden[None], position_ids=position_ids[None]))
     laid_out = laid_out if all(layer.may_stand_beside(batch.max_seqlen) for layer in layers) else None
     spans = spans_of(batch.cu_seqlens, batch.max_seqlen, laid_out, spare)
+    states: States = hidden, None
     for layer in layers[:-1]:
-        hidden = layer(hidden, cos, sin, spans)
+        states = layer(states, cos, sin, spans)
     # No other row is read after the last layer's attention.
-    return decoder.norm(layers[-1](hidden, cos, sin, spans, batch.target_rows))
+    return decoder.norm(total(layers[-1](states, cos, sin, spans, batch.target_rows)))
 
 
 def _summed_cross_entropy(
@@ -128,9 +130,10 @@ def tower_states(
     hidden = tower.embeddings(pixel_values)
     if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
         hidden = tower.pre_layrnorm(hidden)
-    joined = getattr(tower, JOINED, None)
-    for layer in joined or tower.encoder.layers[: num_tower_layers(model)]:
-        hidden = layer(hidden) if joined else layer(hidden, None)
+    if hasattr(tower, JOINED):
+        return through_tower(getattr(tower, JOINED), hidden)
+    for layer in tower.encoder.layers[: num_tower_layers(model)]:
+        hidden = layer(hidden, None)
     return hidden
 
 

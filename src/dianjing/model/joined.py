@@ -2,7 +2,8 @@
 
 What transformers' layer computes, in fewer passes over memory and with fewer things kept: products of like inputs are
 one, what stands between products is one kernel, activations are computed again in the backward pass instead of kept,
-and a sum of gradients is made where one of them is. The CPU starts a layer in a fraction of the time. Nothing but
+and a sum of gradients is made where one of them is. What a layer adds to its input is added by the next one's norm
+(`States`). The CPU starts a layer in a fraction of the time. Nothing but
 adapters learns here; a layer of another kind, or one that learns itself, stays as it is. joined_tower.py does the same
 for vision towers.
 """
@@ -37,6 +38,10 @@ from dianjing.model.passes import (
 
 DECODER_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Layers that `JoinedDecoderLayer` computes."""
+
+
+States = tuple[Float[Tensor, "rows hidden"], Float[Tensor, "rows hidden"] | None]
+"""What stands between two layers: a sum that is still to be made. The gradient of both parts is that of the sum."""
 
 
 class Spans(NamedTuple):
@@ -89,23 +94,25 @@ class JoinedDecoderLayer:
 
     def __call__(
         self,
-        x: Float[Tensor, "tokens hidden"],
+        states: States,
         cos: Float[Tensor, "tokens size"],
         sin: Float[Tensor, "tokens size"],
         spans: Spans,
         rows: Int[Tensor, " rows"] | None = None,
-    ) -> Float[Tensor, "rows hidden"]:
+    ) -> States:
         """Return the layer's output, after its attention for some rows only if they are given."""
         if self._layer.gradient_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._run, x, cos, sin, spans, rows, use_reentrant=False))
-        return self._run(x, cos, sin, spans, rows)
+            return cast(
+                States, checkpoint(self._run, (total(states), None), cos, sin, spans, rows, use_reentrant=False)
+            )
+        return self._run(states, cos, sin, spans, rows)
 
     def may_stand_beside(self, longest: int) -> bool:
         """Return whether records of such a length may stand side by side: each token sees all before it."""
         return not self._window or self._window >= longest
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Spans, rows: Tensor | None) -> Tensor:
-        query, key, value, x = _BeforeAttention.apply(self, x, cos, sin, spans.beside, *self.qkv.adapters)
+    def _run(self, states: States, cos: Tensor, sin: Tensor, spans: Spans, rows: Tensor | None) -> States:
+        query, key, value, x = _BeforeAttention.apply(self, *states, cos, sin, spans.beside, *self.qkv.adapters)
         attended = self._attention(query, key, value, spans)
         tokens, places = (None, None) if spans.beside is None else spans.beside[1:]
         if rows is not None:
@@ -114,7 +121,7 @@ class JoinedDecoderLayer:
                 0, places, torch.arange(len(rows), device=rows.device)
             )
         weights = [*self.out.adapters, *self.gate_up.adapters, *self.down.adapters]
-        return cast(Tensor, _AfterAttention.apply(self, x, attended, tokens, places, *weights))
+        return cast(States, _AfterAttention.apply(self, x, attended, tokens, places, *weights))
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         """Return attention's output, a row for each of the queries."""
@@ -142,13 +149,14 @@ class JoinedDecoderLayer:
 
 
 class _BeforeAttention(torch.autograd.Function):
-    """x -> queries, keys, values, and x again: the gradient of what goes past attention comes back here."""
+    """x + y -> queries, keys, values, and x + y: the gradient of what goes past attention comes back here."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         layer: JoinedDecoderLayer,
         x: Tensor,
+        y: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         beside: Beside | None,
@@ -156,12 +164,12 @@ class _BeforeAttention(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         qkv, seeds = layer.qkv, layer.qkv.draw_seeds()
         wide = qkv.room_for(x)
-        _, entering, eight = norm(x, *layer.norm_before, keep=_reads_rows(qkv), wide=wide, eight=qkv.eight)
+        summed, entering, eight = norm(x, *layer.norm_before, y=y, keep=_reads_rows(qkv), wide=wide, eight=qkv.eight)
         states, inner = qkv.forward(entering, eight, seeds, wide)
         ctx.layer, ctx.seeds = layer, seeds
-        kept = entering if qkv.has_adapters else None
+        kept, x = entering if qkv.has_adapters else None, x.view_as(x) if summed is None else summed
         ctx.save_for_backward(x, cos, sin, None if beside is None else beside.places, kept, inner)
-        return *rotate(states, cos, sin, layer.heads, None if beside is None else beside.tokens), x.view_as(x)
+        return *rotate(states, cos, sin, layer.heads, None if beside is None else beside.tokens), x
 
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -176,11 +184,11 @@ class _BeforeAttention(torch.autograd.Function):
         to_rows = qkv.backward_input(gradient, eight, to_inner, ctx.seeds)
         to_weights = to_adapters(qkv, gradient, entering, inner, to_inner, ctx.seeds)
         to_x, _ = norm_backward(to_rows, x, weight, eps, centre=False, beside=beside)
-        return None, to_x, None, None, None, *to_weights
+        return None, to_x, to_x if ctx.needs_input_grad[2] else None, None, None, None, *to_weights
 
 
 class _AfterAttention(torch.autograd.Function):
-    """x, and what attention made of it -> the layer's output.
+    """x, and what attention made of it -> the layer's output, as the two parts of a sum.
 
     Where attention's rows are not those of x: `places` of the rows of x among them, and which row is at each place.
     """
@@ -194,25 +202,25 @@ class _AfterAttention(torch.autograd.Function):
         tokens: Tensor | None,
         places: Tensor | None,
         *weights: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         out, gate_up, down = layer.out, layer.gate_up, layer.down
         seeds = [linears.draw_seeds() for linears in (out, gate_up, down)]
         taken = _taken(attended, places) if _reads_rows(out) else None
         y, inner_out = out.forward(taken, to_eight_bits(attended, taken=places) if out.eight else None, seeds[0])
         keep, wide = _reads_rows(gate_up), gate_up.room_for(x)
-        total, entering, eight = norm(x, *layer.norm_between, y=y, keep=keep, wide=wide, eight=gate_up.eight)
-        assert total is not None
+        summed, entering, eight = norm(x, *layer.norm_between, y=y, keep=keep, wide=wide, eight=gate_up.eight)
+        assert summed is not None
         both, inner_both = gate_up.forward(entering, eight, seeds[1], wide)
         y, inner_down = down.forward(*gated(both, keep=_reads_rows(down), eight=down.eight), seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
         kept = (taken if out.has_adapters else None, entering if gate_up.has_adapters else None)
-        ctx.save_for_backward(tokens, total, both, *kept, inner_out, inner_both, inner_down)
-        return total + y
+        ctx.save_for_backward(tokens, summed, both, *kept, inner_out, inner_both, inner_down)
+        return summed, y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, _same: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         layer: JoinedDecoderLayer = ctx.layer
-        tokens, total, both, taken, entering, inner_out, inner_both, inner_down = ctx.saved_tensors
+        tokens, x, both, taken, entering, inner_out, inner_both, inner_down = ctx.saved_tensors
         out, gate_up, down = layer.out, layer.gate_up, layer.down
         (weight, _, eps), gradient = layer.norm_between, gradient.contiguous()
 
@@ -229,7 +237,7 @@ class _AfterAttention(torch.autograd.Function):
         to_rows = gate_up.backward_input(to_both, eight, to_inner, ctx.seeds[1])
         to_gate_up = to_adapters(gate_up, to_both, entering, inner_both, to_inner, ctx.seeds[1])
         del to_both
-        to_x, eight = norm_backward(to_rows, total, weight, eps, centre=False, beside=gradient, column_scale=out.scale)
+        to_x, eight = norm_backward(to_rows, x, weight, eps, centre=False, beside=gradient, column_scale=out.scale)
 
         to_inner = out.backward_inner(to_x)
         to_attended = out.backward_input(to_x, eight, to_inner, ctx.seeds[0])
@@ -237,6 +245,12 @@ class _AfterAttention(torch.autograd.Function):
         if tokens is not None:
             to_attended = spread(to_attended, tokens)
         return None, to_x, to_attended, None, None, *to_out, *to_gate_up, *to_down
+
+
+def total(states: States) -> Float[Tensor, "rows hidden"]:
+    """Return the sum that stands between two layers, or after the last one."""
+    x, y = states
+    return x if y is None else x + y
 
 
 def to_adapters(

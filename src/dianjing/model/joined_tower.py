@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from dianjing.model.joined import are_frozen, norm_of, to_adapters
+from dianjing.model.joined import States, are_frozen, norm_of, to_adapters, total
 from dianjing.model.linears import Linears, joinable
 from dianjing.model.passes import ACTIVATIONS, activation, activation_backward, norm, norm_backward
 
@@ -27,50 +27,60 @@ class JoinedTowerLayer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._layer = layer
-        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True)
-        self.out = Linears([attention.out_proj])
-        self.first, self.second = Linears([mlp.fc1], beside=True), Linears([mlp.fc2])
+        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True, keep=True)
+        self.out = Linears([attention.out_proj], keep=True)
+        self.first, self.second = Linears([mlp.fc1], beside=True, keep=True), Linears([mlp.fc2], keep=True)
         self.norm_before, self.norm_between = map(norm_of, (layer.layer_norm1, layer.layer_norm2))
         self.activation = attention.config.hidden_act
         self.size = attention.head_dim
         self._linears = (self.qkv, self.out, self.first, self.second)
         self.learns = any(linears.has_adapters for linears in self._linears)
 
-    def convert(self, dtype: torch.dtype) -> None:
-        """Make what products read of the adapters, as these are now."""
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Make all that is made of the adapters, as they are now, where recorded work reads it."""
         for linears in self._linears:
-            if linears.has_adapters:
-                linears.convert(dtype)
+            linears.refresh(dtype)
 
-    def __call__(self, x: Float[Tensor, "images states width"]) -> Float[Tensor, "images states width"]:
-        """Return the layer's output."""
+    def __call__(self, states: States, images: int) -> States:
+        """Return the layer's output; the rows of so many pictures follow each other."""
         if self._layer.gradient_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._run, x, use_reentrant=False))
-        return self._run(x)
+            return cast(States, checkpoint(self._run, (total(states), None), images, use_reentrant=False))
+        return self._run(states, images)
 
-    def _run(self, x: Tensor) -> Tensor:
-        images, states, width = x.shape
-        # SigLIP's embeddings of one picture lie column by column.
-        rows = x.reshape(-1, width).contiguous()
-        query, key, value, rows = _TowerBeforeAttention.apply(self, rows, *self.qkv.adapters)
-        heads = (part.view(images, states, -1, self.size).transpose(1, 2) for part in (query, key, value))
-        attended = scaled_dot_product_attention(*heads).transpose(1, 2).reshape(images * states, width)
+    def _run(self, states: States, images: int) -> States:
+        query, key, value, x = _TowerBeforeAttention.apply(self, *states, *self.qkv.adapters)
+        heads = (part.view(images, -1, x.shape[1] // self.size, self.size) for part in (query, key, value))
+        attended = scaled_dot_product_attention(*(part.transpose(1, 2) for part in heads))
+        attended = attended.transpose(1, 2).reshape(x.shape)
         weights = [*self.out.adapters, *self.first.adapters, *self.second.adapters]
-        return cast(Tensor, _TowerAfterAttention.apply(self, rows, attended, *weights)).view(x.shape)
+        return cast(States, _TowerAfterAttention.apply(self, x, attended, *weights))
+
+
+def through_tower(
+    layers: Sequence[JoinedTowerLayer], x: Float[Tensor, "images states width"]
+) -> Float[Tensor, "images states width"]:
+    """Return what the layers make of embedded pictures, one after the other."""
+    # SigLIP's embeddings of one picture lie column by column.
+    states: States = x.reshape(-1, x.shape[2]).contiguous(), None
+    for layer in layers:
+        states = layer(states, len(x))
+    return total(states).view(x.shape)
 
 
 class _TowerBeforeAttention(torch.autograd.Function):
-    """x -> queries, keys, values side by side, and x again."""
+    """x + y -> queries, keys, values side by side, and x + y."""
 
     @staticmethod
-    def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, layer: JoinedTowerLayer, x: Tensor, y: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         seeds = layer.qkv.draw_seeds()
         wide = layer.qkv.room_for(x)
-        entering = norm(x, *layer.norm_before, wide=wide).rows
+        summed, entering, _ = norm(x, *layer.norm_before, y=y, wide=wide)
         states, inner = layer.qkv.forward(entering, None, seeds, wide)
-        ctx.layer, ctx.seeds = layer, seeds
+        ctx.layer, ctx.seeds, x = layer, seeds, x.view_as(x) if summed is None else summed
         ctx.save_for_backward(x, entering if layer.qkv.has_adapters else None, inner)
-        return *states.split(layer.qkv.widths, dim=1), x.view_as(x)
+        return *states.split(layer.qkv.widths, dim=1), x
 
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -82,32 +92,34 @@ class _TowerBeforeAttention(torch.autograd.Function):
         to_rows = qkv.backward_input(gradient, None, to_inner, ctx.seeds) if ctx.needs_input_grad[1] else None
         to_weights = to_adapters(qkv, gradient, entering, inner, to_inner, ctx.seeds)
         if to_rows is None:
-            return None, None, *to_weights
+            return None, None, None, *to_weights
         to_x, _ = norm_backward(to_rows, x, weight, eps, centre=True, beside=beside)
-        return None, to_x, *to_weights
+        return None, to_x, to_x if ctx.needs_input_grad[2] else None, *to_weights
 
 
 class _TowerAfterAttention(torch.autograd.Function):
-    """x, and what attention made of it -> the layer's output."""
+    """x, and what attention made of it -> the layer's output, as the two parts of a sum."""
 
     @staticmethod
-    def forward(ctx: Any, layer: JoinedTowerLayer, x: Tensor, attended: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, layer: JoinedTowerLayer, x: Tensor, attended: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         seeds = [linears.draw_seeds() for linears in (layer.out, layer.first, layer.second)]
         y, inner_out = layer.out.forward(attended, None, seeds[0])
         wide = layer.first.room_for(x)
-        total, entering, _ = norm(x, *layer.norm_between, y=y, wide=wide)
-        assert total is not None
+        summed, entering, _ = norm(x, *layer.norm_between, y=y, wide=wide)
+        assert summed is not None
         middle, inner_first = layer.first.forward(entering, None, seeds[1], wide)
         y, inner_second = layer.second.forward(activation(middle, layer.activation), None, seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
         kept = (attended if layer.out.has_adapters else None, entering if layer.first.has_adapters else None)
-        ctx.save_for_backward(*kept, total, middle, inner_out, inner_first, inner_second)
-        return total + y
+        ctx.save_for_backward(*kept, summed, middle, inner_out, inner_first, inner_second)
+        return summed, y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, _same: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         layer: JoinedTowerLayer = ctx.layer
-        attended, entering, total, middle, inner_out, inner_first, inner_second = ctx.saved_tensors
+        attended, entering, x, middle, inner_out, inner_first, inner_second = ctx.saved_tensors
         out, first, second = layer.out, layer.first, layer.second
         (weight, _, eps), gradient = layer.norm_between, gradient.contiguous()
 
@@ -119,7 +131,7 @@ class _TowerAfterAttention(torch.autograd.Function):
         to_inner = first.backward_inner(to_middle)
         to_rows = first.backward_input(to_middle, None, to_inner, ctx.seeds[1])
         to_first = to_adapters(first, to_middle, entering, inner_first, to_inner, ctx.seeds[1])
-        to_x, _ = norm_backward(to_rows, total, weight, eps, centre=True, beside=gradient)
+        to_x, _ = norm_backward(to_rows, x, weight, eps, centre=True, beside=gradient)
 
         to_inner = out.backward_inner(to_x)
         to_attended = out.backward_input(to_x, None, to_inner, ctx.seeds[0])

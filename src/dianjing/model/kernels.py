@@ -22,10 +22,16 @@ TILE = 64
 @triton.jit
 def _store_eight_bits(values, inside, eight, at_row, scale, row):
     """Write a row in FP8, its largest number as LARGEST, and its scale."""
-    unit = tl.maximum(tl.max(tl.abs(values), axis=0), TINY) / LARGEST
-    tl.store(scale + row, unit)
-    values = tl.minimum(tl.maximum(values / unit, -LARGEST), LARGEST)
-    tl.store(eight + at_row, values.to(eight.dtype.element_ty), mask=inside)
+    largest = tl.maximum(tl.max(tl.abs(values), axis=0), TINY)
+    tl.store(scale + row, largest / LARGEST)
+    tl.store(eight + at_row, eight_bits(values, largest, eight), mask=inside)
+
+
+@triton.jit
+def eight_bits(values, largest, eight):
+    """Return numbers in FP8, for a scale of largest / LARGEST."""
+    # Not divided, which would take several times as long; what is rounded past LARGEST becomes it.
+    return (values * (LARGEST / largest)).to(eight.dtype.element_ty)
 
 
 @triton.jit
@@ -159,13 +165,10 @@ def _gated_backward(
     if EIGHT:
         to_gate = to_gate * tl.load(column_scale + at, mask=inside, other=0.0)
         to_up = to_up * tl.load(column_scale + columns + at, mask=inside, other=0.0)
-        largest = tl.maximum(tl.max(tl.abs(to_gate), axis=0), tl.max(tl.abs(to_up), axis=0))
-        unit = tl.maximum(largest, TINY) / LARGEST
-        tl.store(scale + row, unit)
-        to_gate = tl.minimum(tl.maximum(to_gate / unit, -LARGEST), LARGEST)
-        to_up = tl.minimum(tl.maximum(to_up / unit, -LARGEST), LARGEST)
-        tl.store(eight + at_gate, to_gate.to(eight.dtype.element_ty), mask=inside)
-        tl.store(eight + at_gate + columns, to_up.to(eight.dtype.element_ty), mask=inside)
+        largest = tl.maximum(tl.max(tl.maximum(tl.abs(to_gate), tl.abs(to_up)), axis=0), TINY)
+        tl.store(scale + row, largest / LARGEST)
+        tl.store(eight + at_gate, eight_bits(to_gate, largest, eight), mask=inside)
+        tl.store(eight + at_gate + columns, eight_bits(to_up, largest, eight), mask=inside)
 
 
 @triton.jit

@@ -1,18 +1,17 @@
-"""Kernels of joined layers that take heads or single numbers: rotary positions, activations, dropout, sums of parts.
+"""Kernels of joined layers that take heads or single numbers: rotary positions, activations, dropout.
 
-`passes.py` and `products.py` say what each of them computes.
+`passes.py` says what each of them computes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from dianjing.model.kernels import LARGEST, TINY, launch
+from dianjing.model.kernels import LARGEST, TINY, eight_bits, launch
 
 FLAT = 2048
 """Numbers that a program takes of a tensor without rows."""
@@ -21,6 +20,15 @@ DRAWS = 65_536
 ROUNDS = tl.constexpr(7)
 """Of Philox, from which dropout is drawn: with seven it passes the tests of randomness that there are (Salmon et al.,
 "Parallel random numbers: as easy as 1, 2, 3", 2011)."""
+
+
+@triton.jit
+def _of_head(query, key, value, place, head, heads, kv_heads, size):
+    """Return where a place's heads begin: those of queries, then of keys, then of values."""
+    of_query = query + (place * heads + head) * size
+    of_key = key + (place * kv_heads + head - heads) * size
+    of_value = value + (place * kv_heads + head - heads - kv_heads) * size
+    return tl.where(head < heads, of_query, tl.where(head < heads + kv_heads, of_key, of_value))
 
 
 @triton.jit
@@ -55,20 +63,9 @@ def _rotate(
     turned = head < heads + kv_heads
     left = tl.where(turned, first * along - second * across, first)
     right = tl.where(turned, second * along + first * across, second)
-    kind = query.dtype.element_ty
-    left, right = left.to(kind), right.to(kind)
-    is_query = inside & (head < heads)
-    target = query + (place * heads + head) * size + at
-    tl.store(target, left, mask=is_query)
-    tl.store(target + half, right, mask=is_query)
-    is_key = inside & (head >= heads) & (head < heads + kv_heads)
-    target = key + (place * kv_heads + head - heads) * size + at
-    tl.store(target, left, mask=is_key)
-    tl.store(target + half, right, mask=is_key)
-    is_value = inside & (head >= heads + kv_heads)
-    target = value + (place * kv_heads + head - heads - kv_heads) * size + at
-    tl.store(target, left, mask=is_value)
-    tl.store(target + half, right, mask=is_value)
+    target = _of_head(query, key, value, place, head, heads, kv_heads, size) + at
+    tl.store(target, left.to(query.dtype.element_ty), mask=inside)
+    tl.store(target + half, right.to(query.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -100,18 +97,9 @@ def _rotate_backward(
     inside = (head < number) & (at < half)
     size = 2 * half
     there = inside & (place >= 0)
-    is_query = there & (head < heads)
-    source = query + (place * heads + head) * size + at
-    first = tl.load(source, mask=is_query, other=0.0).to(tl.float32)
-    second = tl.load(source + half, mask=is_query, other=0.0).to(tl.float32)
-    is_key = there & (head >= heads) & (head < heads + kv_heads)
-    source = key + (place * kv_heads + head - heads) * size + at
-    first += tl.load(source, mask=is_key, other=0.0).to(tl.float32)
-    second += tl.load(source + half, mask=is_key, other=0.0).to(tl.float32)
-    is_value = there & (head >= heads + kv_heads)
-    source = value + (place * kv_heads + head - heads - kv_heads) * size + at
-    first += tl.load(source, mask=is_value, other=0.0).to(tl.float32)
-    second += tl.load(source + half, mask=is_value, other=0.0).to(tl.float32)
+    source = _of_head(query, key, value, place, head, heads, kv_heads, size) + at
+    first = tl.load(source, mask=there, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=there, other=0.0).to(tl.float32)
     along = tl.load(cos + token * size + at, mask=at < half, other=0.0).to(tl.float32)
     across = tl.load(sin + token * size + at, mask=at < half, other=0.0).to(tl.float32)
     turned = head < heads + kv_heads
@@ -124,13 +112,10 @@ def _rotate_backward(
     if EIGHT:
         left = left * tl.load(column_scale + head * size + at, mask=inside, other=0.0)
         right = right * tl.load(column_scale + head * size + at + half, mask=inside, other=0.0)
-        largest = tl.max(tl.max(tl.maximum(tl.abs(left), tl.abs(right)), axis=1), axis=0)
-        unit = tl.maximum(largest, TINY) / LARGEST
-        tl.store(scale + token, unit)
-        left = tl.minimum(tl.maximum(left / unit, -LARGEST), LARGEST)
-        right = tl.minimum(tl.maximum(right / unit, -LARGEST), LARGEST)
-        tl.store(eight + at_row, left.to(eight.dtype.element_ty), mask=inside)
-        tl.store(eight + at_row + half, right.to(eight.dtype.element_ty), mask=inside)
+        largest = tl.maximum(tl.max(tl.max(tl.maximum(tl.abs(left), tl.abs(right)), axis=1), axis=0), TINY)
+        tl.store(scale + token, largest / LARGEST)
+        tl.store(eight + at_row, eight_bits(left, largest, eight), mask=inside)
+        tl.store(eight + at_row + half, eight_bits(right, largest, eight), mask=inside)
 
 
 @triton.jit
@@ -196,21 +181,6 @@ def _add_dropped(parts, into, seeds, number, least, up, SEEDS: tl.constexpr, SIZ
     tl.store(into + at, values.to(into.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["number_of_parts", "left_over"])
-def _sum_of_parts(
-    parts, a, b, total, scale, number, columns, a_stride, b_stride, number_of_parts, left_over, SIZE: tl.constexpr
-):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = at < number
-    values = tl.load(parts + at, mask=inside, other=0.0)
-    for part in range(1, number_of_parts):
-        values += tl.load(parts + part * number + at, mask=inside, other=0.0)
-    for row in range(left_over):
-        left = tl.load(a + row * a_stride + at // columns, mask=inside, other=0.0).to(tl.float32)
-        values += left * tl.load(b + row * b_stride + at % columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total + at, values * scale, mask=inside)
-
-
 def rotate(
     qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, query: Tensor, key: Tensor, value: Tensor
 ) -> None:
@@ -271,12 +241,3 @@ def _kept(share: float) -> tuple[int, float]:
 
 def _drop_shape(seeds: Tensor) -> dict[str, Any]:
     return {"SEEDS": len(seeds), "SIZE": FLAT}
-
-
-def sum_of_parts(parts: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale times (the sum over the first dimension + a.T @ b), where a and b have few rows."""
-    total = torch.empty_like(parts[0])
-    sizes = total.numel(), total.shape[1], a.stride(0), b.stride(0), len(parts), len(a)
-    kernel: Any = _sum_of_parts  # a and b may be columns of something wider
-    kernel[(triton.cdiv(sizes[0], FLAT),)](parts, a, b, total, scale, *sizes, SIZE=FLAT)
-    return total

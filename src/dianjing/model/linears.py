@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dianjing.model.fp8 import Fp8Linear, scaled_product
 from dianjing.model.lora import ADAPTER, LoraLinear
 from dianjing.model.passes import EightBits, Wide, add_dropped, draw_seeds, dropped, turned
-from dianjing.model.products import product_over_rows
+from dianjing.model.products import product_over_rows, sum_with_product
 
 Seeds = Int[Tensor, " adapters"] | None
 """Of each adapter's dropout; None without dropout."""
@@ -30,9 +30,12 @@ class Linears:
     With `beside`, B lies in memory beside the frozen weights, and what A makes of the rows beside the rows
     (`Wide`): one product then computes what the layer and its adapter make of them. So for the first layer, whose part
     is on the left, and the second, on the right; of more, the others' is added.
+
+    With `keep`, the sum of weights and adapters that gradients go through is made once for each change of these, not
+    for each pack; it takes as much memory as the weights.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, beside: bool = False) -> None:
+    def __init__(self, layers: Sequence[nn.Module], *, beside: bool = False, keep: bool = False) -> None:
         bases: list[Any] = [_base(layer) for layer in layers]
         self._adapted: list[Any] = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self.widths = [base.out_features for base in bases]
@@ -63,6 +66,10 @@ class Linears:
         self._converted: tuple[Tensor, list[Tensor]] | None = None
         """All A, one below the other, and each B, times the adapters' scale; small ones along the diagonal of one."""
         self._versions: tuple[int, ...] = ()
+        self._keep = keep
+        self._sum: Tensor | None = None
+        """The frozen weights and what the adapters add to them, if it is kept; made when these had `_sum_versions`."""
+        self._sum_versions: tuple[int, ...] = ()
         self._ones: Tensor | None = None
         self.eight = self.scale is not None
         """Whether the weights are FP8."""
@@ -189,12 +196,16 @@ class Linears:
         these weights; in the forward pass a young adapter's share of the result would be lost in it.
         """
         assert self._converted
+        if self._sum is not None and self._sum_versions == self._versions:
+            return self._sum
         down, ups = self._converted
-        result = torch.empty_like(self._weight)
+        result = torch.empty_like(self._weight) if self._sum is None else self._sum
         heights = [len(up) for up in ups]
         downs = down.split([up.shape[1] for up in ups])
         for target, rows, up, part in zip(result.split(heights), self._weight.split(heights), ups, downs, strict=True):
-            torch.addmm(rows, up, part, out=target)
+            sum_with_product(rows, up, part, target)
+        if self._keep:
+            self._sum, self._sum_versions = result, self._versions
         return result
 
     def backward_adapters(
@@ -242,6 +253,13 @@ class Linears:
     def _of_adapters(self, inner: Tensor, down: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the columns of what is half-way, and the A, of each adapter."""
         return inner.split(self._rank, dim=1), down.split(self._rank)
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Make all that is made of the adapters, as they are now, where recorded work reads it."""
+        if self.has_adapters:
+            self.convert(dtype)
+            if self._keep and self.scale is None and not self.draws:
+                self._with_adapters()
 
     def convert(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Return all A, one below the other, and the blocks of B, as they are now; they keep their place in memory."""

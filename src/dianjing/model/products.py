@@ -55,7 +55,7 @@ def _product_over_rows(a: Tensor, b: Tensor, scale: float) -> Tensor:
         b[:whole].unflatten(0, (parts, size)),
         out_dtype=torch.float32,
     )
-    from dianjing.model.kernels_of_heads import sum_of_parts
+    from dianjing.model.kernels_of_products import sum_of_parts
 
     return sum_of_parts(several, a[whole:], b[whole:], scale)
 
@@ -125,3 +125,18 @@ def product_over_rows(
 ) -> Float[Tensor, "left right"]:
     """Return scale * a.T @ b in fp32: on a GPU in as many parts of the rows as fill it, then their sum."""
     return torch.ops.dianjing.product_over_rows.default(a, b, scale)
+
+
+def sum_with_product(
+    base: Float[Tensor, "rows columns"],
+    a: Float[Tensor, "rows inner"],
+    b: Float[Tensor, "inner columns"],
+    total: Float[Tensor, "rows columns"],
+) -> None:
+    """Fill `total` with base + a @ b: on a GPU, without the copy of `base` that torch's operator makes first."""
+    if base.is_cuda and base.dtype == torch.bfloat16:
+        from dianjing.model import kernels_of_products
+
+        kernels_of_products.sum_with_product(base, a, b, total)
+    else:
+        torch.addmm(base, a, b, out=total)

@@ -85,6 +85,7 @@ def memory(
     backward = (between * shapes.mlp + 2 * shapes.hidden) * pack.tokens * size
     parts = _held(weights, recipe, gpus) | {
         "copies of what trains, for bf16": _copies(weights, recipe, checkpointing, size),
+        "the tower with its adapters added, for gradients": _sums(weights, recipe, compiled, size),
         "activations of the LLM": int(kept + 2 * stream),
         "activations of tower and projector": int(seen),
         "output head, or one layer's backward pass": max(head, backward),
@@ -123,6 +124,14 @@ def _copies(weights: Weights, recipe: Recipe, checkpointing: bool, size: int) ->
         if section.tuning == "full" or joined or not checkpointing:
             copied += weights.trainable[part]
     return size * (copied + weights.trainable["projector"])
+
+
+def _sums(weights: Weights, recipe: Recipe, compiled: bool, size: int) -> int:
+    """Return what a joined tower's linear layers take again, their adapters added (model/linears.py: `keep`)."""
+    shapes, tower = weights.shapes, recipe.vision_tower
+    if not (compiled and weights.joined_tower and tower.tuning == "lora" and not tower.lora_dropout):
+        return 0
+    return size * shapes.tower_layers * (4 * shapes.tower_width**2 + 2 * shapes.tower_width * shapes.tower_mlp)
 
 
 def _decoder_elements(weights: Weights, recipe: Recipe, *, compiled: bool, size: int) -> float:

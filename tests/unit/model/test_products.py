@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dianjing.model.fp8 import FP8, by_columns, quantized
-from dianjing.model.products import product_over_rows, sum_of_products
+from dianjing.model.products import product_over_rows, sum_of_products, sum_with_product
 
 
 def matrices(*shapes: tuple[int, int]) -> list[Tensor]:
@@ -20,6 +20,12 @@ def test_a_sum_of_products() -> None:
     torch.testing.assert_close(sum_of_products(a, b, c, d, 0.5), a @ b + 0.5 * c @ d)
     torch.testing.assert_close(sum_of_products(a, b, c, d, 0.5, bias), a @ b + bias + 0.5 * c @ d)
     assert torch.equal(sum_of_products(a, b, c[:, :0], d[:0], 0.5), a @ b)
+
+
+def test_a_product_is_added_to_a_matrix() -> None:
+    base, a, b, total = matrices((5, 6), (5, 4), (4, 6), (5, 6))
+    sum_with_product(base, a, b, total)
+    torch.testing.assert_close(total, base + a @ b)
 
 
 def test_a_gradient_is_summed_in_fp32() -> None:
