@@ -43,7 +43,7 @@ def test_eight_packs_of_one_equal_one_pack_of_eight(
     sizes: list[int] = []
     backward = module.backward
 
-    def counted(parts: Any, batches: Any, tokens: int) -> list[float]:
+    def counted(parts: Any, batches: Any, tokens: int) -> torch.Tensor:
         sizes.append(len(batches))
         return backward(parts, batches, tokens)
 
@@ -62,10 +62,10 @@ def test_eight_packs_of_one_equal_one_pack_of_eight(
 def test_a_mean_of_means_would_be_seen(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = outcome(recipe, tmp_path / "1x8")
 
-    def mean_of_means(parts: Any, batches: Any, tokens: int) -> list[float]:
+    def mean_of_means(parts: Any, batches: Any, tokens: int) -> torch.Tensor:
         shares = [parts.engine._losses(batch) / batch.num_supervised / len(batches) for batch in batches]
         torch.stack(shares).sum().backward()
-        return [share.item() for share in shares]
+        return torch.stack(shares).detach()
 
     monkeypatch.setattr(module, "backward", mean_of_means)
     monkeypatch.setattr(Dataset, "packs", lambda self, indices: [[index] for index in indices])

@@ -209,4 +209,4 @@ def test_a_replayed_tower_is_the_tower(
         for model in (plain, replayed):
             engine = start_engine(recipe, Accelerator(), model)
             set_learning_rates(engine.optimizer, 1.0)
-            engine.step()
+            engine.step(one[0])

@@ -20,7 +20,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,21 @@ from dianjing.errors import ConfigError
 from dianjing.model.forward import forward_loss
 from dianjing.model.weights import trainable_state
 from dianjing.train.optim import load_optimizer_state, make_optimizer, optimizer_state, require_memory_of
+
+
+class Taken(NamedTuple):
+    """What is known of a step once it is taken, or was not: where a number is not finite."""
+
+    loss: float
+    norm: float
+    """Of the gradients, before they were clipped; nan where the loss alone was enough to know."""
+    learns: bool
+    """Whether the gradients held anything for the module that was asked about."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was taken."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 class Losses(nn.Module):
@@ -81,20 +96,22 @@ class Engine:
             self._accelerator.backward(share * self._accelerator.num_processes)
         return share.detach()
 
-    def learns(self, module: nn.Module) -> bool:
-        """Return whether the gradients hold anything for a module; asked after the step's last pack."""
-        return self._norm(module.parameters()).item() != 0
+    def step(self, loss: Tensor, asked: nn.Module | None = None) -> Taken:
+        """Clip, and take the step unless its loss or the gradients' norm is no finite number.
 
-    def step(self) -> float:
-        """Clip, and take the step unless the gradients' norm is no finite number; return the norm before clipping."""
+        A GPU is waited for once, when all that must be known of the step is on its way: it is still busy then with
+        the last pack's backward pass.
+        """
         trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         norm = self._norm(trained)
-        if math.isfinite(norm.item()):
+        asked_norm = torch.ones(()) if asked is None else self._norm(asked.parameters())
+        taken = _read(loss, norm, asked_norm)
+        if taken.finite:
             clip_grads_with_norm_(trained, self._clip_norm or math.inf, norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             count_change(self._model)
-        return norm.item()
+        return taken
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return what trains, whole, by name; called on all ranks, of use on the main one."""
@@ -236,16 +253,22 @@ class Zero(ShardedEngine):
         self._losses.backward(share * self._accelerator.num_processes, scale_wrt_gas=False)
         return share.detach()
 
-    def learns(self, module: nn.Module) -> bool:
-        """Ask the smallest weight only: the gradient has to be gathered for it."""
-        smallest: Any = min(module.parameters(), key=lambda weight: math.prod(_shape(weight)))
-        return bool(self._fragments.safe_get_full_grad(smallest).count_nonzero().item())
+    def step(self, loss: Tensor, asked: nn.Module | None = None) -> Taken:
+        """Let DeepSpeed clip and step; it does not step either where the norm is no finite number.
 
-    def step(self) -> float:
-        """Let DeepSpeed clip and step; it does not step either where the norm is no finite number."""
-        self._losses.step()
-        count_change(self._model)
-        return math.inf if self._losses.optimizer.overflow else float(self._losses.get_global_grad_norm())
+        Of the module that is asked about it asks the smallest weight: the gradient has to be gathered for it.
+        """
+        found = torch.ones(())
+        if asked is not None:
+            smallest: Any = min(asked.parameters(), key=lambda weight: math.prod(_shape(weight)))
+            found = self._fragments.safe_get_full_grad(smallest).count_nonzero()
+        taken = _read(loss, torch.full((), math.nan), found)
+        if math.isfinite(taken.loss):
+            self._losses.step()
+            count_change(self._model)
+            overflow = self._losses.optimizer.overflow
+            taken = taken._replace(norm=math.inf if overflow else float(self._losses.get_global_grad_norm()))
+        return taken
 
     def memory(self) -> Mapping[str, Tensor]:
         """Gather the optimizer's memory, one parameter at a time."""
@@ -365,6 +388,12 @@ def layers(model: LlavaForConditionalGeneration) -> Iterator[nn.Module]:
     decoder: Any = model.model.language_model
     yield from tower.encoder.layers
     yield from decoder.layers
+
+
+def _read(loss: Tensor, norm: Tensor, asked: Tensor) -> Taken:
+    """Return what tensors hold, waiting for them once."""
+    loss_, norm_, asked_ = torch.stack([value.to(loss.device, torch.float32) for value in (loss, norm, asked)]).tolist()
+    return Taken(loss_, norm_, asked_ != 0)
 
 
 def _full(value: Any) -> Tensor:

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
@@ -91,8 +92,8 @@ class WithinMemory:
         """What was changed, for the log of the step."""
 
     def run(
-        self, step: int, batches: Sequence[Batch], attempt: Callable[[Sequence[Batch]], list[float]]
-    ) -> tuple[Sequence[Batch], list[float]]:
+        self, step: int, batches: Sequence[Batch], attempt: Callable[[Sequence[Batch]], Tensor]
+    ) -> tuple[Sequence[Batch], Tensor]:
         """Return what `attempt` returns for the packs of a step, and the packs it was given in the end.
 
         `attempt` must set its own seed, and leave nothing behind but gradients.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import Float
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -50,27 +51,27 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
     )
     watch.supervised(int(tokens), step)
 
-    def attempt(packs: Sequence[Batch]) -> list[float]:
+    def attempt(packs: Sequence[Batch]) -> Tensor:
         torch.manual_seed(_seed_of(recipe.seed, step, parts.accelerator.process_index))
         return backward(parts, packs, int(tokens))
 
     batches, losses = parts.within_memory.run(step, batches, attempt)
-    (loss,) = over_ranks(parts.accelerator, sum(losses))
-    learns = not pictures or engine.learns(parts.model.model.multi_modal_projector)
-    norm = engine.step() if math.isfinite(loss) else math.nan
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise watch.not_finite(loss, norm, step, gather_object(_suspects(batches, losses)))
+    loss = parts.accelerator.reduce(losses.sum(), "sum")
+    assert isinstance(loss, Tensor)
+    taken = engine.step(loss, parts.model.model.multi_modal_projector if pictures else None)
+    if not taken.finite:
+        raise watch.not_finite(taken.loss, taken.norm, step, gather_object(_suspects(batches, losses.tolist())))
     if pictures:
-        watch.sight(learns, step)
+        watch.sight(taken.learns, step)
     records = parts.dataset.num_records
     epoch, place = divmod(step - 1, steps_per_epoch(records, recipe.train.global_batch_size))
     seen = min((place + 1) * recipe.train.global_batch_size, records)
     return StepResult(
         step=step,
         epoch=epoch + seen / records,
-        loss=loss,
+        loss=taken.loss,
         learning_rate=engine.optimizer.param_groups[-1]["lr"],
-        grad_norm=norm,
+        grad_norm=taken.norm,
         records=seen - place * recipe.train.global_batch_size,
         supervised_tokens=int(tokens),
         seconds=data_wait + time.perf_counter() - began,
@@ -79,7 +80,7 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
     )
 
 
-def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> list[float]:
+def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> Float[Tensor, " packs"]:
     """Leave the gradient of the mean loss over the step's tokens; return each pack's share of that mean.
 
     Ranks may have unlike numbers of packs; where the engine needs like numbers, packs of no record fill them up.
@@ -91,7 +92,7 @@ def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> list[float]
         parts.engine.backward(batch.to(device), tokens, last=number == len(packs))
         for number, batch in enumerate(packs, start=1)
     ]
-    return torch.stack(shares).tolist()
+    return torch.stack(shares)
 
 
 def _no_record(dataset: Dataset) -> Batch:

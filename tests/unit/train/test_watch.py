@@ -37,7 +37,7 @@ def test_what_a_projector_learns_is_seen(make_recipe: Any, gradient: float | Non
     projector: Any = model.model.multi_modal_projector
     for weight in projector.parameters():
         weight.grad = None if gradient is None else torch.full_like(weight, gradient)
-    assert engine.learns(projector) == bool(gradient)
+    assert engine.step(torch.ones(()), projector).learns == bool(gradient)
 
 
 def test_a_step_without_supervised_tokens() -> None:
