@@ -40,9 +40,9 @@ from dianjing.tinyworld.grammar import LANGUAGES, ask_several
 from dianjing.tinyworld.render import render
 from dianjing.tinyworld.scene import sample_distinct
 from dianjing.tinyworld.wording import FORMS, describe
-from dianjing.train.engine import start_engine
 from dianjing.train.memory import WithinMemory
 from dianjing.train.optim import learning_rate_factor, make_optimizer, set_learning_rates
+from dianjing.train.shards import start_engine
 from dianjing.train.step import Parts, take_step
 from dianjing.train.watch import Watch
 

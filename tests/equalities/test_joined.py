@@ -14,8 +14,8 @@ from torch import nn
 from dianjing.model import joined, joined_tower, linears
 from dianjing.model.compile import speed_up
 from dianjing.model.forward import JOINED, forward_loss
-from dianjing.train.engine import start_engine
 from dianjing.train.optim import set_learning_rates
+from dianjing.train.shards import start_engine
 from tests.conftest import MakeRecipe
 from tests.llm_families import write_family
 from tests.packs import assert_same, outcome, prepare

@@ -13,8 +13,8 @@ from dianjing.model import passes
 from dianjing.model.compile import speed_up
 from dianjing.model.fp8 import FP8
 from dianjing.model.passes import EightBits, Heads
-from dianjing.train.engine import start_engine
 from dianjing.train.optim import set_learning_rates
+from dianjing.train.shards import start_engine
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
 from tests.tiny import gentle, write_siglip

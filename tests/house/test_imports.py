@@ -18,7 +18,7 @@ model.build model.forward model.recorded model.stage model.compile model.adapter
 plan
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks
-train.engine train.memory train.step train.samples train.loop train.launch
+train.engine train.shards train.memory train.step train.samples train.loop train.launch
 formats.run
 use eval check export tinyworld make demo studio cli __main__
 """

@@ -58,8 +58,33 @@ class _Places:
 
     def __init__(self, images: Tensor, weights: Sequence[nn.Parameter]) -> None:
         self.images = torch.zeros_like(images)
-        self.gradients = [torch.empty_like(weight) for weight in weights]
+        self.gradients = _Gradients(weights)
         self.memory: Any = torch.cuda.graph_pool_handle()
+
+
+class _Gradients:
+    """The gradients of all weights, one after the other in memory."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        self._weights = weights
+        self.newest = torch.empty(sum(weight.numel() for weight in weights), device=weights[0].device)
+        """Those of the newest replay; the next one writes over them."""
+        self._sum: Tensor | None = None
+        """Those of a step's packs up to now, parts of which the weights hold as their gradients."""
+        self._held: list[int] = []
+        """Where in memory these parts are."""
+
+    def add(self) -> list[Tensor | None]:
+        """Return what autograd is to add to the weights' gradients: nothing where it has been added already."""
+        gradients = [weight.grad for weight in self._weights]
+        held = [None if gradient is None else gradient.data_ptr() for gradient in gradients]
+        if self._sum is not None and held == self._held:
+            self._sum += self.newest
+            return [None] * len(gradients)
+        self._sum = self.newest.clone()
+        parts = self._sum.split([weight.numel() for weight in self._weights])
+        self._held = [part.data_ptr() for part in parts]
+        return [part.view_as(weight) for part, weight in zip(parts, self._weights, strict=True)]
 
 
 class _Recording:
@@ -85,7 +110,7 @@ class _Recording:
         self.to_outputs = torch.zeros_like(outputs)
         with torch.cuda.graph(self.backward, **settings):
             gradients = torch.autograd.grad(outputs, weights, self.to_outputs)
-            torch._foreach_copy_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]
+            torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients.newest)
             del gradients
         self.outputs = outputs.detach()
 
@@ -103,6 +128,4 @@ class _Replay(torch.autograd.Function):
         recording: _Recording = ctx.recording
         recording.to_outputs.copy_(gradient)
         recording.backward.replay()
-        # The next replay writes over these, and a first gradient would be kept as it is.
-        copies = torch._foreach_mul(recording.gradients, 1.0)  # pyright: ignore[reportPrivateImportUsage]
-        return None, None, *copies
+        return None, None, *recording.gradients.add()

@@ -108,3 +108,18 @@ def require_memory_of(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
     found = {key: (value.shape, value.dtype) for key, value in state.items()}
     if other := [key for key in {**expected, **found} if found.get(key) != expected.get(key)]:
         raise CheckpointError(f"the optimizer's state is not of what trains here ({min(other)}); start a new run")
+
+
+def steps_of(state: Mapping[str, Tensor]) -> float:
+    """Return how many steps AdamW has taken, for an optimizer that counts them once for all parameters.
+
+    Raises:
+        CheckpointError: they have not all taken as many.
+    """
+    counts = {value.item() for key, value in state.items() if key.endswith("/step")}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"the optimizer has taken from {min(counts):.0f} to {max(counts):.0f} steps with its parameters; DeepSpeed "
+            "counts once for all of them: go on with --engine ddp or fsdp2"
+        )
+    return counts.pop()

@@ -17,6 +17,7 @@ from dianjing.train.optim import (
     make_optimizer,
     optimizer_state,
     set_learning_rates,
+    steps_of,
 )
 
 
@@ -119,3 +120,10 @@ def test_the_state_of_other_weights_is_refused(make_recipe: Any) -> None:
     lost = next(iter(state)).rpartition("/")[0]
     with pytest.raises(CheckpointError, match="not of what trains here"):
         load_optimizer_state(optimizer, {key: value for key, value in state.items() if not key.startswith(lost)})
+
+
+def test_steps_that_are_counted_once_for_all() -> None:
+    state = {"a/step": torch.tensor(7.0), "a/exp_avg": torch.tensor(3.0), "b/step": torch.tensor(7.0)}
+    assert steps_of(state) == 7
+    with pytest.raises(CheckpointError, match="from 7 to 9 steps with its parameters"):
+        steps_of({**state, "b/step": torch.tensor(9.0)})
