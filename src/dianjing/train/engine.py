@@ -40,6 +40,25 @@ class Taken(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
+class Reading:
+    """Numbers of a step on their way from the device; what is done there after them is not waited for."""
+
+    def __init__(self, loss: Tensor, norm: Tensor, asked: Tensor) -> None:
+        """`asked` is not 0 if the module that was asked about learns."""
+        numbers = torch.stack([value.to(loss.device, torch.float32) for value in (loss, norm, asked)])
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if loss.is_cuda else None
+        if self._there:
+            self._there.record()
+
+    def taken(self) -> Taken:
+        """Wait for the numbers."""
+        if self._there:
+            self._there.synchronize()
+        loss, norm, asked = self._numbers.tolist()
+        return Taken(loss, norm, asked != 0)
+
+
 class Losses(nn.Module):
     """The loss as a module: distributed training hooks into a module's call."""
 
@@ -86,19 +105,19 @@ class Engine:
     def step(self, loss: Tensor, asked: nn.Module | None = None) -> Taken:
         """Clip, and take the step unless its loss or the gradients' norm is no finite number.
 
-        A GPU is waited for once, when all that must be known of the step is on its way: it is still busy then with
-        the last pack's backward pass.
+        All of it is on its way to a GPU before anything is waited for: the optimizer itself looks whether it may.
         """
         trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         norm = self._norm(trained)
         asked_norm = torch.ones(()) if asked is None else self._norm(asked.parameters())
-        taken = read(loss, norm, asked_norm)
-        if taken.finite:
-            clip_grads_with_norm_(trained, self._clip_norm or math.inf, norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            count_change(self._model)
-        return taken
+        read = Reading(loss, norm, asked_norm)
+        clip_grads_with_norm_(trained, self._clip_norm or math.inf, norm)
+        # Fused AdamW changes nothing where this is not 0; the name is that of torch.amp's contract with optimizers.
+        self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        count_change(self._model)
+        return read.taken()
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return what trains, whole, by name; called on all ranks, of use on the main one."""
@@ -122,9 +141,3 @@ def count_change(model: nn.Module) -> None:
     Neither the fused step of torch's optimizer nor DeepSpeed's says so by itself.
     """
     increment_version([weight for weight in model.parameters() if weight.requires_grad])
-
-
-def read(loss: Tensor, norm: Tensor, asked: Tensor) -> Taken:
-    """Return what tensors hold, waiting for them once; `asked` is not 0 if a module learns."""
-    loss_, norm_, asked_ = torch.stack([value.to(loss.device, torch.float32) for value in (loss, norm, asked)]).tolist()
-    return Taken(loss_, norm_, asked_ != 0)

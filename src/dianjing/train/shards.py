@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration
 from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import ConfigError
-from dianjing.train.engine import Engine, Taken, count_change, read
+from dianjing.train.engine import Engine, Reading, Taken, count_change
 from dianjing.train.optim import load_optimizer_state, make_optimizer, require_memory_of, steps_of
 
 
@@ -166,7 +166,7 @@ class Zero(ShardedEngine):
         if asked is not None:
             smallest: Any = min(asked.parameters(), key=lambda weight: math.prod(_shape(weight)))
             found = self._fragments.safe_get_full_grad(smallest).count_nonzero()
-        taken = read(loss, torch.full((), math.nan), found)
+        taken = Reading(loss, torch.full((), math.nan), found).taken()
         if math.isfinite(taken.loss):
             self._losses.step()
             count_change(self._model)

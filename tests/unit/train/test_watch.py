@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from accelerate import Accelerator
 from dianjing.errors import TrainError
 from dianjing.model.build import build
 from dianjing.train.checkpoint import newest
-from dianjing.train.engine import Engine, Losses
+from dianjing.train.engine import Engine, Losses, Taken
 from dianjing.train.loop import train
+from dianjing.train.optim import set_learning_rates
 from dianjing.train.watch import BLIND_STEPS, Watch
 
 
@@ -38,6 +40,32 @@ def test_what_a_projector_learns_is_seen(make_recipe: Any, gradient: float | Non
     for weight in projector.parameters():
         weight.grad = None if gradient is None else torch.full_like(weight, gradient)
     assert engine.step(torch.ones(()), projector).learns == bool(gradient)
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(1.0, 0.5), (math.nan, 0.5), (math.inf, 0.5), (1.0, math.nan)])
+def test_a_step_is_taken_or_changes_nothing(make_recipe: Any, loss: float, gradient: float) -> None:
+    recipe = make_recipe()
+    model = build(recipe).model
+    engine = Engine(recipe, Accelerator(), model)
+    set_learning_rates(engine.optimizer, 1.0)
+    projector: Any = model.model.multi_modal_projector
+
+    def step(loss: float, gradient: float) -> Taken:
+        for weight in projector.parameters():
+            weight.grad = torch.full_like(weight, gradient)
+        return engine.step(torch.tensor(loss), projector)
+
+    def state() -> list[torch.Tensor]:
+        memory = engine.memory()
+        return [*(weight.clone() for weight in projector.parameters()), *(memory[name].clone() for name in memory)]
+
+    assert step(1.0, 0.25).finite
+    before = state()
+    taken = step(loss, gradient)
+    same = [torch.equal(one, other) for one, other in zip(before, state(), strict=True)]
+    assert taken.finite == (not any(same)) == (math.isfinite(loss) and math.isfinite(gradient))
+    assert taken.finite or all(same)
+    assert taken.loss == pytest.approx(loss, nan_ok=True)
 
 
 def test_a_step_without_supervised_tokens() -> None:
