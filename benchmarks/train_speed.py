@@ -218,23 +218,45 @@ def encoder_of(work: Path, stage: int) -> Any:
 
 
 def profile_steps(path: Path, first: int) -> None:
-    """Let one step be profiled, after the warm-up."""
+    """Let one step and the next one's beginning be profiled, after the warm-up."""
     import dianjing.train.loop as loop
 
     plain, taken = loop.take_step, [0]
+    kinds = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else None  # the CPU is not held up
+    profile = torch.profiler.profile(activities=kinds)
 
     def profiled(*arguments: Any, **named: Any) -> Any:
         taken[0] += 1
-        if taken[0] != first:
-            return plain(*arguments, **named)
-        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
-            result = plain(*arguments, **named)
-            torch.cuda.synchronize()
-        table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=90)
-        path.write_text(table, encoding="utf-8")
+        if taken[0] == first:
+            profile.start()
+        result = plain(*arguments, **named)
+        if taken[0] == first + 1:
+            torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+            profile.stop()
+            table = profile.key_averages().table(
+                sort_by="self_device_time_total", row_limit=45, max_name_column_width=90
+            )
+            path.write_text(f"{idle(profile)}\n{table}", encoding="utf-8")
         return result
 
     loop.take_step = profiled
+
+
+def idle(profile: Any, shown: int = 25) -> str:
+    """Return how long the GPU had nothing to do, and between which pieces of work most of it was."""
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
+    gaps, end, before = [], spans[0][0] if spans else 0.0, "(the start)"
+    for start, stop, name in spans:
+        if start > end:
+            gaps.append((start - end, before, name))
+        if stop > end:
+            end, before = stop, name
+    whole = end - spans[0][0] if spans else 0.0
+    lines = [f"two steps: {whole / 1e3:.1f} ms, of which nothing to do {sum(gap[0] for gap in gaps) / 1e3:.1f} ms"]
+    for gap, before, name in sorted(gaps, reverse=True)[:shown]:
+        lines.append(f"  {gap:9.1f} us  {before[:60]} ... {name[:60]}")
+    return "\n".join(lines)
 
 
 class Padded:

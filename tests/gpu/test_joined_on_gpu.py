@@ -74,9 +74,12 @@ def test_kernels_compute_what_the_operators_do(columns: int) -> None:
     on_both(passes.gated, both, eight=True)
     on_both(passes.gated_backward, gradient, both, again=True)
     on_both(passes.gated_backward, gradient, both, keep=False, column_scale=torch.rand(2 * columns) + 0.5)
-    taken = torch.tensor([3, 0, 3, 69])
-    on_both(passes.to_eight_bits, x, scale, taken)
+    taken = torch.tensor([3, -1, 0, 3, 69])
+    on_both(passes.to_eight_bits, x, scale)
     on_both(passes.to_eight_bits, x)
+    for chosen in (None, taken):
+        for keep, eight in ((True, True), (False, True), (True, False)):
+            on_both(passes.taken_rows, x, chosen, keep=keep, eight=eight)
     for kind in passes.ACTIVATIONS:
         on_both(passes.activation, x, kind)
         on_both(passes.activation_backward, gradient, x, kind)

@@ -33,6 +33,7 @@ from dianjing.model.passes import (
     rotate,
     rotate_backward,
     spread,
+    taken_rows,
     to_eight_bits,
 )
 
@@ -205,8 +206,8 @@ class _AfterAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, gate_up, down = layer.out, layer.gate_up, layer.down
         seeds = [linears.draw_seeds() for linears in (out, gate_up, down)]
-        taken = _taken(attended, places) if _reads_rows(out) else None
-        y, inner_out = out.forward(taken, to_eight_bits(attended, taken=places) if out.eight else None, seeds[0])
+        taken, eight = taken_rows(attended, places, keep=_reads_rows(out), eight=out.eight)
+        y, inner_out = out.forward(taken, eight, seeds[0])
         keep, wide = _reads_rows(gate_up), gate_up.room_for(x)
         summed, entering, eight = norm(x, *layer.norm_between, y=y, keep=keep, wide=wide, eight=gate_up.eight)
         assert summed is not None
@@ -273,10 +274,6 @@ def to_adapters(
 def _reads_rows(linears: Linears) -> bool:
     """Return whether what enters is read as it is, not in FP8 alone."""
     return linears.has_adapters or not linears.eight
-
-
-def _taken(rows: Tensor, taken: Tensor | None) -> Tensor:
-    return rows if taken is None else spread(rows, taken)
 
 
 def norm_of(module: Any) -> tuple[Tensor, Tensor | None, float]:

@@ -173,13 +173,25 @@ def _gated_backward(
 
 @triton.jit
 def _quantize(
-    x, taken, column_scale, eight, scale, columns, BLOCK: tl.constexpr, MOVED: tl.constexpr, SCALED: tl.constexpr
+    x,
+    taken,
+    column_scale,
+    rows,
+    eight,
+    scale,
+    columns,
+    BLOCK: tl.constexpr,
+    MOVED: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(taken + row).to(tl.int64) if MOVED else row
     at = tl.arange(0, BLOCK)
     inside = at < columns
     values = tl.load(x + source * columns + at, mask=inside & (source >= 0), other=0.0).to(tl.float32)
+    if KEEP:
+        tl.store(rows + row * columns + at, values.to(rows.dtype.element_ty), mask=inside)
     if SCALED:
         values = values * tl.load(column_scale + at, mask=inside, other=0.0)
     _store_eight_bits(values, inside, eight, row * columns + at, scale, row)
@@ -269,11 +281,13 @@ def gated_backward(
     launch(_gated_backward, len(gate_up), *arguments, **flags, **shape)
 
 
-def quantize(x: Tensor, taken: Tensor | None, column_scale: Tensor | None, eight: tuple[Tensor, Tensor]) -> None:
-    """Fill `eight`."""
-    flags = {"MOVED": taken is not None, "SCALED": column_scale is not None}
+def quantize(
+    x: Tensor, taken: Tensor | None, column_scale: Tensor | None, rows: Tensor | None, eight: tuple[Tensor, Tensor]
+) -> None:
+    """Fill `rows` and `eight`."""
+    flags = {"MOVED": taken is not None, "SCALED": column_scale is not None, "KEEP": rows is not None}
     columns = x.shape[1]
-    launch(_quantize, len(eight[0]), x, taken, column_scale, *eight, columns, **flags, **row_shape(columns))
+    launch(_quantize, len(eight[0]), x, taken, column_scale, rows, *eight, columns, **flags, **row_shape(columns))
 
 
 def spread(x: Tensor, rows: Tensor, result: Tensor) -> None:

@@ -35,20 +35,33 @@ def _room(rows: int, like: Tensor, columns: int = 0) -> EightBits:
     return EightBits(like.new_empty(rows, wide, dtype=FP8), like.new_empty(rows, 1, dtype=torch.float32))
 
 
-def to_eight_bits(
-    x: Float[Tensor, "rows columns"],
-    column_scale: Float[Tensor, " columns"] | None = None,
-    taken: Int[Tensor, " taken"] | None = None,
-) -> EightBits:
-    """Return (some rows of) a matrix, times a number for each column, in FP8; zeros where `taken` has -1."""
+def to_eight_bits(x: Float[Tensor, "rows columns"], column_scale: Float[Tensor, " columns"] | None = None) -> EightBits:
+    """Return a matrix, times a number for each column, in FP8."""
     if x.is_cuda:
         from dianjing.model import kernels
 
-        eight = _room(len(x) if taken is None else len(taken), x)
-        kernels.quantize(x, taken, column_scale, eight)
+        eight = _room(len(x), x)
+        kernels.quantize(x, None, column_scale, None, eight)
         return eight
-    rows = x.float() if taken is None else spread(x, taken).float()
-    return EightBits(*_quantized(rows if column_scale is None else rows * column_scale))
+    return EightBits(*_quantized(x.float() if column_scale is None else x.float() * column_scale))
+
+
+def taken_rows(
+    x: Float[Tensor, "rows columns"], taken: Int[Tensor, " taken"] | None, *, keep: bool = True, eight: bool = False
+) -> tuple[Float[Tensor, "taken columns"] | None, EightBits | None]:
+    """Return some rows of a matrix, or all of them, as they are and in FP8; zeros where `taken` has -1."""
+    if not eight:
+        return x if taken is None else spread(x, taken), None
+    if x.is_cuda:
+        from dianjing.model import kernels
+
+        number = len(x) if taken is None else len(taken)
+        rows = x.new_empty(number, x.shape[1]) if keep and taken is not None else None
+        in_eight = _room(number, x)
+        kernels.quantize(x, taken, None, rows, in_eight)
+        return x if keep and taken is None else rows, in_eight
+    rows = x if taken is None else spread(x, taken)
+    return rows if keep else None, to_eight_bits(rows)
 
 
 def turned(matrix: Float8e4m3fn[Tensor, "rows columns"]) -> Float8e4m3fn[Tensor, "rows columns"]:
