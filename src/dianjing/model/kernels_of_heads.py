@@ -162,10 +162,11 @@ def _drop(x, results, seeds, number, least, up, SEEDS: tl.constexpr, SIZE: tl.co
     at = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < number
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * up
+    target = results + at
     for which in tl.static_range(SEEDS):
         kept = _drawn(tl.load(seeds + which), program, SIZE) >= least
-        left = tl.where(kept, values, 0.0)
-        tl.store(results + which * number + at, left.to(results.dtype.element_ty), mask=inside)
+        tl.store(target, tl.where(kept, values, 0.0).to(results.dtype.element_ty), mask=inside)
+        target += number
 
 
 @triton.jit
@@ -174,10 +175,11 @@ def _add_dropped(parts, into, seeds, number, least, up, SEEDS: tl.constexpr, SIZ
     at = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < number
     values = tl.load(into + at, mask=inside, other=0.0).to(tl.float32)
+    source = parts + at
     for which in tl.static_range(SEEDS):
         kept = _drawn(tl.load(seeds + which), program, SIZE) >= least
-        part = tl.load(parts + which * number + at, mask=inside, other=0.0).to(tl.float32)
-        values += tl.where(kept, part * up, 0.0)
+        values += tl.where(kept, tl.load(source, mask=inside, other=0.0).to(tl.float32) * up, 0.0)
+        source += number
     tl.store(into + at, values.to(into.dtype.element_ty), mask=inside)
 
 
