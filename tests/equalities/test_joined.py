@@ -18,7 +18,7 @@ from dianjing.train.optim import set_learning_rates
 from dianjing.train.shards import start_engine
 from tests.conftest import MakeRecipe
 from tests.llm_families import write_family
-from tests.packs import assert_same, outcome, prepare
+from tests.packs import assert_same, gradients, outcome, prepare
 from tests.tiny import write_llm, write_siglip
 
 LORA = {"tuning": "lora", "lora_alpha": 1.0}
@@ -194,6 +194,31 @@ def test_weights_changed_between_packs_are_read(
     one, other = outcome(joined, [batch]), outcome(fresh, [batch])
     assert one[0].item() == other[0].item() != before
     assert all(torch.equal(gradient, other[1][name]) for name, gradient in one[1].items())
+
+
+@pytest.mark.parametrize("small", [0, 1000])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])
+def test_gradients_of_packs_add_up(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, small: int, dropout: float
+) -> None:
+    """Where the decoder's adapters hold them, all but those of small adapters side by side."""
+    monkeypatch.setattr(linears, "SMALL", small)
+    added: list[int] = []
+    add = linears.add_product_over_rows
+    monkeypatch.setattr(linears, "add_product_over_rows", lambda *given: (added.append(1), add(*given)))
+    adapters = {**LORA, "lora_dropout": dropout}
+    plain, joined, dataset = both(make_recipe, language_model=adapters, vision_tower=adapters)
+    found = []
+    for model in (plain, joined):
+        model.zero_grad()
+        for records in ([0, 1], [2], [3, 4]):
+            forward_loss(model, dataset.batch(records)).backward()
+        found.append((torch.zeros(()), gradients(model)))
+    assert_same(found[1], found[0], ROUNDING)
+    layers = len(joined.model.language_model.layers)
+    # Of q, k and v; of what they give out; of gate and up; of down: A (side by side, but for dropout) and B.
+    a, b = (7 if dropout else 4), (2 if small else 7)
+    assert len(added) == 2 * layers * (a + b)
 
 
 def test_dropout_is_drawn_again_in_the_backward_pass(make_recipe: MakeRecipe) -> None:

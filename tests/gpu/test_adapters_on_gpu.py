@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dianjing.model.products import product_over_rows, sum_of_products, sum_with_product
+from dianjing.model.products import add_product_over_rows, product_over_rows, sum_of_products, sum_with_product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +21,10 @@ def test_a_sum_in_parts_is_the_sum(shape: tuple[int, int, int]) -> None:
     found, exact = product_over_rows(a, b, 0.5), 0.5 * a.double().T @ b.double()
     assert found.dtype == torch.float32
     assert (found - exact).norm() < 1e-5 * exact.norm()
+    held = torch.randn_like(found)
+    total = held.double() + exact
+    add_product_over_rows(a, b, 0.5, held)
+    assert (held - total).norm() < 1e-5 * total.norm()
 
 
 def test_what_is_added_in_place_is_the_sum() -> None:

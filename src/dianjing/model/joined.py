@@ -82,10 +82,10 @@ class JoinedDecoderLayer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._layer = layer
-        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True)
-        self.out = Linears([attention.o_proj])
-        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj], beside=True)
-        self.down = Linears([mlp.down_proj])
+        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True, add=True)
+        self.out = Linears([attention.o_proj], add=True)
+        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj], beside=True, add=True)
+        self.down = Linears([mlp.down_proj], add=True)
         self.norm_before, self.norm_between = map(norm_of, (layer.input_layernorm, layer.post_attention_layernorm))
         size = attention.head_dim
         # Qwen2's attention has its own; a Llama's config may name one, which transformers does not apply.
@@ -261,8 +261,8 @@ def to_adapters(
     inner: Tensor | None,
     to_inner: Tensor | None,
     seeds: Seeds,
-) -> list[Tensor]:
-    """Return the gradients of the layers' adapters, if they have any."""
+) -> list[Tensor | None]:
+    """Return the gradients of the layers' adapters, if they have any, for autograd to add."""
     if to_inner is None:
         return []
     assert gradient is not None

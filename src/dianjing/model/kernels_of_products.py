@@ -20,7 +20,19 @@ TILE = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 
 
 @triton.jit(do_not_specialize=["number_of_parts", "left_over"])
 def _sum_of_parts(
-    parts, a, b, total, scale, number, columns, a_stride, b_stride, number_of_parts, left_over, SIZE: tl.constexpr
+    parts,
+    a,
+    b,
+    total,
+    scale,
+    number,
+    columns,
+    a_stride,
+    b_stride,
+    number_of_parts,
+    left_over,
+    ADD: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < number
@@ -30,7 +42,10 @@ def _sum_of_parts(
     for row in range(left_over):
         left = tl.load(a + row * a_stride + at // columns, mask=inside, other=0.0).to(tl.float32)
         values += left * tl.load(b + row * b_stride + at % columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total + at, values * scale, mask=inside)
+    values = values * scale
+    if ADD:
+        values += tl.load(total + at, mask=inside, other=0.0)
+    tl.store(total + at, values, mask=inside)
 
 
 @triton.jit
@@ -69,12 +84,12 @@ def _sum_with_product(
     tl.store(total + row.to(tl.int64) * total_stride + column, values.to(total.dtype.element_ty), mask=inside)
 
 
-def sum_of_parts(parts: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale times (the sum over the first dimension + a.T @ b), where a and b have few rows."""
-    total = torch.empty_like(parts[0])
+def sum_of_parts(parts: Tensor, a: Tensor, b: Tensor, scale: float, into: Tensor | None) -> Tensor:
+    """Return scale times (the sum over the first dimension + a.T @ b), where a and b have few rows; added to `into`."""
+    total = torch.empty_like(parts[0]) if into is None else into
     sizes = total.numel(), total.shape[1], a.stride(0), b.stride(0), len(parts), len(a)
     kernel: Any = _sum_of_parts  # a and b may be columns of something wider
-    kernel[(triton.cdiv(sizes[0], FLAT),)](parts, a, b, total, scale, *sizes, SIZE=FLAT)
+    kernel[(triton.cdiv(sizes[0], FLAT),)](parts, a, b, total, scale, *sizes, ADD=into is not None, SIZE=FLAT)
     return total
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dianjing.model.fp8 import Fp8Linear, scaled_product
 from dianjing.model.lora import ADAPTER, LoraLinear
 from dianjing.model.passes import EightBits, Wide, add_dropped, draw_seeds, dropped, turned
-from dianjing.model.products import product_over_rows, sum_with_product
+from dianjing.model.products import add_product_over_rows, product_over_rows, sum_with_product
 
 Seeds = Int[Tensor, " adapters"] | None
 """Of each adapter's dropout; None without dropout."""
@@ -32,10 +32,13 @@ class Linears:
     is on the left, and the second, on the right; of more, the others' is added.
 
     With `keep`, the sum of weights and adapters that gradients go through is made once for each change of these, not
-    for each pack; it takes as much memory as the weights.
+    for each pack; it takes as much memory as the weights. With `add`, adapters' gradients are added where the adapters
+    hold those of packs before, and autograd is told of none; not for work that is recorded, once and for all packs.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, beside: bool = False, keep: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], *, beside: bool = False, keep: bool = False, add: bool = False
+    ) -> None:
         bases: list[Any] = [_base(layer) for layer in layers]
         self._adapted: list[Any] = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self.widths = [base.out_features for base in bases]
@@ -66,7 +69,7 @@ class Linears:
         self._converted: tuple[Tensor, list[Tensor]] | None = None
         """All A, one below the other, and each B, times the adapters' scale; small ones along the diagonal of one."""
         self._versions: tuple[int, ...] = ()
-        self._keep = keep
+        self._keep, self._add = keep, add
         self._sum: Tensor | None = None
         """The frozen weights and what the adapters add to them, if it is kept; made when these had `_sum_versions`."""
         self._sum_versions: tuple[int, ...] = ()
@@ -215,20 +218,33 @@ class Linears:
         inner: Float[Tensor, "rows ranks"],
         to_inner: Float[Tensor, "rows ranks"],
         seeds: Seeds,
-    ) -> list[Tensor]:
-        """Return the gradients of `adapters`, in fp32."""
-        to_ups = [
-            block
-            for columns, ranks, (widths, sizes) in zip(*self._in_blocks(gradient, inner), self._blocks, strict=True)
-            for block in _diagonal(product_over_rows(columns, ranks, self._scaling), widths, sizes)
-        ]
+    ) -> list[Tensor | None]:
+        """Return the gradients of `adapters`, in fp32; None for one that has been added to what its weight holds."""
+        downs, ups = self.adapters[0::2], self.adapters[1::2]
+        to_ups: list[Tensor | None] = []
+        for columns, ranks, (widths, sizes) in zip(*self._in_blocks(gradient, inner), self._blocks, strict=True):
+            if len(widths) == 1:
+                to_ups += self._gradients([ups[len(to_ups)]], columns, ranks, self._scaling)
+            else:
+                to_ups += _diagonal(product_over_rows(columns, ranks, self._scaling), widths, sizes)
         if seeds is None:
-            to_downs: Sequence[Tensor] = product_over_rows(to_inner, x, 1.0).split(self._rank)
+            to_downs = self._gradients(downs, to_inner, x, 1.0)
         else:
-            entering = dropped(x, seeds, self._share)
-            columns = to_inner.split(self._rank, dim=1)
-            to_downs = [product_over_rows(ranks, rows, 1.0) for ranks, rows in zip(columns, entering, strict=True)]
+            columns, entering = to_inner.split(self._rank, dim=1), dropped(x, seeds, self._share)
+            to_downs = [
+                found
+                for down, ranks, rows in zip(downs, columns, entering, strict=True)
+                for found in self._gradients([down], ranks, rows, 1.0)
+            ]
         return [gradient for pair in zip(to_downs, to_ups, strict=True) for gradient in pair]
+
+    def _gradients(self, weights: Sequence[nn.Parameter], a: Tensor, b: Tensor, scale: float) -> list[Tensor | None]:
+        """Return scale * a.T @ b, cut into the gradients of weights, or add it to what they hold."""
+        held = _held(weights) if self._add else None
+        if held is None:
+            return [*product_over_rows(a, b, scale).split([len(weight) for weight in weights])]
+        add_product_over_rows(a, b, scale, held)
+        return [None] * len(weights)
 
     def _in_blocks(self, result: Tensor, inner: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the columns of results, and of what is half-way (in something wide or not), of each block."""
@@ -328,6 +344,21 @@ def joinable(layers: Sequence[Any]) -> bool:
         if len(downs) < len(layers) or len(alike) > 1:
             return False  # XTuner's q, k and v share one A
     return len({(base.in_features, next(base.parameters()).dtype) for base in bases}) == 1
+
+
+def _held(weights: Sequence[nn.Parameter]) -> Tensor | None:
+    """Return the gradients that weights hold, if they lie one below the other in memory, as those of a product do."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    first = gradients[0] if len(gradients) == len(weights) else None
+    if first is None or any(gradient.dtype != torch.float32 or not gradient.is_contiguous() for gradient in gradients):
+        return None
+    end = first.data_ptr()
+    for gradient in gradients:
+        if gradient.data_ptr() != end or gradient.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += 4 * gradient.numel()
+    columns = first.shape[1]
+    return first.as_strided((sum(len(gradient) for gradient in gradients), columns), (columns, 1))
 
 
 def _diagonal(block: Tensor, heights: Sequence[int], widths: Sequence[int]) -> list[Tensor]:

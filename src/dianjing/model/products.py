@@ -41,10 +41,13 @@ def _sum_of_fp8_products(
     return first.addmm_(c, d, alpha=scale)
 
 
-def _product_over_rows(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _product_over_rows(a: Tensor, b: Tensor, scale: float, into: Tensor | None = None) -> Tensor:
     if not a.is_cuda:
-        return (a.T @ b).float() * scale
+        product = (a.T @ b).float() * scale
+        return product if into is None else into.add_(product)
     parts = _parts(a, b)
+    if parts == 1 and into is not None:
+        return torch.addmm(into, a.T, b, alpha=scale, out_dtype=torch.float32, out=into)
     if parts == 1:
         nothing = a.new_empty(1, 1, dtype=torch.float32)
         return torch.addmm(nothing, a.T, b, beta=0, alpha=scale, out_dtype=torch.float32)
@@ -57,7 +60,7 @@ def _product_over_rows(a: Tensor, b: Tensor, scale: float) -> Tensor:
     )
     from dianjing.model.kernels_of_products import sum_of_parts
 
-    return sum_of_parts(several, a[whole:], b[whole:], scale)
+    return sum_of_parts(several, a[whole:], b[whole:], scale, into)
 
 
 def _parts(a: Tensor, b: Tensor) -> int:
@@ -125,6 +128,13 @@ def product_over_rows(
 ) -> Float[Tensor, "left right"]:
     """Return scale * a.T @ b in fp32: on a GPU in as many parts of the rows as fill it, then their sum."""
     return torch.ops.dianjing.product_over_rows.default(a, b, scale)
+
+
+def add_product_over_rows(
+    a: Float[Tensor, "rows left"], b: Float[Tensor, "rows right"], scale: float, into: Float[Tensor, "left right"]
+) -> None:
+    """Add what `product_over_rows` returns to a tensor in fp32."""
+    _product_over_rows(a, b, scale, into)
 
 
 def sum_with_product(

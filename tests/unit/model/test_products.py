@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dianjing.model.fp8 import FP8, by_columns, quantized
-from dianjing.model.products import product_over_rows, sum_of_products, sum_with_product
+from dianjing.model.products import add_product_over_rows, product_over_rows, sum_of_products, sum_with_product
 
 
 def matrices(*shapes: tuple[int, int]) -> list[Tensor]:
@@ -33,6 +33,9 @@ def test_a_gradient_is_summed_in_fp32() -> None:
     found = product_over_rows(a.bfloat16(), b.bfloat16(), 0.5)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, 0.5 * a.T @ b, rtol=0.02, atol=0.1)
+    held = torch.ones(3, 7)
+    add_product_over_rows(a.bfloat16(), b.bfloat16(), 0.5, held)
+    torch.testing.assert_close(held, found + 1)
 
 
 def test_a_matrix_is_held_by_columns() -> None:
