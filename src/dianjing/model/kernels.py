@@ -30,7 +30,7 @@ def _store_eight_bits(values, inside, eight, at_row, scale, row):
 @triton.jit
 def eight_bits(values, largest, eight):
     """Return numbers in FP8, for a scale of largest / LARGEST."""
-    # Not divided, which would take several times as long; what is rounded past LARGEST becomes it.
+    # Multiplied: a division of each number takes longer. What is rounded past LARGEST becomes it.
     return (values * (LARGEST / largest)).to(eight.dtype.element_ty)
 
 
