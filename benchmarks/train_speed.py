@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -33,6 +35,7 @@ from benchmarks.train_inputs import RECORDS, STAGES, make_inputs, recipe_of
 from dianjing.config.schema import Recipe
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset
+from dianjing.model.recorded import peak_bytes
 from dianjing.plan.flops import flops
 from dianjing.plan.lengths import lengths_of
 from dianjing.plan.plan import make_plan
@@ -193,7 +196,8 @@ def summary(
         "tokens_per_second": round(rate * lengths.tokens),
         "share_of_roof": round(rate * work / ROOF, 3),
         "tflop_per_sample": round(work / 1e12, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
+        "peak_gib": round(peak_bytes(torch.device("cuda")) / 2**30, 1) if torch.cuda.is_available() else None,
+        "tensors_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1) if torch.cuda.is_available() else None,
         "losses": [round(step["loss"], 4) for step in steps[:3]] + [round(steps[-1]["loss"], 4)],
     }
@@ -246,14 +250,21 @@ def idle(profile: Any, shown: int = 25) -> str:
     """Return how long the GPU had nothing to do, and between which pieces of work most of it was."""
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
-    gaps, end, before = [], spans[0][0] if spans else 0.0, "(the start)"
+    gaps: list[tuple[float, str, str]] = []
+    end, before = spans[0][0] if spans else 0.0, "(the start)"
     for start, stop, name in spans:
         if start > end:
             gaps.append((start - end, before, name))
         if stop > end:
             end, before = stop, name
     whole = end - spans[0][0] if spans else 0.0
-    lines = [f"two steps: {whole / 1e3:.1f} ms, of which nothing to do {sum(gap[0] for gap in gaps) / 1e3:.1f} ms"]
+    nothing = sum(gap[0] for gap in gaps) / 1e3
+    lines = [
+        f"two steps: {whole / 1e3:.1f} ms, of which nothing to do {nothing:.1f} ms; pieces of work: {len(spans):,}"
+    ]
+    for least, most in pairwise((0, 2, 5, 20, 100, 1000, math.inf)):
+        among = [gap[0] for gap in gaps if least <= gap[0] < most]
+        lines.append(f"  {len(among):6} gaps from {least} to {most} us: {sum(among) / 1e3:.1f} ms")
     for gap, before, name in sorted(gaps, reverse=True)[:shown]:
         lines.append(f"  {gap:9.1f} us  {before[:60]} ... {name[:60]}")
     return "\n".join(lines)

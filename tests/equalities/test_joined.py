@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import AutoModel, CLIPVisionConfig, SiglipVisionConfig
 
 from dianjing.model import joined, joined_tower, linears
 from dianjing.model.compile import speed_up
@@ -97,6 +98,19 @@ def test_of_a_siglip_tower_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
         plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower={**LORA, "folder": str(folder)})
         batch = dataset.batch([0, 4])
         assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "patch"), [(CLIPVisionConfig, 30, 6), (SiglipVisionConfig, 32, 8), (SiglipVisionConfig, 34, 7)]
+)
+def test_patches_are_rows_of_a_product(kind: Any, side: int, patch: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = AutoModel.from_config(kind(image_size=side, patch_size=patch, **sizes))
+    module = getattr(tower, "vision_model", tower).embeddings
+    pictures = torch.randn(3, 3, side, side)
+    torch.testing.assert_close(joined_tower.embedded(module, pictures), module(pictures))
+    assert joined_tower.embedded(module, pictures[:0]).shape == module(pictures[:0]).shape
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "internlm2", "internlm3", "llama3", "smollm"])

@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dianjing.constants import IGNORE_INDEX
 from dianjing.model import passes
 from dianjing.model.compile import speed_up
 from dianjing.model.fp8 import FP8
+from dianjing.model.loss import summed_cross_entropy
 from dianjing.model.passes import EightBits, Heads
 from dianjing.train.optim import set_learning_rates
 from dianjing.train.shards import start_engine
@@ -56,6 +58,20 @@ def on_both(function: Any, *arguments: Any, **settings: Any) -> None:
 
 def rows(columns: int, number: int = ROWS) -> Tensor:
     return torch.randn(number, columns, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 92_544])
+def test_the_loss_and_its_gradient(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    logits, targets = 4 * rows(vocabulary), torch.randint(vocabulary, (ROWS,))
+    targets[::9] = IGNORE_INDEX
+    own, expected = logits.cuda().requires_grad_(), logits.float().requires_grad_()
+    loss = summed_cross_entropy(own * 1, targets.cuda())
+    plain = summed_cross_entropy(expected, targets)
+    (loss * 0.3).backward()
+    (plain * 0.3).backward()
+    torch.testing.assert_close(loss.cpu(), plain.detach(), rtol=1e-5, atol=0)
+    same(own.grad, cast(Tensor, expected.grad).bfloat16())
 
 
 @pytest.mark.parametrize("columns", [48, 2048, 8192])

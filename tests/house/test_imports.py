@@ -14,7 +14,7 @@ data.split data.read data.record data.sentencepiece data.chat_template data.temp
 data.pack data.order data.collate data.source data.parallel data.survey data.cache data.dataset
 model.language formats model.vision model.weights model.attention model.frozen model.kernels model.kernels_of_heads
 model.kernels_of_products model.products model.fp8 model.passes model.lora model.linears model.joined model.joined_tower
-model.build model.forward model.recorded model.stage model.compile model.adapter
+model.build model.kernels_of_loss model.loss model.forward model.recorded model.stage model.compile model.adapter
 plan
 use.questions use.generate use.ask eval.score use.compare
 train.interrupt train.state train.checkpoint train.watch train.log train.optim train.ranks

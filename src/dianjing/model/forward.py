@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
+from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch
 from dianjing.model.attention import UNREAD_MASK, Rectangle, rectangle
 from dianjing.model.joined import States, spans_of, total
-from dianjing.model.joined_tower import through_tower
+from dianjing.model.joined_tower import embedded, through_tower
+from dianjing.model.loss import summed_cross_entropy
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""
@@ -27,8 +29,8 @@ JOINED = "joined"
 
 
 ROUND = 64
-"""Tokens of a pack are filled up to a multiple of this for joined layers: a GPU's libraries look for the best way to
-multiply matrices of each new size, and memory is used again best in pieces of the same size."""
+"""For joined layers, tokens of a pack and rows with a target are filled up to a multiple of this: a GPU's libraries
+look for the best way to multiply matrices of each new size, and memory is used again best in pieces of one size."""
 
 
 def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:
@@ -42,10 +44,9 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
         laid_out = rectangle(batch.cu_seqlens, batch.position_ids, batch.rectangle) if batch.rectangle else None
         if unseen is not None:
             embeddings = embeddings + unseen.to(embeddings.dtype)
-        logits = model.lm_head(_decoded(model, embeddings, batch, laid_out))  # (supervised, vocab)
-    # Compiled, it needs no logits in fp32.
-    loss_of = _compiled(_summed_cross_entropy) if logits.is_cuda else _summed_cross_entropy
-    return loss_of(logits, batch.targets)
+        logits = model.lm_head(_decoded(model, embeddings, batch, laid_out))  # (supervised and spare, vocab)
+    spare = len(logits) - len(batch.targets)
+    return summed_cross_entropy(logits, pad(batch.targets, (0, spare), value=IGNORE_INDEX))
 
 
 def _decoded(
@@ -53,8 +54,8 @@ def _decoded(
     embeddings: Float[Tensor, "tokens hidden"],
     batch: Batch,
     laid_out: Rectangle | None,
-) -> Float[Tensor, "supervised hidden"]:
-    """Return what the decoder makes of a pack at the rows that have a target."""
+) -> Float[Tensor, "supervised_and_spare hidden"]:
+    """Return what the decoder makes of a pack at the rows that have a target, and behind them at rows that do not."""
     decoder: Any = model.model.language_model
     layers = getattr(decoder, JOINED, None)
     if layers is None:
@@ -78,18 +79,8 @@ def _decoded(
     for layer in layers[:-1]:
         states = layer(states, cos, sin, spans)
     # No other row is read after the last layer's attention.
-    return decoder.norm(total(layers[-1](states, cos, sin, spans, batch.target_rows)))
-
-
-def _summed_cross_entropy(
-    logits: Float[Tensor, "supervised vocab"], targets: Int[Tensor, " supervised"]
-) -> Float[Tensor, ""]:
-    return cross_entropy(logits.float(), targets, reduction="sum")
-
-
-@cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True)
+    rows = pad(batch.target_rows, (0, -len(batch.target_rows) % ROUND), value=-1)
+    return decoder.norm(total(layers[-1](states, cos, sin, spans, rows)))
 
 
 def arithmetic(model: PreTrainedModel) -> torch.autocast:
@@ -127,7 +118,7 @@ def tower_states(
 ) -> Float[Tensor, "images states width"]:
     """Return what the tower makes of pictures, class token included, after the last of its layers that matter."""
     tower: Any = model.model.vision_tower
-    hidden = tower.embeddings(pixel_values)
+    hidden = (partial(embedded, tower.embeddings) if hasattr(tower, JOINED) else tower.embeddings)(pixel_values)
     if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
         hidden = tower.pre_layrnorm(hidden)
     if hasattr(tower, JOINED):

@@ -101,7 +101,10 @@ class JoinedDecoderLayer:
         spans: Spans,
         rows: Int[Tensor, " rows"] | None = None,
     ) -> States:
-        """Return the layer's output, after its attention for some rows only if they are given."""
+        """Return the layer's output, after its attention for some rows only if they are given.
+
+        Where a row is -1, what is returned is of no use.
+        """
         if self._layer.gradient_checkpointing and torch.is_grad_enabled():
             return cast(
                 States, checkpoint(self._run, (total(states), None), cos, sin, spans, rows, use_reentrant=False)
@@ -117,10 +120,10 @@ class JoinedDecoderLayer:
         attended = self._attention(query, key, value, spans)
         tokens, places = (None, None) if spans.beside is None else spans.beside[1:]
         if rows is not None:
-            x, places = x.index_select(0, rows), rows if places is None else places[rows]
-            tokens = torch.full_like(attended[:, 0], -1, dtype=torch.long).index_copy_(
-                0, places, torch.arange(len(rows), device=rows.device)
-            )
+            taken = rows.clamp(min=0)
+            x = x.index_select(0, taken)
+            places = (taken if places is None else places[taken]).where(rows >= 0, -1)
+            tokens = _inverse(places, len(attended))
         weights = [*self.out.adapters, *self.gate_up.adapters, *self.down.adapters]
         return cast(States, _AfterAttention.apply(self, x, attended, tokens, places, *weights))
 
@@ -214,14 +217,15 @@ class _AfterAttention(torch.autograd.Function):
         both, inner_both = gate_up.forward(entering, eight, seeds[1], wide)
         y, inner_down = down.forward(*gated(both, keep=_reads_rows(down), eight=down.eight), seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
-        kept = (taken if out.has_adapters else None, entering if gate_up.has_adapters else None)
-        ctx.save_for_backward(tokens, summed, both, *kept, inner_out, inner_both, inner_down)
+        again = _is_taken_again(out, places)
+        kept = (attended if again else taken) if out.has_adapters else None, entering if gate_up.has_adapters else None
+        ctx.save_for_backward(tokens, places if again else None, summed, both, *kept, inner_out, inner_both, inner_down)
         return summed, y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _same: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         layer: JoinedDecoderLayer = ctx.layer
-        tokens, x, both, taken, entering, inner_out, inner_both, inner_down = ctx.saved_tensors
+        tokens, places, x, both, taken, entering, inner_out, inner_both, inner_down = ctx.saved_tensors
         out, gate_up, down = layer.out, layer.gate_up, layer.down
         (weight, _, eps), gradient = layer.norm_between, gradient.contiguous()
 
@@ -242,10 +246,17 @@ class _AfterAttention(torch.autograd.Function):
 
         to_inner = out.backward_inner(to_x)
         to_attended = out.backward_input(to_x, eight, to_inner, ctx.seeds[0])
+        taken = taken if places is None else spread(taken, places)
         to_out = to_adapters(out, to_x, taken, inner_out, to_inner, ctx.seeds[0])
         if tokens is not None:
             to_attended = spread(to_attended, tokens)
         return None, to_x, to_attended, None, None, *to_out, *to_gate_up, *to_down
+
+
+def _inverse(places: Int[Tensor, " rows"], number: int) -> Int[Tensor, " places"]:
+    """Return which row each of so many places has, -1 where none is; a row whose place is -1 has none."""
+    rows = torch.arange(len(places), device=places.device)
+    return places.new_full((number + 1,), -1).index_copy_(0, places.where(places >= 0, number), rows)[:number]
 
 
 def total(states: States) -> Float[Tensor, "rows hidden"]:
@@ -269,6 +280,14 @@ def to_adapters(
     assert entering is not None
     assert inner is not None
     return linears.backward_adapters(gradient, entering, inner, to_inner, seeds)
+
+
+def _is_taken_again(out: Linears, places: Tensor | None) -> bool:
+    """Return whether attention's answers are put in order again in the backward pass, instead of kept twice.
+
+    FP8 weights leave room for both.
+    """
+    return out.has_adapters and places is not None and not out.eight
 
 
 def _reads_rows(linears: Linears) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
@@ -19,6 +19,8 @@ from dianjing.model.passes import ACTIVATIONS, activation, activation_backward, 
 
 TOWER_LAYERS = (CLIPEncoderLayer, SiglipEncoderLayer)
 """Layers that `JoinedTowerLayer` computes."""
+ALIGNED = 8
+"""A GPU multiplies rows of numbers in multiples of this fastest."""
 
 
 class JoinedTowerLayer:
@@ -54,6 +56,26 @@ class JoinedTowerLayer:
         attended = attended.transpose(1, 2).reshape(x.shape)
         weights = [*self.out.adapters, *self.first.adapters, *self.second.adapters]
         return cast(States, _TowerAfterAttention.apply(self, x, attended, *weights))
+
+
+def embedded(
+    embeddings: Any, pixel_values: Float[Tensor, "images 3 height width"]
+) -> Float[Tensor, "images states width"]:
+    """Return what a tower's own embeddings return; patches do not overlap, and are rows of one product."""
+    convolution = embeddings.patch_embedding
+    weight, side = convolution.weight.flatten(1), convolution.kernel_size[0]
+    images, channels, height, width = pixel_values.shape
+    down, across = height // side, width // side
+    numbers = weight.shape[1]
+    spare = -numbers % ALIGNED
+    patches = weight.new_zeros(images * down * across, numbers + spare)
+    pixels = pixel_values[:, :, : down * side, : across * side].unflatten(3, (across, side)).unflatten(2, (down, side))
+    places = patches[:, :numbers].unflatten(1, (channels, side, side)).unflatten(0, (images, down, across))
+    places.copy_(pixels.permute(0, 2, 4, 1, 3, 5))
+    states = linear(patches, pad(weight, (0, spare)), convolution.bias).view(images, down * across, len(weight))
+    if hasattr(embeddings, "class_embedding"):  # CLIP; SigLIP has none
+        states = torch.cat([embeddings.class_embedding.to(states.dtype).expand(images, 1, -1), states], dim=1)
+    return states + embeddings.position_embedding.weight
 
 
 def through_tower(

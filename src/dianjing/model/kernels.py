@@ -270,14 +270,16 @@ def gated_backward(
     eight: tuple[Tensor, Tensor] | None,
     rows: Tensor | None,
 ) -> None:
-    """Fill `to_gate_up`, `eight` and `rows`."""
+    """Fill `to_gate_up`, which may be `gate_up`, `eight`, and `rows`, which may be `gradient`."""
     columns = gate_up.shape[1] // 2
     flags = {"KEEP": to_gate_up is not None, "EIGHT": eight is not None, "AGAIN": rows is not None}
     pair = eight or (gate_up, gate_up)
     arguments = gradient, gate_up, column_scale, to_gate_up, *pair, rows, columns
     shape = row_shape(columns)
-    if flags["KEEP"] and flags["EIGHT"] and columns > 4096:
+    if flags["EIGHT"] and columns > 4096:
         shape["num_warps"] = 32  # what it holds of a row would not fit in the registers of fewer
+        if not flags["KEEP"] and shape["BLOCK"] == 8192:
+            shape["maxnreg"] = 32  # two programs at a time: one reads while the other writes
     launch(_gated_backward, len(gate_up), *arguments, **flags, **shape)
 
 

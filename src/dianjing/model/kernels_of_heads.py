@@ -219,7 +219,7 @@ def _heads_shape(heads: int, kv_heads: int, size: int) -> dict[str, Any]:
 def activation(
     x: Tensor, kind: str, rows: Tensor | None, gradient: Tensor | None = None, to_x: Tensor | None = None
 ) -> None:
-    """Fill `rows` and `to_x`."""
+    """Fill `rows`, which may be x, and `to_x`, which may be `gradient`."""
     flags: dict[str, Any] = {"KIND": kind, "KEEP": rows is not None, "BACK": to_x is not None}
     launch(_activation, triton.cdiv(x.numel(), FLAT), x, rows, gradient, to_x, x.numel(), **flags, SIZE=FLAT)
 

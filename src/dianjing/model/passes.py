@@ -189,15 +189,15 @@ def gated_backward(
     column_scale: Float[Tensor, " both"] | None = None,
     again: bool = False,
 ) -> tuple[Float[Tensor, "rows both"] | None, EightBits | None, Float[Tensor, "rows columns"] | None]:
-    """Return the gradients of gate and up, with column_scale in FP8 too, and with `again` what `gated` returned."""
+    """Return the gradients of gate and up, with column_scale in FP8 too, and with `again` what `gated` returned.
+
+    On a GPU the two of the size of an argument are written over it.
+    """
     if gate_up.is_cuda:
         from dianjing.model import kernels
 
-        result = (
-            torch.empty_like(gate_up) if keep else None,
-            None if column_scale is None else _room(len(gate_up), gate_up),
-            torch.empty_like(gradient) if again else None,
-        )
+        eight = None if column_scale is None else _room(len(gate_up), gate_up)
+        result = gate_up if keep else None, eight, gradient if again else None
         kernels.gated_backward(gradient, gate_up, column_scale, *result)
         return result
     with torch.enable_grad():
@@ -318,13 +318,12 @@ def activation(x: Float[Tensor, "rows columns"], kind: str) -> Float[Tensor, "ro
 def activation_backward(
     gradient: Float[Tensor, "rows columns"], x: Float[Tensor, "rows columns"], kind: str
 ) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
-    """Return the gradient of x, and what `activation` returned."""
+    """Return the gradient of x, and what `activation` returned; on a GPU they are written over the two arguments."""
     if x.is_cuda:
         from dianjing.model import kernels_of_heads
 
-        to_x, rows = torch.empty_like(x), torch.empty_like(x)
-        kernels_of_heads.activation(x, kind, rows, gradient, to_x)
-        return to_x, rows
+        kernels_of_heads.activation(x, kind, x, gradient, gradient)
+        return gradient, x
     with torch.enable_grad():
         entering = x.detach().float().requires_grad_()
         rows = _activated(entering, kind)

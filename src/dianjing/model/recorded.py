@@ -1,8 +1,7 @@
 """Work on pictures that is recorded once and then replayed (CUDA graphs).
 
 A tower's layers with adapters are thousands of small pieces of GPU work, which the CPU can hardly start as fast as the
-GPU does them. Packs follow each other, so that one recording at a time is in use and all share their memory (which
-torch does not count in `max_memory_allocated`: what a replay uses is nobody's tensor).
+GPU does them. Packs follow each other, so that one recording at a time is in use and all share their memory.
 """
 
 from __future__ import annotations
@@ -51,6 +50,16 @@ class Recorded:
         if count not in self._recordings:
             self._recordings[count] = _Recording(self._run, self._weights, count, self._places)
         return _Replay.apply(self._recordings[count], images, *self._weights)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that tensors on the GPU have taken, and beside it what recordings work in.
+
+    torch does not count that: what a replay uses is nobody's tensor.
+    """
+    pools = [segment for segment in torch.cuda.memory_snapshot() if any(segment["segment_pool_id"])]
+    uncounted = sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
+    return torch.cuda.max_memory_allocated(device) + uncounted
 
 
 class _Places:

@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def tensors(self) -> int:
-        """What torch.cuda.max_memory_allocated counts."""
+        """All but CUDA's own."""
         return sum(size for part, size in self.parts.items() if part != OVERHEAD)
 
     @property
@@ -79,9 +79,9 @@ def memory(
         kept = (shapes.layers - 1) * decoder_layer + half
         seen = shapes.tower_layers * tower_layer * learns
     seen += pack.pictures * shapes.patches * size * (shapes.tower_width + 3 * shapes.hidden)
-    head = 2 * size * pack.supervised * shapes.vocabulary
-    learning = recipe.language_model.tuning != "frozen"
-    between = 3 + learning if compiled and weights.joined_decoder else 2
+    head = size * pack.supervised * shapes.vocabulary  # the gradient is written over the logits
+    # What joined layers hold between their gates and the next product; in bf16 most of it lies where the gates were.
+    between = 1 + (recipe.language_model.frozen == "fp8") if compiled and weights.joined_decoder else 2
     backward = (between * shapes.mlp + 2 * shapes.hidden) * pack.tokens * size
     parts = _held(weights, recipe, gpus) | {
         "copies of what trains, for bf16": _copies(weights, recipe, checkpointing, size),
@@ -142,8 +142,9 @@ def _decoder_elements(weights: Weights, recipe: Recipe, *, compiled: bool, size:
     # Both residuals; queries, keys, values and attention's answer; gate and up.
     kept: float = 2 * hidden + 2 * heads + 2 * mlp
     if compiled and weights.joined_decoder:
-        learning = tuning != "frozen"
-        return kept + learning * (2 * hidden + shapes.heads) + weights.decoder.ranks
+        # With FP8 weights, attention's answers twice: in its own order, and in that of the tokens.
+        entering = 2 * hidden + shapes.heads * (recipe.language_model.frozen == "fp8")
+        return kept + (tuning != "frozen") * entering + weights.decoder.ranks
     if not compiled:
         kept += 2 * hidden + mlp  # norms take their inputs in fp32; the gate after its activation
     if tuning != "frozen":

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dianjing.data.dataset import Dataset
+from dianjing.model.recorded import peak_bytes
 from dianjing.model.stage import in_units
 
 JOURNAL = "train.jsonl"
@@ -79,7 +80,7 @@ class Log:
     def peak_memory(self, device: torch.device) -> None:
         """Print the most memory that this process has had: what tensors took on a GPU, all of it on a CPU."""
         if device.type == "cuda":
-            peak, of = torch.cuda.max_memory_allocated(device), "tensors on the GPU"
+            peak, of = peak_bytes(device), "tensors on the GPU"
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the whole process"
