@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dianjing.constants import IGNORE_INDEX
-from dianjing.model import passes
+from dianjing.model import passes, recorded
 from dianjing.model.compile import speed_up
 from dianjing.model.fp8 import FP8
 from dianjing.model.loss import summed_cross_entropy
@@ -201,10 +201,16 @@ def test_a_siglip_tower_of_one_picture_too(
     assert (one - other).norm() < 0.03 * one.norm()
 
 
+@pytest.mark.parametrize("room", [1, 8])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_replayed_tower_is_the_tower(
-    make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory, dropout: float
+    make_recipe: MakeRecipe,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    dropout: float,
+    room: int,
 ) -> None:
+    monkeypatch.setattr(recorded, "ROOM", room)
     tuning = {"tuning": "lora", "lora_dropout": dropout}
     recipe = make_recipe("finetune", **gentle(tmp_path_factory.mktemp("gentle"), tuning=tuning))
     plain, dataset = prepare(recipe, "cuda")

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 WARM_UP = 2
 """Runs before the recording: the first ones build and choose kernels."""
+ROOM = 8
+"""There are places for a multiple of so many pictures."""
 
 
 class Recorded:
     """A function of pictures, with learning weights, that replays its work; inputs learn nothing.
 
-    Each number of pictures has a recording of its own; all read and write the same places. `refresh` is called before
-    each run: what the function reads that is made of the weights must be made in its place.
+    Each number of pictures has a recording of its own; all work in the same memory. `refresh` is called before each
+    run: what the function reads that is made of the weights must be made in its place.
     """
 
     def __init__(
@@ -40,14 +42,9 @@ class Recorded:
         """Return what the function returns; its result and gradients are to be used before the next call."""
         self._refresh()
         count = len(images)
-        if self._places is None or count > len(self._places.images):
-            # Begin anew: small recordings fit in the memory of the largest, not it in theirs.
-            torch.cuda.synchronize()
-            self._recordings.clear()
-            self._places = None
-            torch.cuda.empty_cache()
-            self._places = _Places(images, self._weights)
         if count not in self._recordings:
+            if self._places is None or count > len(self._places.images):
+                self._places = _Places(images, self._weights, self._places)
             self._recordings[count] = _Recording(self._run, self._weights, count, self._places)
         return _Replay.apply(self._recordings[count], images, *self._weights)
 
@@ -63,12 +60,24 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class _Places:
-    """What recordings read and write, for as many pictures as are given, and the memory that they work in."""
+    """What recordings read and write, for as many pictures as are given and some more, and the memory they work in.
 
-    def __init__(self, images: Tensor, weights: Sequence[nn.Parameter]) -> None:
-        self.images = torch.zeros_like(images)
-        self.gradients = _Gradients(weights)
-        self.memory: Any = torch.cuda.graph_pool_handle()
+    Recordings with more pictures take larger places; memory and gradients stay those of the places `before`.
+    """
+
+    def __init__(self, images: Tensor, weights: Sequence[nn.Parameter], before: _Places | None) -> None:
+        self.images = images.new_zeros(-(-len(images) // ROOM) * ROOM, *images.shape[1:])
+        self.gradients = before.gradients if before else _Gradients(weights)
+        self.memory: Any = before.memory if before else torch.cuda.graph_pool_handle()
+        self._outputs: Tensor | None = None
+
+    def outputs(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where results like these are written to, and where their gradient is read."""
+        if self._outputs is None:
+            shape = 2, len(self.images), *like.shape[1:]
+            self._outputs = torch.zeros(shape, dtype=like.dtype, device=self.images.device)
+        result, gradient = self._outputs
+        return result[: len(like)], gradient[: len(like)]
 
 
 class _Gradients:
@@ -101,27 +110,28 @@ class _Recording:
         self, run: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], count: int, places: _Places
     ) -> None:
         self.images, self.gradients = places.images[:count], places.gradients
-        aside = torch.cuda.Stream()
+        aside, like = torch.cuda.Stream(), self.images
         aside.wait_stream(torch.cuda.current_stream())
         # What warming up draws is drawn again after it: where a recording is made must not change what is trained.
         with torch.cuda.stream(aside), torch.random.fork_rng([self.images.device]):
             for _ in range(WARM_UP):
                 outputs = run(self.images)
                 torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
+                like = torch.empty_like(outputs, device="meta")
                 del outputs
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # what the warm-up took belongs to its stream, of use to no other work
+        self.outputs, self.to_outputs = places.outputs(like)
         # Other threads may talk to the GPU meanwhile: the loader puts pictures in pinned memory.
         settings: Any = {"pool": places.memory, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, **settings):
             outputs = run(self.images)
-        self.to_outputs = torch.zeros_like(outputs)
+            self.outputs.copy_(outputs.detach())
         with torch.cuda.graph(self.backward, **settings):
             gradients = torch.autograd.grad(outputs, weights, self.to_outputs)
             torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients.newest)
-            del gradients
-        self.outputs = outputs.detach()
+            del gradients, outputs
 
 
 class _Replay(torch.autograd.Function):
