@@ -80,9 +80,13 @@ def memory(
         seen = shapes.tower_layers * tower_layer * learns
     seen += pack.pictures * shapes.patches * size * (shapes.tower_width + 3 * shapes.hidden)
     head = size * pack.supervised * shapes.vocabulary  # the gradient is written over the logits
-    # What joined layers hold between their gates and the next product; in bf16 most of it lies where the gates were.
-    between = 1 + (recipe.language_model.frozen == "fp8") if compiled and weights.joined_decoder else 2
-    backward = (between * shapes.mlp + 2 * shapes.hidden) * pack.tokens * size
+    between = 2 * shapes.mlp
+    if compiled and weights.joined_decoder:
+        # The gradients of gates lie where the gates were. Attention's: in fp32 for queries, for keys and values as many
+        # as there are queries, and what arrives and leaves.
+        eight = recipe.language_model.frozen == "fp8"
+        between = max((1 + eight) * shapes.mlp, 6 * shapes.heads + 2 * shapes.kv_heads)
+    backward = (between + 2 * shapes.hidden) * pack.tokens * size
     parts = _held(weights, recipe, gpus) | {
         "copies of what trains, for bf16": _copies(weights, recipe, checkpointing, size),
         "the tower with its adapters added, for gradients": _sums(weights, recipe, compiled, size),

@@ -18,12 +18,12 @@ H200 = GPUS[0]
 PRODUCTS = 0.75
 """Share of the data sheet's speed in large products: 739 of 989 TFLOP/s, bf16."""
 SHARES: dict[Literal["frozen", "lora", "full"], float] = {
-    "frozen": 131.2 * 4.106 / 989,
-    "lora": 62.8 * 8.682 / 989,
+    "frozen": 133.2 * 4.106 / 989,
+    "lora": 63.6 * 8.682 / 989,
     "full": 46.2 * 8.682 / 989,
 }
 """Share of it that a whole run reaches, by how the LLM is tuned: samples/s times operations, measured
-(benchmarks/results/2026-11-29-later); full tuning was not, and is taken to be like LoRA was in compiled layers."""
+(benchmarks/results/2026-11-29-third); full tuning was not, and is taken to be like LoRA was in compiled layers."""
 NF4_SLOWER = 1.15
 """Four-bit weights are undone before each product."""
 DECODER_LAUNCH, TOWER_LAUNCH, TOWER_READ = 4.2e-3, 3.7e-3, 0.6e-3
