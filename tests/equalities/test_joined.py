@@ -292,5 +292,17 @@ def test_joined_weights_keep_their_names_and_values(make_recipe: MakeRecipe) -> 
     assert not all(weight.is_contiguous() for weight in joined.parameters())
 
 
+def test_b_takes_no_more_room_beside_the_weights_than_it_needs(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linears, "SMALL", 0)
+    rank = 24
+    model, _ = prepare(make_recipe("finetune", language_model={**LORA, "lora_rank": rank}))
+    gate_up = joined.JoinedDecoderLayer(model.model.language_model.layers[0]).gate_up
+    gate_up.convert(torch.float32)
+    rows, columns = gate_up._weight.shape
+    assert gate_up._weight.untyped_storage().nbytes() == 4 * (rows * (columns + rank) + rank)
+
+
 def flat(found: Any) -> torch.Tensor:
     return torch.cat([found[0].flatten(), *(gradient.flatten() for gradient in found[1].values())]).double()

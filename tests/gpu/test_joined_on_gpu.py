@@ -235,3 +235,24 @@ def test_a_replayed_tower_is_the_tower(
             engine = start_engine(recipe, Accelerator(), model)
             set_learning_rates(engine.optimizer, 1.0)
             engine.step(one[0])
+
+
+def test_an_error_while_recording_stays_what_it_is() -> None:
+    weight, calls = torch.nn.Parameter(torch.tensor(2.0, device="cuda")), [0]
+
+    def run(images: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == recorded.WARM_UP + 1:  # the first that is recorded
+            raise torch.OutOfMemoryError("made up")
+        return images * weight
+
+    tower = recorded.Recorded(run, [weight], lambda: None)
+    images = torch.arange(6.0, device="cuda").view(3, 2)
+    with pytest.raises(torch.OutOfMemoryError, match="made up"):
+        tower(images)
+    for factor in (1.0, 3.0):
+        result = tower(images * factor)
+        result.sum().backward()
+        assert torch.equal(result, images * factor * 2)
+    assert weight.grad is not None
+    assert weight.grad.item() == 15 * 4

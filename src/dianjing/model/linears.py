@@ -61,8 +61,8 @@ class Linears:
         self._parameters: list[nn.Parameter] = [getattr(base, names[0]) for base in bases]
         joined = [_join([getattr(base, name) for base in bases]) for name in names]
         self._weight = joined[0]
-        self._matrix: Tensor | None = None
-        """The frozen weights with, beside them, what B of the first and the second block are converted to."""
+        self._beside: list[Tensor] = []
+        """The frozen weights of the first and the second block with, beside them, what B of these are converted to."""
         self.scale: Tensor | None = joined[1].flatten() if len(joined) > 1 else None
         """Of each column of the result, if the weights are FP8."""
         self._bias = _join([base.bias for base in bases]) if bases[0].bias is not None else None
@@ -126,20 +126,19 @@ class Linears:
         x, whole = wide.rows, wide.whole
         end = self._left + wide.columns
         down, ups = self.convert(x.dtype)
-        assert self._matrix is not None
         if self._left:
             torch.mm(x, down[: self._left].T, out=whole[:, : self._left])
         torch.mm(x, down[self._left :].T, out=whole[:, end:])
-        result = x.new_empty(len(x), len(self._matrix))
+        result = x.new_empty(len(x), len(self._weight))
         heights = [len(up) for up in ups]
-        matrices = self._matrix.split(heights)
         biases = [None] * len(ups) if self._bias is None else self._bias.split(heights)
+        matrices = [*self._beside, *self._weight.split(heights)[len(self._beside) :]]
         # The first block's ranks are on the left; of one block alone, and of the second, on the right.
         spans = [slice(0, end)] if self._left else []
         spans.append(slice(self._left, end + self._right))
         for number, (columns, ranks, up) in enumerate(zip(*self._in_blocks(result, whole), ups, strict=True)):
             span = spans[number] if number < len(spans) else slice(self._left, end)
-            rows, matrix, bias = whole[:, span], matrices[number][:, span], biases[number]
+            rows, matrix, bias = whole[:, span], matrices[number], biases[number]
             if bias is None:
                 torch.mm(rows, matrix.T, out=columns)
             else:
@@ -286,7 +285,7 @@ class Linears:
         downs, ups = self.adapters[0::2], self.adapters[1::2]
         if held is None or held[0].dtype != dtype:
             with torch.inference_mode(False):  # a sample answer may be the first to ask, training changes them later
-                if self._right and self._matrix is None:
+                if self._right and not self._beside:
                     self._lay_beside()
                 held = (
                     torch.empty(len(downs) * self._rank, downs[0].shape[1], dtype=dtype, device=downs[0].device),
@@ -307,24 +306,32 @@ class Linears:
         """Move the frozen weights to where there is room for B beside them.
 
         Not before the first pass: until then engines send each weight to all ranks, as one piece of memory.
+
+        Of a row there is room for one B alone. The first block's lie before its rows; the second's behind, where rows
+        that follow have room for theirs, which they do not need.
         """
         rows, columns = self._weight.shape
-        self._matrix = self._weight.new_zeros(rows, self._left + columns + self._right)
-        self._weight = self._matrix[:, self._left : self._left + columns].copy_(self._weight)
+        ranks = max(self._left, self._right)
+        wide = ranks + columns
+        memory = self._weight.new_zeros(rows * wide + ranks)
+        self._weight = memory.as_strided((rows, columns), (wide, 1), ranks).copy_(self._weight)
         for parameter, part in zip(self._parameters, self._weight.split(self.widths), strict=True):
             parameter.data = part
+        heights = [sum(widths) for widths, _ in self._blocks]
+        if self._left:
+            self._beside = [memory.as_strided((heights[0], wide), (wide, 1), 0)]
+        before = heights[0] if self._left else 0
+        height = heights[len(self._beside)]
+        self._beside.append(memory.as_strided((height, columns + self._right), (wide, 1), before * wide + ranks))
 
     def _room_of_block(self, number: int, dtype: torch.dtype) -> Tensor:
         """Return where the B of a block are converted to: beside its frozen weights, if there is room."""
-        heights = [sum(widths) for widths, _ in self._blocks]
-        ranks = sum(self._blocks[number][1])
-        if self._matrix is not None and dtype == self._matrix.dtype:
-            rows = self._matrix.split(heights)[number]
-            if self._left and number == 0:
-                return rows[:, :ranks]
-            if number == (1 if self._left else 0):
-                return rows[:, -ranks:]
-        return torch.zeros(heights[number], ranks, dtype=dtype, device=self._weight.device)
+        widths, sizes = self._blocks[number]
+        ranks = sum(sizes)
+        if number < len(self._beside) and dtype == self._weight.dtype:
+            rows = self._beside[number]
+            return rows[:, :ranks] if self._left and number == 0 else rows[:, -ranks:]
+        return torch.zeros(sum(widths), ranks, dtype=dtype, device=self._weight.device)
 
 
 def joinable(layers: Sequence[Any]) -> bool:

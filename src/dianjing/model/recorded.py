@@ -6,7 +6,8 @@ GPU does them. Packs follow each other, so that one recording at a time is in us
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,7 +46,12 @@ class Recorded:
         if count not in self._recordings:
             if self._places is None or count > len(self._places.images):
                 self._places = _Places(images, self._weights, self._places)
-            self._recordings[count] = _Recording(self._run, self._weights, count, self._places)
+            try:
+                self._recordings[count] = _Recording(self._run, self._weights, count, self._places)
+            except BaseException:
+                if not self._recordings:
+                    self._places = None  # torch records nothing more in memory that held one recording, now gone
+                raise
         return _Replay.apply(self._recordings[count], images, *self._weights)
 
 
@@ -62,13 +68,15 @@ def peak_bytes(device: torch.device) -> int:
 class _Places:
     """What recordings read and write, for as many pictures as are given and some more, and the memory they work in.
 
-    Recordings with more pictures take larger places; memory and gradients stay those of the places `before`.
+    Recordings with more pictures take larger places; all else stays that of the places `before`.
     """
 
     def __init__(self, images: Tensor, weights: Sequence[nn.Parameter], before: _Places | None) -> None:
         self.images = images.new_zeros(-(-len(images) // ROOM) * ROOM, *images.shape[1:])
         self.gradients = before.gradients if before else _Gradients(weights)
         self.memory: Any = before.memory if before else torch.cuda.graph_pool_handle()
+        # One for all: torch keeps memory for the matrix products of each stream that has had any.
+        self.aside = before.aside if before else torch.cuda.Stream()
         self._outputs: Tensor | None = None
 
     def outputs(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,28 +118,48 @@ class _Recording:
         self, run: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], count: int, places: _Places
     ) -> None:
         self.images, self.gradients = places.images[:count], places.gradients
-        aside, like = torch.cuda.Stream(), self.images
-        aside.wait_stream(torch.cuda.current_stream())
+        places.aside.wait_stream(torch.cuda.current_stream())
+        like, kept = self.images, 0
         # What warming up draws is drawn again after it: where a recording is made must not change what is trained.
-        with torch.cuda.stream(aside), torch.random.fork_rng([self.images.device]):
+        with torch.cuda.stream(places.aside), torch.random.fork_rng([self.images.device]):
             for _ in range(WARM_UP):
+                before = torch.cuda.memory_allocated()
                 outputs = run(self.images)
+                kept = torch.cuda.memory_allocated() - before
                 torch.autograd.grad(outputs, weights, torch.zeros_like(outputs))
                 like = torch.empty_like(outputs, device="meta")
                 del outputs
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.empty_cache()  # what the warm-up took belongs to its stream, of use to no other work
+        torch.cuda.current_stream().wait_stream(places.aside)
+        if torch.cuda.mem_get_info()[0] < 2 * kept:
+            torch.cuda.empty_cache()  # what the warm-up took belongs to its stream; none is given back while recording
         self.outputs, self.to_outputs = places.outputs(like)
-        # Other threads may talk to the GPU meanwhile: the loader puts pictures in pinned memory.
-        settings: Any = {"pool": places.memory, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, **settings):
+        with _recorded(self.forward, places):
             outputs = run(self.images)
             self.outputs.copy_(outputs.detach())
-        with torch.cuda.graph(self.backward, **settings):
+        with _recorded(self.backward, places):
             gradients = torch.autograd.grad(outputs, weights, self.to_outputs)
             torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients.newest)
             del gradients, outputs
+
+
+@contextmanager
+def _recorded(graph: torch.cuda.CUDAGraph, places: _Places) -> Iterator[None]:
+    """Record what is done meanwhile; an error of it stays what it is, so that a step may be taken again.
+
+    torch.cuda.graph gives all unused memory back first, for which the next pack asks anew.
+    """
+    torch.cuda.synchronize()
+    with torch.cuda.stream(places.aside):
+        # Other threads may talk to the GPU meanwhile: the loader puts pictures in pinned memory.
+        graph.capture_begin(pool=places.memory, capture_error_mode="thread_local")
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
 
 class _Replay(torch.autograd.Function):
