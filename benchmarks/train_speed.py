@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -106,16 +107,11 @@ def run_row(chosen: argparse.Namespace) -> None:
 
 def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     """Train with the product and read what it wrote."""
-    import shutil
-
     import dianjing.train.loop as loop
     from dianjing.train.loop import train
 
-    settings = dict(OURS[chosen.row])
-    stage = settings.pop("stage")
-    batch = 8 if chosen.tiny else STAGES[stage]["global_batch_size"]
-    recipe = recipe_of(chosen.work, stage, **settings, max_steps=chosen.steps, epochs=1000, global_batch_size=batch)
-    shutil.rmtree(recipe.output, ignore_errors=True)
+    recipe = new_run(chosen)
+    stage, batch = OURS[chosen.row]["stage"], recipe.train.global_batch_size
     if chosen.profile:
         profile_steps(chosen.out / f"{chosen.row}.profile.txt", chosen.warm_up)
     gates: list[str] = []
@@ -142,6 +138,16 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
         **sensors.read(last=sum(seconds)),
         "predicted_peak_gib": round(make_plan(recipe, []).plain.tensors / 2**30, 1),
     }
+
+
+def new_run(chosen: argparse.Namespace) -> Recipe:
+    """Return the recipe of one of our rows, the folder of its run empty."""
+    settings = dict(OURS[chosen.row])
+    stage = settings.pop("stage")
+    batch = 8 if chosen.tiny else STAGES[stage]["global_batch_size"]
+    recipe = recipe_of(chosen.work, stage, **settings, max_steps=chosen.steps, epochs=1000, global_batch_size=batch)
+    shutil.rmtree(recipe.output, ignore_errors=True)
+    return recipe
 
 
 class Sensors(Thread):
