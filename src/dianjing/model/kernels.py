@@ -276,10 +276,10 @@ def gated_backward(
     pair = eight or (gate_up, gate_up)
     arguments = gradient, gate_up, column_scale, to_gate_up, *pair, rows, columns
     shape = row_shape(columns)
-    if flags["EIGHT"] and columns > 4096:
+    if flags["KEEP"] and flags["EIGHT"] and columns > 4096:
         shape["num_warps"] = 32  # what it holds of a row would not fit in the registers of fewer
-        if not flags["KEEP"] and shape["BLOCK"] == 8192:
-            shape["maxnreg"] = 32  # two programs at a time: one reads while the other writes
+    elif flags["EIGHT"] and shape["BLOCK"] == 8192:
+        shape |= {"num_warps": 32, "maxnreg": 32}  # two programs at a time: one reads while the other writes
     launch(_gated_backward, len(gate_up), *arguments, **flags, **shape)
 
 
