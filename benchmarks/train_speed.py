@@ -1,6 +1,6 @@
 """Samples a second on one GPU at the shapes of InternLM2-Chat-1.8B + CLIP ViT-L/14-336, beside padded transformers.
 
-    python benchmarks/train_speed.py --out results [--only stage1-bf16,stage2-fp8] [--steps 12] [--tiny]
+    python benchmarks/train_speed.py --out results [--only stage1-bf16,stage2-fp8] [--steps 30] [--tiny]
 
 Inputs are made first: random weights at the true shapes, JPEG pictures of 640x480, LLaVA JSON of the lengths below.
 "ours" rows run the product's own `train`, real loader included, and read its train.jsonl. "upstream" rows run
@@ -59,6 +59,9 @@ UPSTREAM: dict[str, dict[str, Any]] = {
     "stage2-upstream": {"stage": 2, "checkpointing": False, "batch": 8},
     "stage2-upstream-checkpointing": {"stage": 2, "checkpointing": True, "batch": 16},
 }
+STEPS = {1: (16, 6), 2: (30, 14)}
+"""Of our rows by stage: how many, and how many are not counted. These bring most of the sizes that are new to a run."""
+UPSTREAM_STEPS = (9, 3)
 
 
 def main() -> None:
@@ -66,8 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/train_speed"))
     parser.add_argument("--only", default="", help="rows to run, by name, with commas")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warm-up", type=int, default=4, help="steps that are not counted")
+    parser.add_argument("--steps", type=int, default=0, help="of each row; 0: as many as the docs' figures have")
+    parser.add_argument("--warm-up", type=int, default=-1, help="steps that are not counted; -1: as in the docs")
     parser.add_argument("--limit", type=int, default=0, help="seconds after which a row is cut off; 0: none")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
     parser.add_argument("--profile", action="store_true", help="also write what the GPU spent its time on")
@@ -98,6 +101,9 @@ def main() -> None:
 
 
 def run_row(chosen: argparse.Namespace) -> None:
+    steps, warm_up = STEPS[OURS[chosen.row]["stage"]] if chosen.row in OURS else UPSTREAM_STEPS
+    chosen.steps = chosen.steps or steps
+    chosen.warm_up = min(warm_up, chosen.steps // 2) if chosen.warm_up < 0 else chosen.warm_up
     row = ours(chosen) if chosen.row in OURS else upstream(chosen)
     print(json.dumps(row))
 
