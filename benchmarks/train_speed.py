@@ -57,10 +57,11 @@ UPSTREAM: dict[str, dict[str, Any]] = {
     "stage1-upstream-64": {"stage": 1, "checkpointing": False, "batch": 64},
     "stage1-upstream-checkpointing": {"stage": 1, "checkpointing": True, "batch": 64},
     "stage2-upstream": {"stage": 2, "checkpointing": False, "batch": 8},
+    "stage2-upstream-16": {"stage": 2, "checkpointing": False, "batch": 16},
     "stage2-upstream-24": {"stage": 2, "checkpointing": False, "batch": 24},
     "stage2-upstream-checkpointing": {"stage": 2, "checkpointing": True, "batch": 24},
 }
-"""Small batches, and multiples of them that should just fit in the memory of an H200; a row that does not is told."""
+"""Small batches, and multiples of them up to what should just fit in an H200; a row that does not fit is told."""
 STEPS = {1: (16, 6), 2: (30, 14)}
 """Of our rows by stage: how many, and how many are not counted. These bring most of the sizes that are new to a run."""
 UPSTREAM_STEPS = (24, 12)
