@@ -1,9 +1,10 @@
 """The four engines side by side: losses, seconds and peak memory of the same finetune, one process each.
 
-    python benchmarks/engines.py [--steps 20] [--precision bf16]
+    python benchmarks/engines.py [--steps 20] [--precision bf16] [--gpus 2]
 
-Draws its own data, finetunes the tiny world (LoRA on LLM and tower) with each engine under torchrun's variables at
-world size 1, where FSDP2 and DeepSpeed wrap the model all the same, and says whether the losses are equal.
+Draws its own data, finetunes the tiny world (LoRA on LLM and tower) with each engine under torchrun's variables, by
+default at world size 1, where FSDP2 and DeepSpeed wrap the model all the same, and says whether the losses are equal;
+with several GPUs, to those of one with ddp too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -34,7 +36,7 @@ torch.distributed.destroy_process_group() if torch.distributed.is_initialized() 
 
 
 def write_recipe(folder: Path, engine: str, data: Path, options: argparse.Namespace) -> Path:
-    """Write the tiny world's finetune for one engine and return the file."""
+    """Write the tiny world's finetune for one engine into a folder of its own and return the file."""
     from dianjing.config.load import load_recipe, save_recipe
 
     overrides = {
@@ -51,22 +53,33 @@ def write_recipe(folder: Path, engine: str, data: Path, options: argparse.Namesp
         "train.precision": options.precision,
         "train.compile": "off",  # joined layers round otherwise, and only some engines have them
     }
+    folder.mkdir()
     path = folder / f"{engine}.toml"
     save_recipe(load_recipe("tinyworld_finetune", overrides), path)
     return path
 
 
-def run(recipe: Path, port: int) -> tuple[list[float], float, float]:
-    """Train one engine in a process; return its losses, the peak memory in MiB and the seconds in all."""
-    meeting = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+def run(recipe: Path, port: int, gpus: int) -> tuple[list[float], float, float]:
+    """Train one engine, a process a GPU; return losses, the first GPU's peak memory in MiB and the seconds in all."""
+    meeting = {"WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus), "HF_HUB_OFFLINE": "1"}
+    meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     began = time.perf_counter()
-    command = [sys.executable, "-c", CHILD, str(recipe)]
-    done = subprocess.run(command, env={**os.environ, **meeting}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{recipe.stem} failed:\n{done.stderr[-3000:]}")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(recipe)],
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(gpus)
+    ]
+    with ThreadPoolExecutor(gpus) as readers:  # a full pipe would hold its rank up, and the others with it
+        said = list(readers.map(lambda process: process.communicate(), processes))
+    if failed := [errors for process, (_, errors) in zip(processes, said, strict=True) if process.returncode]:
+        raise SystemExit(f"{recipe.stem} failed:\n{failed[0][-3000:]}")
     lines = (recipe.with_suffix("") / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    peak = float(next(line for line in done.stdout.splitlines() if line.startswith("peak ")).split()[1])
+    peak = float(next(line for line in said[0][0].splitlines() if line.startswith("peak ")).split()[1])
     return [json.loads(line)["loss"] for line in lines], peak / 2**20, time.perf_counter() - began
 
 
@@ -77,23 +90,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precision", choices=sorted(TOLERANCE), default="bf16")
+    parser.add_argument("--gpus", type=int, default=1, help="processes, each with a GPU")
     options = parser.parse_args()
+    rows = {engine: (engine, options.gpus) for engine in ENGINES}
+    if options.gpus > 1:
+        rows = {"one GPU": ("ddp", 1), **rows}
+    results = {}
     with tempfile.TemporaryDirectory() as name:
         data = write_records(Path(name))
-        results = {}
-        for number, engine in enumerate(ENGINES):
-            results[engine] = run(write_recipe(Path(name), engine, data, options), 29600 + number)
-            print(f"{engine:16} {results[engine][2]:6.1f} s in all, peak {results[engine][1]:8.1f} MiB", flush=True)
-    print("step  " + "".join(f"{engine:>17}" for engine in ENGINES))
+        for number, (row, (engine, gpus)) in enumerate(rows.items()):
+            recipe = write_recipe(Path(name) / row.replace(" ", "_"), engine, data, options)
+            results[row] = run(recipe, 29600 + number, gpus)
+            print(f"{row:16} {results[row][2]:6.1f} s in all, peak {results[row][1]:8.1f} MiB", flush=True)
+    print("step  " + "".join(f"{row:>17}" for row in rows))
     for step, losses in enumerate(zip(*(losses for losses, _, _ in results.values()), strict=True), start=1):
         print(f"{step:4}  " + "".join(f"{loss:17.6f}" for loss in losses))
-    expected = results["ddp"][0]
+    first, (expected, _, _) = next(iter(results.items()))
     unequal = False
-    for engine, (losses, _, _) in results.items():
+    for row, (losses, _, _) in results.items():
         gap = max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True))
         verdict = "equal" if gap <= TOLERANCE[options.precision] else "UNEQUAL"
         unequal |= verdict != "equal"
-        print(f"{engine:16} {verdict}: largest relative difference from ddp {gap:.1e}")
+        print(f"{row:16} {verdict}: largest relative difference from {first} {gap:.1e}")
     sys.exit(unequal)
 
 

@@ -1,6 +1,6 @@
 """Samples a second on one GPU at the shapes of InternLM2-Chat-1.8B + CLIP ViT-L/14-336, beside padded transformers.
 
-    python benchmarks/train_speed.py --out results [--only stage1-bf16,stage2-fp8] [--steps 30] [--tiny]
+    python benchmarks/train_speed.py --out results [--only stage1-bf16,stage2-fp8] [--steps 30] [--gpus 2] [--tiny]
 
 Inputs are made first: random weights at the true shapes, JPEG pictures of 640x480, LLaVA JSON of the lengths below.
 "ours" rows run the product's own `train`, real loader included, and read its train.jsonl. "upstream" rows run
@@ -41,6 +41,7 @@ from dianjing.plan.flops import flops
 from dianjing.plan.lengths import lengths_of
 from dianjing.plan.plan import make_plan
 from dianjing.plan.shapes import INTERNLM2_1_8B
+from dianjing.train.ranks import is_main, leave
 
 ROOF = 790e12
 """Operations a second that an H200 reaches in a large bf16 product of random matrices."""
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows to run, by name, with commas")
     parser.add_argument("--steps", type=int, default=0, help="of each row; 0: STEPS, UPSTREAM_STEPS")
     parser.add_argument("--warm-up", type=int, default=-1, help="steps that are not counted; -1: the same")
+    parser.add_argument("--gpus", type=int, default=1, help="of our rows; the records of a step are shared out")
     parser.add_argument("--limit", type=int, default=0, help="seconds after which a row is cut off; 0: none")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
     parser.add_argument("--profile", action="store_true", help="also write what the GPU spent its time on")
@@ -88,7 +90,7 @@ def main() -> None:
     results = []
     for name in chosen.only.split(",") if chosen.only else [*OURS, *UPSTREAM]:
         began = time.perf_counter()
-        command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
+        command = [sys.executable, *several(chosen.gpus), __file__, *sys.argv[1:], "--row", name]
         log = chosen.out / f"{name}.log"
         with log.open("w", encoding="utf-8") as file:  # written as it comes: a row that is cut off has told what it did
             try:
@@ -109,14 +111,20 @@ def run_row(chosen: argparse.Namespace) -> None:
     chosen.steps = chosen.steps or steps
     chosen.warm_up = min(warm_up, chosen.steps // 2) if chosen.warm_up < 0 else chosen.warm_up
     row = ours(chosen) if chosen.row in OURS else upstream(chosen)
-    print(json.dumps(row))
+    if row:
+        print(json.dumps(row))
+
+
+def several(gpus: int) -> list[str]:
+    """Return how python starts a script on so many GPUs."""
+    return [] if gpus == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
 
 
 # Rows
 
 
 def ours(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Train with the product and read what it wrote."""
+    """Train with the product and read what it wrote, on the first of several ranks."""
     import dianjing.train.loop as loop
     from dianjing.train.loop import train
 
@@ -130,6 +138,10 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
     with sensors:
         train(recipe, quiet=False)
+    leave()
+    assert not gates, f"never learned: {gates[:3]}"
+    if not is_main():
+        return {}
     journal = Path(recipe.output) / "train.jsonl"
     steps = [json.loads(line) for line in journal.read_text().splitlines()]
     steps = [step for step in steps if "loss" in step]
@@ -137,11 +149,13 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     assert len(steps) == chosen.steps, "steps were left out"
     assert all(step["grad_norm"] > 0 for step in steps), "a step had no gradient"
     assert all(step["loss"] < 1e4 for step in steps), "a loss is no number"
-    assert not gates, f"never learned: {gates[:3]}"
     seconds = [batch / step["samples_per_second"] for step in counted]
-    tokens = sum(step["supervised_tokens_per_second"] * taken for step, taken in zip(counted, seconds, strict=True))
+    tokens, waited = (
+        sum(step[name] * taken for step, taken in zip(counted, seconds, strict=True))
+        for name in ("supervised_tokens_per_second", "data_wait")
+    )
     return summary(chosen, stage, batch, seconds, steps) | {
-        "data_wait_share": round(sum(step["data_wait"] for step in counted) / sum(seconds), 4),
+        "data_wait_share": round(waited / sum(seconds), 4),
         "first_step_seconds": round(batch / steps[0]["samples_per_second"], 1),
         "total_seconds": round(time.time() - began, 1),
         "supervised_tokens_per_second": round(tokens / sum(seconds)),
@@ -156,7 +170,8 @@ def new_run(chosen: argparse.Namespace) -> Recipe:
     stage = settings.pop("stage")
     batch = 8 if chosen.tiny else STAGES[stage]["global_batch_size"]
     recipe = recipe_of(chosen.work, stage, **settings, max_steps=chosen.steps, epochs=1000, global_batch_size=batch)
-    shutil.rmtree(recipe.output, ignore_errors=True)
+    if is_main():  # no other writes there
+        shutil.rmtree(recipe.output, ignore_errors=True)
     return recipe
 
 
@@ -210,7 +225,8 @@ def summary(
         "samples_per_second": round(rate, 2),
         "spread": [round(batch / max(seconds), 2), round(batch / min(seconds), 2)],
         "tokens_per_second": round(rate * lengths.tokens),
-        "share_of_roof": round(rate * work / ROOF, 3),
+        "gpus": chosen.gpus,
+        "share_of_roof": round(rate * work / ROOF / chosen.gpus, 3),
         "tflop_per_sample": round(work / 1e12, 3),
         "peak_gib": round(peak_bytes(torch.device("cuda")) / 2**30, 1) if torch.cuda.is_available() else None,
         "tensors_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
