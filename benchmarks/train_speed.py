@@ -90,12 +90,16 @@ def main() -> None:
     results = []
     for name in chosen.only.split(",") if chosen.only else [*OURS, *UPSTREAM]:
         began = time.perf_counter()
-        command = [sys.executable, *several(chosen.gpus), __file__, *sys.argv[1:], "--row", name]
+        gpus = chosen.gpus if name in OURS else 1
+        command = [sys.executable, *several(gpus), __file__, *sys.argv[1:], "--row", name]
         log = chosen.out / f"{name}.log"
         with log.open("w", encoding="utf-8") as file:  # written as it comes: a row that is cut off has told what it did
+            process = subprocess.Popen(command, stdout=file, stderr=file)
             try:
-                code = subprocess.run(command, stdout=file, stderr=file, timeout=chosen.limit or None).returncode
-            except subprocess.TimeoutExpired:  # the row's process is gone by now
+                code = process.wait(chosen.limit or None)
+            except subprocess.TimeoutExpired:
+                process.kill() if gpus == 1 else process.terminate()  # torchrun must live to end its processes
+                process.wait()
                 code = None
         said = log.read_text(encoding="utf-8").strip()
         if code != 0:
@@ -107,6 +111,7 @@ def main() -> None:
 
 
 def run_row(chosen: argparse.Namespace) -> None:
+    chosen.gpus = chosen.gpus if chosen.row in OURS else 1
     steps, warm_up = STEPS[OURS[chosen.row]["stage"]] if chosen.row in OURS else UPSTREAM_STEPS
     chosen.steps = chosen.steps or steps
     chosen.warm_up = min(warm_up, chosen.steps // 2) if chosen.warm_up < 0 else chosen.warm_up
