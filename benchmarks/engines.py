@@ -1,10 +1,10 @@
-"""The four engines side by side: losses, seconds and peak memory of the same finetune, one process each.
+"""The four engines side by side: losses, seconds and peak memory of the same finetune.
 
     python benchmarks/engines.py [--steps 20] [--precision bf16] [--gpus 2]
 
-Draws its own data, finetunes the tiny world (LoRA on LLM and tower) with each engine under torchrun's variables, by
-default at world size 1, where FSDP2 and DeepSpeed wrap the model all the same, and says whether the losses are equal;
-with several GPUs, to those of one with ddp too.
+Draws its own data, finetunes the tiny world (LoRA on LLM and tower) with each engine under torchrun, by default
+as one rank, where FSDP2 and DeepSpeed wrap the model all the same, and says whether the losses are equal; with several
+GPUs, to those of one with ddp too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.cpu_step import write_records
+from benchmarks.train_speed import TOLD, torchrun
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -59,34 +61,23 @@ def write_recipe(folder: Path, engine: str, data: Path, options: argparse.Namesp
     return path
 
 
-def run(recipe: Path, port: int, gpus: int) -> tuple[list[float], float, float]:
-    """Train one engine, a process a GPU; return losses, the first GPU's peak memory in MiB and the seconds in all."""
-    meeting = {"WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus), "HF_HUB_OFFLINE": "1"}
-    meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def run(recipe: Path, gpus: int) -> tuple[list[float], float, float]:
+    """Train one engine, a rank on each GPU; return losses, the largest peak of a GPU in MiB and the seconds in all."""
+    child = recipe.with_name("child.py")
+    child.write_text(CHILD, encoding="utf-8")
     began = time.perf_counter()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(recipe)],
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(gpus)
-    ]
-    with ThreadPoolExecutor(gpus) as readers:  # a full pipe would hold its rank up, and the others with it
-        said = list(readers.map(lambda process: process.communicate(), processes))
-    if failed := [errors for process, (_, errors) in zip(processes, said, strict=True) if process.returncode]:
-        raise SystemExit(f"{recipe.stem} failed:\n{failed[0][-3000:]}")
+    command = [sys.executable, *torchrun(gpus), str(child), str(recipe)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{recipe.stem} failed:\n{done.stderr[-TOLD:]}")
     lines = (recipe.with_suffix("") / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    peak = float(next(line for line in said[0][0].splitlines() if line.startswith("peak ")).split()[1])
+    peak = max(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak "))
     return [json.loads(line)["loss"] for line in lines], peak / 2**20, time.perf_counter() - began
 
 
 def main() -> None:
     """Measure and print."""
-    from cpu_step import write_records
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precision", choices=sorted(TOLERANCE), default="bf16")
@@ -98,9 +89,8 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as name:
         data = write_records(Path(name))
-        for number, (row, (engine, gpus)) in enumerate(rows.items()):
-            recipe = write_recipe(Path(name) / row.replace(" ", "_"), engine, data, options)
-            results[row] = run(recipe, 29600 + number, gpus)
+        for row, (engine, gpus) in rows.items():
+            results[row] = run(write_recipe(Path(name) / row.replace(" ", "_"), engine, data, options), gpus)
             print(f"{row:16} {results[row][2]:6.1f} s in all, peak {results[row][1]:8.1f} MiB", flush=True)
     print("step  " + "".join(f"{row:>17}" for row in rows))
     for step, losses in enumerate(zip(*(losses for losses, _, _ in results.values()), strict=True), start=1):

@@ -65,6 +65,8 @@ UPSTREAM: dict[str, dict[str, Any]] = {
 """Small batches, and multiples of them up to what should just fit in an H200; a row that does not fit is told."""
 STEPS = {1: (16, 6), 2: (30, 14)}
 """Of our rows by stage: how many, and how many are not counted. These bring most of the sizes that are new to a run."""
+TOLD = 5000
+"""Characters of what a failed row said that are printed: torchrun's own come last and take half of these."""
 UPSTREAM_STEPS = (24, 12)
 """Of padded rows; almost each batch of theirs has a length of its own."""
 
@@ -91,7 +93,7 @@ def main() -> None:
     for name in chosen.only.split(",") if chosen.only else [*OURS, *UPSTREAM]:
         began = time.perf_counter()
         gpus = chosen.gpus if name in OURS else 1
-        command = [sys.executable, *several(gpus), __file__, *sys.argv[1:], "--row", name]
+        command = [sys.executable, *(torchrun(gpus) if gpus > 1 else []), __file__, *sys.argv[1:], "--row", name]
         log = chosen.out / f"{name}.log"
         with log.open("w", encoding="utf-8") as file:  # written as it comes: a row that is cut off has told what it did
             process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -103,7 +105,8 @@ def main() -> None:
                 code = None
         said = log.read_text(encoding="utf-8").strip()
         if code != 0:
-            print(f"{name}: {'failed' if code else f'cut off after {chosen.limit} s'}: {said[-1500:]}", flush=True)
+            why = "failed" if code else f"cut off after {chosen.limit} s"
+            print(f"{name}: {why}: {said[-TOLD:]}", flush=True)
             continue
         results.append(json.loads(next(line for line in reversed(said.splitlines()) if line.startswith('{"row"'))))
         print(f"{json.dumps(results[-1])}  ({time.perf_counter() - began:.0f} s in all)", flush=True)
@@ -120,9 +123,9 @@ def run_row(chosen: argparse.Namespace) -> None:
         print(json.dumps(row))
 
 
-def several(gpus: int) -> list[str]:
-    """Return how python starts a script on so many GPUs."""
-    return [] if gpus == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+def torchrun(gpus: int) -> list[str]:
+    """Return how python starts a script as so many ranks on this machine."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
 
 
 # Rows
