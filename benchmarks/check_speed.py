@@ -23,7 +23,7 @@ from dianjing.config.schema import DataConfig
 from dianjing.data.encode import load_tokenizer
 from dianjing.data.record import load_records
 from dianjing.data.template import choose_template
-from dianjing.tinyworld.folders import resolve
+from dianjing.model.folders import resolve
 
 MIB = 2**20
 SAMPLE_SECONDS = 0.05

@@ -33,8 +33,8 @@ from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import Dataset, open_dataset, step_batches
 from dianjing.data.order import epoch_order, step_indices
+from dianjing.layers.lora import LoraLinear
 from dianjing.model.build import Built, build
-from dianjing.model.lora import LoraLinear
 from dianjing.model.stage import apply_stage
 from dianjing.tinyworld.grammar import LANGUAGES, ask_several
 from dianjing.tinyworld.render import render

@@ -34,8 +34,8 @@ from dianjing.config.schema import (  # noqa: E402
 )
 from dianjing.errors import ExportError  # noqa: E402
 from dianjing.export.export import FORMATS, export  # noqa: E402
+from dianjing.infer.load import load_for_use  # noqa: E402
 from dianjing.train.loop import train  # noqa: E402
-from dianjing.use.load import load_for_use  # noqa: E402
 from tests.recipe_models import write_family  # noqa: E402
 from tests.tiny import TinyDataset, write_clip, write_dataset, write_siglip  # noqa: E402
 

@@ -24,19 +24,19 @@ from torch import Tensor
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from dianjing.config.load import load_recipe
-from dianjing.data.image import ImageProcessor
 from dianjing.demo.run import read_questions
 from dianjing.export.export import Options, export
 from dianjing.export.gguf_llama import Request, ask_llama
 from dianjing.export.gguf_proof import prompt_text
 from dianjing.export.gguf_read import TEXT_FILE, VISION_FILE
-from dianjing.tinyworld.folders import resolve
+from dianjing.infer.generate import Conversation, Seer, generate_ids
+from dianjing.infer.load import load_for_use
+from dianjing.model.folders import resolve
+from dianjing.pictures.image import ImageProcessor
 from dianjing.tinyworld.records import DemoData, Sizes, write_demo_data
 from dianjing.tinyworld.render import render
 from dianjing.tinyworld.scene import allowed_pairs, sample_scene
 from dianjing.train.loop import train
-from dianjing.use.generate import Conversation, Seer, generate_ids
-from dianjing.use.load import load_for_use
 
 FEATURE_LAYER = -2
 ANSWER_TOKENS = 48

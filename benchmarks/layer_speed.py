@@ -25,13 +25,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dianjing.model import joined_tower
-from dianjing.model.attention import PACKED, UNREAD_MASK, packed_attention, rectangle
+from dianjing.layers.attention import PACKED, UNREAD_MASK, packed_attention, rectangle
+from dianjing.layers.cuda_graphs import Recorded
+from dianjing.layers.fp8 import Fp8Linear, quantize_layers_to_fp8
+from dianjing.layers.fused import tower as joined_tower
+from dianjing.layers.fused.decoder import States, join_decoder_layers, spans_of, total
+from dianjing.layers.lora import LoraLinear
 from dianjing.model.compile import compile_layers
-from dianjing.model.fp8 import Fp8Linear, quantize_layers_to_fp8
-from dianjing.model.joined import States, join_decoder_layers, spans_of, total
-from dianjing.model.lora import LoraLinear
-from dianjing.model.recorded import Recorded
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

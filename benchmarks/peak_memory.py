@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dianjing.train.loop as loop
 from benchmarks.train_inputs import make_inputs
 from benchmarks.train_speed import OURS, new_run
-from dianjing.model.recorded import peak_bytes
+from dianjing.layers.cuda_graphs import peak_bytes
 
 GIB = 2**30
 EVENTS = 4_000_000

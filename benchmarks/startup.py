@@ -70,9 +70,9 @@ def parts_of(folder: Path, llm: str) -> tuple[Any, Any, Any]:
     """Return data config, encoder and image processor of a run on the records."""
     from dianjing.config.schema import DataConfig
     from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
-    from dianjing.data.image import ImageProcessor
     from dianjing.data.template import template_for
-    from dianjing.tinyworld.folders import resolve
+    from dianjing.model.folders import resolve
+    from dianjing.pictures.image import ImageProcessor
 
     tokenizer = load_tokenizer(resolve(llm, "language_model", weights=False))
     config = DataConfig(path=str(folder / "records.json"), images=str(folder / "pictures"), on_long_record="truncate")

@@ -47,7 +47,7 @@ def make_inputs(work: Path, *, tiny: bool) -> None:
 def write_models(work: Path, *, tiny: bool) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    from dianjing.tinyworld.folders import NAME, resolve
+    from dianjing.model.folders import TINYWORLD, resolve
 
     shape: dict[str, Any] = dict(
         vocab_size=92544,
@@ -88,8 +88,8 @@ def write_models(work: Path, *, tiny: bool) -> None:
     llm.save_pretrained(work / "llm")
     clip.save_pretrained(work / "tower")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (work / "llm" / name).write_bytes((resolve(NAME, "language_model") / name).read_bytes())
-    preprocessing = json.loads((resolve(NAME, "vision_tower") / "preprocessor_config.json").read_text())
+        (work / "llm" / name).write_bytes((resolve(TINYWORLD, "language_model") / name).read_bytes())
+    preprocessing = json.loads((resolve(TINYWORLD, "vision_tower") / "preprocessor_config.json").read_text())
     side = {"height": 336, "width": 336}
     preprocessing |= {"size": {"shortest_edge": 336}, "crop_size": side}
     (work / "tower" / "preprocessor_config.json").write_text(json.dumps(preprocessing))

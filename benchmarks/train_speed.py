@@ -36,7 +36,7 @@ from benchmarks.train_inputs import RECORDS, STAGES, make_inputs, recipe_of
 from dianjing.config.schema import Recipe
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset
-from dianjing.model.recorded import peak_bytes
+from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.plan.flops import flops
 from dianjing.plan.lengths import lengths_of
 from dianjing.plan.plan import make_plan
@@ -245,8 +245,8 @@ def summary(
 
 def encoder_of(work: Path, stage: int) -> Any:
     from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
-    from dianjing.data.image import ImageProcessor
     from dianjing.data.template import choose_template, get_template
+    from dianjing.pictures.image import ImageProcessor
 
     recipe = recipe_of(work, stage)
     tokenizer = load_tokenizer(work / "llm")
@@ -316,8 +316,8 @@ class Padded:
     def __init__(self, recipe: Recipe, *, checkpointing: bool = False) -> None:
         from peft.tuners.lora import Linear as PeftLinear
 
+        from dianjing.layers.lora import LoraLinear
         from dianjing.model.build import build
-        from dianjing.model.lora import LoraLinear
         from dianjing.model.stage import apply_stage
         from dianjing.train.optim import make_optimizer
 

@@ -19,7 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from dianjing.model.language import INTERNLM2_TO_LLAMA
+from dianjing.formats.internlm2 import INTERNLM2_TO_LLAMA
 from tests.tiny import IMAGE_SIZE, PATCH_SIZE, write_tokenizer
 
 CHATML = ("<|im_start|>", "<|im_end|>")

@@ -11,13 +11,13 @@ from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.template import get_template
+from dianjing.infer.generate import Conversation, Seer
 from dianjing.model.build import build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import trainable_state
-from dianjing.train.checkpoint import save
-from dianjing.train.state import TrainState
-from dianjing.use.generate import Conversation, Seer
+from dianjing.run.checkpoint import save
+from dianjing.run.state import TrainState
 
 
 def seer_of(recipe: Recipe) -> Seer:

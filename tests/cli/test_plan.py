@@ -155,7 +155,7 @@ def test_models_of_the_hub_by_their_data_files(
         asked.append((name, weights))
         return tiny_llm
 
-    monkeypatch.setattr("dianjing.tinyworld.folders.hub_folder", folder_of)
+    monkeypatch.setattr("dianjing.model.folders.hub_folder", folder_of)
     said(capsys, recipe, "--language-model.folder", "some-owner/some-llm")
     assert set(asked) == {("some-owner/some-llm", False)}
 

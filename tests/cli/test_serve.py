@@ -25,8 +25,8 @@ import pytest
 
 from dianjing.cli.main import main
 from dianjing.config.schema import DataConfig, LanguageModelConfig, Recipe, TrainConfig, VisionTowerConfig
-from dianjing.use.generate import generate
-from dianjing.use.load import load_for_use
+from dianjing.infer.generate import generate
+from dianjing.infer.load import load_for_use
 from tests.conftest import MakeRecipe
 from tests.seers import picture, seer_of, write_run
 from tests.tiny import TinyDataset

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from dianjing.cli.main import main
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
-from dianjing.train import checkpoint as checkpoint_module
-from dianjing.train.checkpoint import checkpoints, newest, read_state
+from dianjing.run import checkpoint as checkpoint_module
+from dianjing.run.checkpoint import checkpoints, newest, read_state
 from dianjing.train.loop import train
 from tests.tiny import tiny_records, write_clip, write_images
 

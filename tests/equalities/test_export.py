@@ -17,8 +17,8 @@ from dianjing.export import hf
 from dianjing.export.export import Options, export
 from dianjing.export.layout import EMBEDDING, HEAD
 from dianjing.export.receipt import ANSWER_TOKENS, drawn_cases
-from dianjing.use.generate import Conversation, Seer, generate_ids
-from dianjing.use.load import load_for_use
+from dianjing.infer.generate import Conversation, Seer, generate_ids
+from dianjing.infer.load import load_for_use
 from tests.conftest import MakeRecipe
 from tests.seers import conversations, picture, seer_of, text_seer
 from tests.tiny import write_llm
@@ -174,7 +174,7 @@ def test_a_corrupted_export_is_not_kept(
 
     if corruption == "it never stops":
         stop = generate_ids(seer, drawn_cases()[:1], 4)[0][2]
-        monkeypatch.setattr("dianjing.use.generate.stop_sequences", lambda seer: [(stop,)])
+        monkeypatch.setattr("dianjing.infer.generate.stop_sequences", lambda seer: [(stop,)])
         monkeypatch.setattr("dianjing.export.hf.stop_sequences", lambda seer: [(stop,)])
     monkeypatch.setattr(hf, "save", save_and_corrupt)
     with pytest.raises(ExportError, match=r"not kept"):

@@ -20,8 +20,8 @@ from dianjing.errors import ExportError, ModelError
 from dianjing.export import adapter
 from dianjing.export.export import Options, export
 from dianjing.export.merge import merged_state
-from dianjing.use.generate import Seer, generate_ids
-from dianjing.use.load import load_for_use
+from dianjing.infer.generate import Seer, generate_ids
+from dianjing.infer.load import load_for_use
 from tests.conftest import MakeRecipe
 from tests.seers import conversations, seer_of, text_seer
 from tests.tiny import write_llm

@@ -14,8 +14,8 @@ from dianjing.errors import ExportError
 from dianjing.export import hf
 from dianjing.export.export import Dtype, Options, export
 from dianjing.export.layout import EMBEDDING, HEAD
+from dianjing.infer.load import load_for_use
 from dianjing.train.loop import train
-from dianjing.use.load import load_for_use
 from tests.conftest import MakeRecipe
 from tests.recipe_models import write_family, write_siglip
 from tests.seers import conversations, seer_of

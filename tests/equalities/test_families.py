@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from dianjing.data.collate import Batch
 from dianjing.errors import ModelError
-from dianjing.model.attention import packed_attention
+from dianjing.layers.attention import packed_attention
 from dianjing.model.build import assemble, build, prove_isolation
 from dianjing.model.language import load_language_model
 from dianjing.model.vision import load_vision_tower

@@ -25,7 +25,7 @@ from transformers import (
 
 from dianjing.errors import ExportError
 from dianjing.export.export import Options, export
-from dianjing.use.generate import Seer
+from dianjing.infer.generate import Seer
 from tests.conftest import MakeRecipe
 from tests.seers import conversations, seer_of, text_seer
 from tests.tiny import write_clip, write_siglip, write_tokenizer

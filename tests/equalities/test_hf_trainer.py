@@ -22,7 +22,7 @@ from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.model.build import build
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import trainable_state
-from dianjing.train.checkpoint import newest
+from dianjing.run.checkpoint import newest
 from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 from dianjing.train.optim import learning_rate_factor, make_optimizer

@@ -16,8 +16,8 @@ from torch import Tensor
 from dianjing.config.schema import Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import TrainError
+from dianjing.run.checkpoint import checkpoints, newest
 from dianjing.train import engine as engine_module
-from dianjing.train.checkpoint import checkpoints, newest
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
 

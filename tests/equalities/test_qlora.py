@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dianjing.train.checkpoint import checkpoints, newest
+from dianjing.run.checkpoint import checkpoints, newest
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
 from tests.recipe_models import write_family

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
-from dianjing.train.checkpoint import checkpoints, newest, read_state
+from dianjing.run.checkpoint import checkpoints, newest, read_state
 from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 

@@ -18,7 +18,7 @@ import pytest
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import CheckpointError, ConfigError
-from dianjing.train.checkpoint import checkpoints, newest, read_state
+from dianjing.run.checkpoint import checkpoints, newest, read_state
 from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 

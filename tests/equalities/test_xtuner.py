@@ -17,12 +17,12 @@ from torch import Tensor
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Example
-from dianjing.data.image import load_image
-from dianjing.formats.run import Wishes, import_run
 from dianjing.formats.source import open_foreign
+from dianjing.importing.run import Wishes, import_run
+from dianjing.infer.generate import Seer
+from dianjing.infer.load import load_for_use
 from dianjing.model.forward import embed, forward_loss, image_features
-from dianjing.use.generate import Seer
-from dianjing.use.load import load_for_use
+from dianjing.pictures.image import load_image
 from tests.xtuner import IMAGES, XTUNER, XTUNER_IMAGE_ID
 
 TINY = XTUNER / "tiny"

@@ -17,9 +17,9 @@ from transformers import CLIPVisionModel
 
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import Recipe
-from dianjing.formats.run import Wishes, import_run
 from dianjing.formats.xtuner import from_live
-from dianjing.train.checkpoint import newest
+from dianjing.importing.run import Wishes, import_run
+from dianjing.run.checkpoint import newest
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
 from tests.xtuner import XTUNER

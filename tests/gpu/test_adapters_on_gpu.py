@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dianjing.model.products import add_product_over_rows, product_over_rows, sum_of_products, sum_with_product
+from dianjing.layers.gemm import add_product_over_rows, product_over_rows, sum_of_products, sum_with_product
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dianjing.model.attention import packed_attention, rectangle
+from dianjing.layers.attention import packed_attention, rectangle
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
 from tests.tiny import gentle

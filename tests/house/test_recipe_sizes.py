@@ -20,8 +20,8 @@ from transformers import (
 
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import Recipe
+from dianjing.layers.nf4 import quantize_layers
 from dianjing.model.build import assemble
-from dianjing.model.frozen import quantize_layers
 from dianjing.model.stage import StageReport, apply_stage
 from tests.house.source import PACKAGE
 

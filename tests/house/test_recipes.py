@@ -16,15 +16,15 @@ from torch import nn
 
 from dianjing.config.load import load_recipe, save_recipe
 from dianjing.config.schema import Recipe
+from dianjing.infer.load import load_for_use
 from dianjing.model.build import build
 from dianjing.model.forward import num_tower_layers
 from dianjing.model.stage import part_of
 from dianjing.model.weights import PROJECTOR
-from dianjing.train.checkpoint import save
+from dianjing.run.checkpoint import save
+from dianjing.run.state import TrainState
 from dianjing.train.log import read_journal
 from dianjing.train.loop import train
-from dianjing.train.state import TrainState
-from dianjing.use.load import load_for_use
 from tests.house.source import PACKAGE
 from tests.recipe_models import write_family, write_siglip
 from tests.tiny import TinyDataset, write_clip

@@ -20,7 +20,7 @@ import torch
 
 from dianjing.export.export import export
 from dianjing.export.receipt import drawn_cases
-from dianjing.use.generate import (
+from dianjing.infer.generate import (
     Conversation,
     Seer,
     answering,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dianjing.data.picture import PictureError, check_image, decode, open_picture, picture_path
+from dianjing.pictures.picture import PictureError, check_image, decode, open_picture, picture_path
 
 TINY = 16
 """Pixels of the shorter side."""

@@ -11,8 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from dianjing.check.check import Result
 from dianjing.check.codes import CODES, SEVERITIES, Finding
 from dianjing.check.summary import facts, histogram, printable, refusal
-from dianjing.data.picture import PictureError, load_image
-from dianjing.use.compare import thumbnail
+from dianjing.eval.compare import thumbnail
+from dianjing.pictures.picture import PictureError, load_image
 
 SHOWN = 20
 """Findings of a code on the page."""

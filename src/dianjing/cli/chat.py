@@ -43,9 +43,9 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0, at most 1")
 
     # Slow to import, so a typing error is said before.
-    from dianjing.use.chat import BLIND, Session, chat, open_picture
-    from dianjing.use.generate import Sampling
-    from dianjing.use.load import load_for_use
+    from dianjing.infer.chat import BLIND, Session, chat, open_picture
+    from dianjing.infer.generate import Sampling
+    from dianjing.infer.load import load_for_use
 
     images = [open_picture(path) for path in given.image]
     session = Session(

@@ -135,8 +135,8 @@ def read_reading(given: Arguments, recipe: Recipe | None) -> Reading:
     from dianjing.check.tokens import Reading
     from dianjing.data.encode import load_tokenizer
     from dianjing.data.template import special_strings_missing, template_for
-    from dianjing.tinyworld.folders import resolve
-    from dianjing.use.segments import image_tokens_of
+    from dianjing.infer.segments import image_tokens_of
+    from dianjing.model.folders import resolve
 
     folder = resolve(recipe.language_model.folder if recipe else given.llm, "language_model")
     tokenizer = load_tokenizer(folder)

@@ -37,9 +37,9 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.cli.questions import read_questions
-    from dianjing.use.ask import ask, load_pictures
-    from dianjing.use.compare import column, page
-    from dianjing.use.load import load_for_use
+    from dianjing.eval.compare import column, page
+    from dianjing.infer.ask import ask, load_pictures
+    from dianjing.infer.load import load_for_use
 
     notices = Console(stderr=True)
     questions, root = read_questions(given.data, given, notices)

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     # Slow to import, so a typing error is said before.
     from dianjing.cli.questions import read_questions
     from dianjing.eval.evaluate import evaluate, times_asked
-    from dianjing.use.load import load_for_use
+    from dianjing.infer.load import load_for_use
 
     notices = Console(stderr=True)
     questions, root = read_questions(given.data, given, notices)

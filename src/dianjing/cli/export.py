@@ -15,7 +15,7 @@ from dianjing.errors import DataError
 
 if TYPE_CHECKING:
     from dianjing.export.receipt import Proof
-    from dianjing.use.generate import Conversation
+    from dianjing.infer.generate import Conversation
 
 NAME = "export"
 SUMMARY = "write a run as a Hugging Face LLaVA folder that equals it"
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.export.export import Options, export, require_free
-    from dianjing.use.load import load_for_use
+    from dianjing.infer.load import load_for_use
 
     require_free(given.out)
     notices = Console(stderr=True)
@@ -85,9 +85,9 @@ def real_conversations(given: Arguments, notices: Console) -> list[Conversation]
         DataError: the data that --data names cannot be used.
     """
     from dianjing.data.record import load_records
-    from dianjing.use.ask import load_pictures
-    from dianjing.use.generate import Conversation
-    from dianjing.use.questions import questions_of
+    from dianjing.infer.ask import load_pictures
+    from dianjing.infer.generate import Conversation
+    from dianjing.infer.questions import questions_of
 
     data, images = given.data, given.images
     recipe = Path(given.run).expanduser() / "recipe.toml"

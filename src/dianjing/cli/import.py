@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     given = parse(Arguments, arguments, NAME, SUMMARY)
 
     # Slow to import, so a typing error is said before.
-    from dianjing.formats.run import Wishes, import_run
+    from dianjing.importing.run import Wishes, import_run
 
     notices = Console(stderr=True)
     wishes = Wishes(**{name: value for name, value in vars(given).items() if name not in ("source", "out")})

@@ -9,8 +9,8 @@ from rich.console import Console
 from dianjing.cli.flags import Asking
 from dianjing.data.record import load_records
 from dianjing.errors import ConfigError
-from dianjing.use.ask import check_pictures
-from dianjing.use.questions import Question, questions_of
+from dianjing.infer.ask import check_pictures
+from dianjing.infer.questions import Question, questions_of
 
 
 def read_questions(data: str, given: Asking, notices: Console) -> tuple[list[Question], str]:

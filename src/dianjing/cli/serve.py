@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("--backend vllm: there is no program vllm; install it: pip install vllm")
 
     # Slow to import, so a typing error is said before.
-    from dianjing.use.serve import HOST, Guard, example, open_port, run_server, transformers_app, vllm_command
+    from dianjing.serve.serve import HOST, Guard, example, open_port, run_server, transformers_app, vllm_command
 
     key = os.environ.get(KEY, "")
     with open_port(given.port) as listening:
@@ -79,7 +79,7 @@ def servable(model: str, port: int, console: Console) -> Path:
             f"--host 127.0.0.1 --port {port}"
         )
         raise ConfigError(f"{model}: GGUF files are served by llama.cpp:\n  {command}")
-    from dianjing.model.language import read_config
+    from dianjing.formats.weights import read_config
 
     if not (folder / "config.json").is_file() or read_config(folder).get("model_type") != "llava":
         raise ModelError(f"{model}: neither a run nor a LLaVA that `dianjing export` wrote; give the folder of one")
@@ -90,8 +90,8 @@ def _exported(run: Path, console: Console) -> Path:
     """Return the export of a run's newest checkpoint, made if it is not there yet."""
     from dianjing.data.cache import cache_folder
     from dianjing.export.export import export
-    from dianjing.train.checkpoint import newest
-    from dianjing.use.load import load_for_use
+    from dianjing.infer.load import load_for_use
+    from dianjing.run.checkpoint import newest
 
     checkpoint = newest(run)
     state = f"{checkpoint} {checkpoint.stat().st_mtime_ns}"

@@ -22,13 +22,13 @@ from rich.text import Text
 from dianjing.config.schema import DataConfig
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
-from dianjing.data.image import ImageProcessor, load_image
 from dianjing.data.survey import image_folder
 from dianjing.data.template import OWN, TEMPLATES, doubts, template_for
 from dianjing.errors import ConfigError
+from dianjing.infer.segments import headline, image_tokens_of, segments
+from dianjing.model.folders import resolve
+from dianjing.pictures.image import ImageProcessor, load_image
 from dianjing.progress import watched
-from dianjing.tinyworld.folders import resolve
-from dianjing.use.segments import headline, image_tokens_of, segments
 
 NAME = "show"
 SUMMARY = "show what the model sees of each record, and what it learns from it"

@@ -70,9 +70,9 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.model.hub import ONLINE
+    from dianjing.serve.guard import Guard
+    from dianjing.serve.serve import HOST, open_port, run_server
     from dianjing.studio.app import build_app
-    from dianjing.studio.guard import Guard
-    from dianjing.use.serve import HOST, open_port, run_server
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     # What a recipe of the folder names is not downloaded by looking at it; by a run that is started it may be.

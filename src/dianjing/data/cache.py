@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from dianjing.config.schema import DataConfig
-from dianjing.data import encode, picture, read, record, source, split, survey, template
+from dianjing.data import encode, read, record, source, split, survey, template
 from dianjing.data.encode import Encoder, plain_backend
 from dianjing.data.record import bad_records
 from dianjing.data.source import DataFile
 from dianjing.data.survey import ROW, Pictures, Survey
 from dianjing.errors import DataError
+from dianjing.pictures import picture
 from dianjing.progress import Watch
 
 MODULES = (encode, picture, read, record, source, split, survey, template)

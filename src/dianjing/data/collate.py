@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Example
-from dianjing.data.image import ImageProcessor, pixel_values
+from dianjing.pictures.image import ImageProcessor, pixel_values
 
 ROUND = (1, 64)
 """What the sides of a rectangle are multiples of: kernels are planned anew for each size."""

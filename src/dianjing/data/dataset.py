@@ -19,11 +19,11 @@ from dianjing.config.schema import DataConfig
 from dianjing.data.cache import cached_survey
 from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Encoder, Example
-from dianjing.data.image import ImageProcessor, load_image
 from dianjing.data.pack import pack
 from dianjing.data.source import DataFile, Records
 from dianjing.data.survey import image_folder, naming
 from dianjing.errors import DataError
+from dianjing.pictures.image import ImageProcessor, load_image
 from dianjing.progress import Watch
 
 CACHE_BYTES = 512 * 2**20

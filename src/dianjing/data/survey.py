@@ -20,12 +20,12 @@ from dianjing.config.schema import DataConfig
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Encoder, LongRecordError, prepared
 from dianjing.data.parallel import spread
-from dianjing.data.picture import check_image
 from dianjing.data.read import Place, read_line, read_records, too_large
 from dianjing.data.record import Record, bad_records, parse_record, turns_alone
 from dianjing.data.source import WHOLE, DataFile
 from dianjing.data.split import MAX_RECORD_BYTES, Chunk, chunks, mapped
 from dianjing.errors import DataError
+from dianjing.pictures.picture import check_image
 from dianjing.progress import Watch
 
 Task = tuple[int, Chunk]

@@ -10,10 +10,10 @@ from jinja2 import Environment, StrictUndefined
 
 from dianjing.data.record import without_markers
 from dianjing.demo.run import STAGES, Results
+from dianjing.eval.compare import column, page, thumbnail
+from dianjing.infer.ask import load_pictures
 from dianjing.tinyworld.grammar import QUESTION_TYPES
 from dianjing.train.log import CURVE
-from dianjing.use.ask import load_pictures
-from dianjing.use.compare import column, page, thumbnail
 
 SHOWN = 2 * len(QUESTION_TYPES)
 """Questions on the report: each type in both languages."""

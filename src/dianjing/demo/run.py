@@ -19,13 +19,13 @@ from dianjing.data.record import load_records
 from dianjing.errors import ConfigError
 from dianjing.eval.evaluate import Report, evaluate
 from dianjing.export.export import export
+from dianjing.infer.ask import ask
+from dianjing.infer.generate import Seer
+from dianjing.infer.load import load_for_use
+from dianjing.infer.questions import Question, questions_of
 from dianjing.tinyworld.grammar import CAPTION, caption_f1, read_caption
 from dianjing.tinyworld.records import DemoData, Sizes, write_demo_data
 from dianjing.train.loop import train
-from dianjing.use.ask import ask
-from dianjing.use.generate import Seer
-from dianjing.use.load import load_for_use
-from dianjing.use.questions import Question, questions_of
 
 STAGES = ("base", "pretrain", "finetune")
 MAX_NEW_TOKENS = 100

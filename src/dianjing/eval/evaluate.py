@@ -9,9 +9,9 @@ from typing import Any
 from dianjing.data.record import without_markers
 from dianjing.eval.score import Scored, Summary, score, summarise, summarise_by_type
 from dianjing.eval.sight import digests, other_pictures
-from dianjing.use.ask import ask
-from dianjing.use.generate import Seer
-from dianjing.use.questions import Question
+from dianjing.infer.ask import ask
+from dianjing.infer.generate import Seer
+from dianjing.infer.questions import Question
 
 
 @dataclass(frozen=True, kw_only=True)

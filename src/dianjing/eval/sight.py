@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dianjing.use.questions import Question
+from dianjing.infer.questions import Question
 
 
 def digests(names: Iterable[str], image_root: str) -> dict[str, str]:

@@ -18,14 +18,14 @@ from dianjing.errors import ExportError
 from dianjing.export.export import Options
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Case, Proof, compare
+from dianjing.infer.generate import Conversation, Seer
+from dianjing.infer.load import load_for_use
 from dianjing.model.adapter import PARTS, PROJECTOR_FILE, save_adapter
 from dianjing.model.build import assemble, build
+from dianjing.model.folders import resolve
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import part_of
 from dianjing.model.vision import load_vision_tower
-from dianjing.tinyworld.folders import resolve
-from dianjing.use.generate import Conversation, Seer
-from dianjing.use.load import load_for_use
 
 COMPARED = "the folder on its bases, read by Dianjing (first half) and by plain peft (second), against the run"
 LOADING = """\
@@ -43,8 +43,8 @@ dianjing chat .
 ```python
 from PIL import Image
 
-from dianjing.use.generate import Conversation, generate
-from dianjing.use.load import load_for_use
+from dianjing.infer.generate import Conversation, generate
+from dianjing.infer.load import load_for_use
 
 picture = Image.new("RGB", (80, 60), "red")  # your picture
 print(generate(load_for_use("."), [Conversation((), "<image>\\nWhat is in the picture?", [picture])])[0])

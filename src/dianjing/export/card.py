@@ -12,9 +12,9 @@ from dianjing import __version__
 from dianjing.config.schema import Recipe
 from dianjing.errors import CheckpointError
 from dianjing.export.receipt import Proof
-from dianjing.train.checkpoint import newest, read_state
-from dianjing.train.state import TrainState
-from dianjing.use.generate import Seer
+from dianjing.infer.generate import Seer
+from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.state import TrainState
 
 PARTS = ("language_model", "vision_tower")
 LIBRARIES = {"hf": "transformers", "adapter": "peft"}

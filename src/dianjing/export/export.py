@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from dianjing.errors import DianjingError, ExportError
 from dianjing.export.card import write_card
 from dianjing.export.receipt import Proof, drawn_cases, write_receipt
-from dianjing.use.generate import Conversation, Seer
+from dianjing.infer.generate import Conversation, Seer
 
 FORMATS = {
     "hf": "dianjing.export.hf",

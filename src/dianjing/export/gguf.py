@@ -21,7 +21,7 @@ from dianjing.export.gguf_tokenizer import tokenizer_keys
 from dianjing.export.gguf_vision import check_vision, vision_keys, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Proof
-from dianjing.use.generate import Conversation, Seer, stop_sequences
+from dianjing.infer.generate import Conversation, Seer, stop_sequences
 
 LOADING = f"""\
 llama.cpp: `llama-server -m {TEXT_FILE} --mmproj {VISION_FILE} --jinja --no-cache-prompt`

@@ -25,8 +25,8 @@ from dianjing.export.gguf_text import ROPE_FACTORS, architecture, text_name, tex
 from dianjing.export.gguf_vision import preprocessing_notes, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import ANSWER_TOKENS, Case, Proof, logit_difference, run_logits
+from dianjing.infer.generate import Conversation, Seer, answering, generate_ids, prepare
 from dianjing.model.forward import image_features
-from dianjing.use.generate import Conversation, Seer, answering, generate_ids, prepare
 
 READ_TOLERANCE = 1e-2
 """Of logits read back: the projector's GELU is llama.cpp's, by tanh."""

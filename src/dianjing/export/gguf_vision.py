@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from dianjing.data.image import ImageProcessor
 from dianjing.errors import ExportError
 from dianjing.export.gguf_file import Value
+from dianjing.pictures.image import ImageProcessor
 
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """model_type -> the only choice of features that llama.cpp makes for it: without the class token, or all."""

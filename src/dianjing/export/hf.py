@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from dianjing.constants import IMAGE_MARKER
-from dianjing.data.image import ImageProcessor
 from dianjing.data.record import with_markers, without_markers
 from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
@@ -32,9 +31,10 @@ from dianjing.export.receipt import (
     run_forms,
 )
 from dianjing.export.tokenizer import save_tokenizer
-from dianjing.model.language import name_some
-from dianjing.use.generate import Conversation, Seer, generate_ids, prepare, stop_sequences
-from dianjing.use.load import TEMPLATE_KEY
+from dianjing.formats.weights import name_some
+from dianjing.infer.generate import Conversation, Seer, generate_ids, prepare, stop_sequences
+from dianjing.infer.load import TEMPLATE_KEY
+from dianjing.pictures.image import ImageProcessor
 
 SHARD_SIZE = "5GB"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

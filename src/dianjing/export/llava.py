@@ -24,12 +24,11 @@ from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Proof, compare
 from dianjing.export.xtuner import copy_tokenizer, read_back, require_clip_run
 from dianjing.formats.llava import MLP, llava_name
-from dianjing.model.language import read_config
+from dianjing.formats.weights import read_config
+from dianjing.infer.generate import Conversation, Seer
+from dianjing.model.folders import TINYWORLD, resolve
 from dianjing.model.stage import part_of
 from dianjing.model.weights import load_trainable_state, trainable_state
-from dianjing.tinyworld.folders import NAME as TINYWORLD
-from dianjing.tinyworld.folders import resolve
-from dianjing.use.generate import Conversation, Seer
 
 LANGUAGE_MODELS = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),

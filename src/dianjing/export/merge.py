@@ -8,8 +8,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dianjing.model.fp8 import Fp8Linear
-from dianjing.model.frozen import dequantized, is_nf4
+from dianjing.layers.fp8 import Fp8Linear
+from dianjing.layers.nf4 import dequantized, is_nf4
 
 ADAPTER = "default"
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dianjing import __version__
 from dianjing.data.record import with_markers
 from dianjing.errors import ExportError
-from dianjing.use.generate import (
+from dianjing.infer.generate import (
     Conversation,
     Seer,
     answering,

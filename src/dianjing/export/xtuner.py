@@ -31,14 +31,14 @@ from dianjing.export.hf import preprocessor_config, save_weights, write_json
 from dianjing.export.layout import part_config
 from dianjing.export.receipt import Proof, compare
 from dianjing.formats.source import open_foreign
+from dianjing.formats.weights import name_some, read_config
 from dianjing.formats.xtuner import LIVE_TOWER, from_live, to_live
+from dianjing.infer.generate import Conversation, Seer
 from dianjing.model.build import build
+from dianjing.model.folders import resolve
 from dianjing.model.forward import num_tower_layers
-from dianjing.model.language import name_some, read_config
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state, trainable_state
-from dianjing.tinyworld.folders import resolve
-from dianjing.use.generate import Conversation, Seer
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -16,9 +16,9 @@ from dianjing.formats.checkpoint import Adapter, Foreign
 from dianjing.formats.deepspeed import is_deepspeed, read_deepspeed
 from dianjing.formats.llava import is_llava, recipe_fields, xtuner_names
 from dianjing.formats.pickle import read_checkpoint
+from dianjing.formats.weights import name_some
 from dianjing.formats.xtuner import PROJECTOR, moments_by_name
 from dianjing.formats.xtuner_config import require_plain_lora
-from dianjing.model.language import name_some
 
 PICKLES = (".pth", ".pt", ".bin")
 CONFIG = "xtuner_config.py"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dianjing.errors import ModelError
-from dianjing.model.language import FUSED_QKV, INTERNLM2_TO_LLAMA, internlm2_to_llama
+from dianjing.formats.internlm2 import FUSED_QKV, INTERNLM2_TO_LLAMA, internlm2_to_llama
 
 PEFT = "base_model.model."
 PROJECTOR = "projector.model."

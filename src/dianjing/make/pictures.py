@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dianjing.data.image import load_image
 from dianjing.errors import DataError
+from dianjing.pictures.image import load_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 JPEG_QUALITY = 92

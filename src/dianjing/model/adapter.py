@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.errors import ModelError
-from dianjing.model.language import name_some
+from dianjing.formats.weights import name_some
+from dianjing.model.folders import TINYWORLD, Part, resolve
 from dianjing.model.stage import part_of
 from dianjing.model.weights import PROJECTOR, trainable_state
-from dianjing.tinyworld.folders import NAME as TINYWORLD
-from dianjing.tinyworld.folders import Part, resolve
 
 PROJECTOR_FILE = "projector.safetensors"
 BASES_FILE = "bases.json"

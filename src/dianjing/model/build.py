@@ -19,16 +19,16 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
-from dianjing.data.image import ImageProcessor
 from dianjing.data.template import check_template, doubts, template_for
 from dianjing.errors import ModelError
-from dianjing.model.attention import PACKED, UNREAD_MASK
-from dianjing.model.fp8 import quantize_layers_to_fp8, require_fp8
-from dianjing.model.frozen import quantize_layers, require_bitsandbytes
+from dianjing.layers.attention import PACKED, UNREAD_MASK
+from dianjing.layers.fp8 import quantize_layers_to_fp8, require_fp8
+from dianjing.layers.nf4 import quantize_layers, require_bitsandbytes
+from dianjing.model.folders import resolve
 from dianjing.model.language import LoadReport, count, load_language_model
 from dianjing.model.vision import load_vision_tower, num_image_tokens, select_strategy
 from dianjing.model.weights import load_projector
-from dianjing.tinyworld.folders import resolve
+from dianjing.pictures.image import ImageProcessor
 
 PROBE = ((0, 1, 2, 3, 4), (2, 1, 0), (3, 0, 3, 2, 2))
 """Records of token ids that show whether an LLM keeps records apart; the last changes places with the first."""

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from dianjing.model.attention import into_rectangle, out_of_rectangle
+from dianjing.layers.attention import into_rectangle, out_of_rectangle
+from dianjing.layers.cuda_graphs import Recorded
+from dianjing.layers.fp8 import fp8_product
+from dianjing.layers.fused.decoder import join_decoder_layers
+from dianjing.layers.fused.tower import join_tower_layers
+from dianjing.layers.lora import adapted
 from dianjing.model.forward import JOINED, RECORDED, num_tower_layers, tower_states
-from dianjing.model.fp8 import fp8_product
-from dianjing.model.joined import join_decoder_layers
-from dianjing.model.joined_tower import join_tower_layers
-from dianjing.model.lora import adapted
-from dianjing.model.recorded import Recorded
 
 VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""

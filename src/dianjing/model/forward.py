@@ -15,10 +15,10 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch
-from dianjing.model.attention import UNREAD_MASK, Rectangle, rectangle
-from dianjing.model.joined import States, spans_of, total
-from dianjing.model.joined_tower import embedded, through_tower
-from dianjing.model.loss import summed_cross_entropy
+from dianjing.layers.attention import UNREAD_MASK, Rectangle, rectangle
+from dianjing.layers.cross_entropy import summed_cross_entropy
+from dianjing.layers.fused.decoder import States, spans_of, total
+from dianjing.layers.fused.tower import embedded, through_tower
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
+from dianjing.layers.fp8 import Fp8Linear
+from dianjing.layers.lora import LoraLinear
+from dianjing.layers.nf4 import is_nf4, num_bytes, num_parameters
 from dianjing.model.forward import RECORDED, num_tower_layers
-from dianjing.model.fp8 import Fp8Linear
-from dianjing.model.frozen import is_nf4, num_bytes, num_parameters
-from dianjing.model.lora import LoraLinear
 
 PARTS = {
     "language_model": ("model.language_model.", "lm_head."),

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from dianjing.errors import ModelError
-from dianjing.model.language import LoadReport, count, load_exactly, make_config, read_config, read_weights
+from dianjing.formats.weights import read_config, read_weights
+from dianjing.model.language import LoadReport, count, load_exactly, make_config
 
 PREFIX = "vision_model."
 """Stands before the tower's names in a whole CLIP or SigLIP, and in a tower that transformers 4 saved."""

@@ -15,9 +15,9 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.errors import ModelError
 from dianjing.formats.source import open_foreign
+from dianjing.formats.weights import name_some
 from dianjing.formats.xtuner import PROJECTOR as FOREIGN_PROJECTOR
 from dianjing.formats.xtuner import live_parts, require_two_layers
-from dianjing.model.language import name_some
 
 TRAINABLE = "trainable.safetensors"
 PROJECTOR = "model.multi_modal_projector."

@@ -131,7 +131,7 @@ def _copies(weights: Weights, recipe: Recipe, checkpointing: bool, size: int) ->
 
 
 def _sums(weights: Weights, recipe: Recipe, compiled: bool, size: int) -> int:
-    """Return what a joined tower's linear layers take again, their adapters added (model/linears.py: `keep`)."""
+    """Return what a joined tower's linear layers take again, their adapters added (layers/fused/linear.py: `keep`)."""
     shapes, tower = weights.shapes, recipe.vision_tower
     if not (compiled and weights.joined_tower and tower.tuning == "lora" and not tower.lora_dropout):
         return 0

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
+from dianjing.layers.fused.decoder import is_decoder_layer
+from dianjing.layers.fused.tower import is_tower_layer
+from dianjing.layers.nf4 import BLOCK_SIZE, num_bytes, num_parameters
 from dianjing.model.build import assemble
-from dianjing.model.frozen import BLOCK_SIZE, num_bytes, num_parameters
-from dianjing.model.joined import is_decoder_layer
-from dianjing.model.joined_tower import is_tower_layer
+from dianjing.model.folders import resolve
 from dianjing.model.language import empty_language_model
 from dianjing.model.stage import PARTS, PRECISIONS, apply_stage, held_as, part_of
 from dianjing.model.vision import empty_vision_tower
 from dianjing.plan.shapes import Shapes, shapes_of
-from dianjing.tinyworld.folders import resolve
 
 FP8_SCALE = ".scale"
-"""How the names of an FP8 layer's scales end (model/fp8.py)."""
+"""How the names of an FP8 layer's scales end (layers/fp8.py)."""
 SCALES_PER_BLOCK = 256
 """NF4's scales, in eight bits each, that share a scale of their own."""
 
@@ -55,7 +55,7 @@ class Weights:
     decoder: Adapters
     tower: Adapters
     joined_decoder: bool = False
-    """Whether the decoder's layers are joined on a GPU (model/joined.py), not compiled."""
+    """Whether the decoder's layers are joined on a GPU (layers/fused/decoder.py), not compiled."""
     joined_tower: bool = False
 
     @property

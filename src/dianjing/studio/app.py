@@ -21,9 +21,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from dianjing.data.picture import load_image
 from dianjing.errors import DataError, DianjingError
 from dianjing.make.prompts import shipped_prompts
+from dianjing.pictures.picture import load_image
 from dianjing.studio.desk import FILTERS, Desk
 from dianjing.studio.review import OPS, Stale, Unusable
 from dianjing.studio.studio import Studio

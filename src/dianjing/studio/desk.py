@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from dianjing.check.codes import CODES, Finding
-from dianjing.data.picture import load_image
 from dianjing.data.record import Place
 from dianjing.errors import DataError
+from dianjing.pictures.picture import load_image
 from dianjing.studio.export import export, reviewed_path
 from dianjing.studio.findings import BackgroundCheck, findings_of
 from dianjing.studio.records import RecordFile, images_of, messages_of, with_messages

@@ -14,7 +14,7 @@ from dianjing.data.record import with_markers
 from dianjing.errors import DataError
 
 if TYPE_CHECKING:
-    from dianjing.use.generate import Seer
+    from dianjing.infer.generate import Seer
 
 MAX_NEW_TOKENS = 256
 
@@ -46,8 +46,8 @@ class Models:
         Raises:
             DianjingError: the model cannot be loaded, or the conversation is too long for it.
         """
-        from dianjing.use.chat import BLIND
-        from dianjing.use.generate import Conversation, prepare, stream
+        from dianjing.infer.chat import BLIND
+        from dianjing.infer.generate import Conversation, prepare, stream
 
         lock, seer = self._loaded(path)
         with lock:
@@ -70,7 +70,7 @@ class Models:
 
         While one is read, none answers and no other is read: transformers changes defaults of the whole process.
         """
-        from dianjing.use.load import load_for_use  # slow to import: transformers
+        from dianjing.infer.load import load_for_use  # slow to import: transformers
 
         with self._loading:
             model, stamp = self._models.setdefault(path, _Model(path)), _stamp(path)

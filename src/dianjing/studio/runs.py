@@ -20,8 +20,8 @@ from typing import Any
 from PIL.Image import Image
 
 from dianjing.config.load import load_recipe
-from dianjing.data.picture import load_image
 from dianjing.errors import ConfigError, DataError, DianjingError
+from dianjing.pictures.picture import load_image
 
 DEPTH = 4
 """Folders below the first that are looked through."""
@@ -246,7 +246,7 @@ def _thinned(rows: list[dict[str, float | None]]) -> list[dict[str, float | None
 
 def _total_steps(run: Path) -> int | None:
     """Return how many steps a run has in all, which its checkpoints know; None before the first."""
-    from dianjing.train.checkpoint import checkpoints, read_state
+    from dianjing.run.checkpoint import checkpoints, read_state
 
     for checkpoint in reversed(checkpoints(run)):
         try:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from dianjing.config.load import load_recipe
-from dianjing.data.picture import load_image
 from dianjing.data.record import Place, parse_record
+from dianjing.pictures.picture import load_image
 
 if TYPE_CHECKING:
     from dianjing.data.encode import Encoder
-    from dianjing.data.image import ImageProcessor
+    from dianjing.pictures.image import ImageProcessor
 
 
 class Seen:
@@ -32,7 +32,7 @@ class Seen:
         Raises:
             DianjingError: the recipe, a folder or the record cannot be used.
         """
-        from dianjing.use.segments import headline, segments
+        from dianjing.infer.segments import headline, segments
 
         with self._lock:
             encoder, _ = self._reader(recipe, os.stat(recipe).st_mtime_ns)
@@ -55,6 +55,6 @@ class Seen:
 
 
 def _reader(path: str, modified: int) -> tuple[Encoder, ImageProcessor]:
-    from dianjing.use.segments import reader_of  # slow to import: torch, transformers
+    from dianjing.infer.segments import reader_of  # slow to import: torch, transformers
 
     return reader_of(load_recipe(path))

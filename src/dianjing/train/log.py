@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dianjing.data.dataset import Dataset
-from dianjing.model.recorded import peak_bytes
+from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.model.stage import in_units
 
 JOURNAL = "train.jsonl"

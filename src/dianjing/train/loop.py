@@ -25,14 +25,14 @@ from dianjing.model.compile import speed_up
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state
 from dianjing.progress import watched
-from dianjing.train.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
+from dianjing.run.checkpoint import OPTIMIZER, TRAINABLE, checkpoints, newest, read_state, require_space, save
+from dianjing.run.state import TrainState, require_same_run, state_at
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
 from dianjing.train.memory import WithinMemory, explained, plan_checkpointing
 from dianjing.train.ranks import SILENCE_MINUTES, one_voice
 from dianjing.train.samples import Samples
 from dianjing.train.shards import require_engine, start_engine
-from dianjing.train.state import TrainState, require_same_run, state_at
 from dianjing.train.step import Parts, over_ranks, take_step
 from dianjing.train.watch import Watch, require_pictures
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from dianjing.config.schema import Recipe
 from dianjing.data.record import load_records, without_markers
+from dianjing.eval.compare import Column, page
 from dianjing.eval.score import score, summarise
+from dianjing.infer.ask import ask, check_pictures, load_pictures
+from dianjing.infer.generate import Seer
+from dianjing.infer.questions import Question, questions_of
 from dianjing.model.build import Built
 from dianjing.model.compile import uncompiled
-from dianjing.use.ask import ask, check_pictures, load_pictures
-from dianjing.use.compare import Column, page
-from dianjing.use.generate import Seer
-from dianjing.use.questions import Question, questions_of
 
 JOURNAL = "samples.jsonl"
 PAGE = "samples.html"

@@ -9,9 +9,9 @@ import pytest
 
 from dianjing.check.check import Settings, check
 from dianjing.check.convert import CAPTION_QUESTION, convert
-from dianjing.data.picture import load_image
 from dianjing.data.record import load_records
 from dianjing.errors import DataError
+from dianjing.pictures.picture import load_image
 from tests.tiny import write_images
 
 

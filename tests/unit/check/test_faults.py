@@ -19,7 +19,7 @@ from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.template import choose_template, get_template
 from dianjing.errors import DataError
-from dianjing.tinyworld.folders import resolve
+from dianjing.model.folders import resolve
 from dianjing.tinyworld.records import Sizes, write_demo_data
 from tests.faults import DataSet, copy_of, everything_under
 from tests.faults_of_pictures import FAULTS

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dianjing.cli import show
-from dianjing.data.image import ImageProcessor, load_image
 from dianjing.errors import ConfigError, DataError, ModelError
+from dianjing.pictures.image import ImageProcessor, load_image
 from tests.tiny import IMAGE_SIZE, NUM_IMAGE_TOKENS, TinyDataset, tiny_records
 from tests.xtuner import XTUNER
 

@@ -24,10 +24,10 @@ from dianjing.data import survey as survey_module
 from dianjing.data.cache import cache_folder
 from dianjing.data.dataset import Dataset, open_dataset, step_batches
 from dianjing.data.encode import load_tokenizer
-from dianjing.data.image import ImageProcessor
 from dianjing.data.order import epoch_order
 from dianjing.data.template import get_template
 from dianjing.errors import DataError
+from dianjing.pictures.image import ImageProcessor
 from tests.tiny import NUM_IMAGE_TOKENS, tiny_records, write_images
 from tests.xtuner import make_encoder
 

@@ -8,7 +8,7 @@ import torch
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Example
-from dianjing.data.image import ImageProcessor
+from dianjing.pictures.image import ImageProcessor
 
 IMAGE = 99
 NO = IGNORE_INDEX

@@ -15,9 +15,9 @@ from dianjing.config.schema import DataConfig
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import Dataset, open_dataset, step_batches
 from dianjing.data.encode import load_tokenizer
-from dianjing.data.image import ImageProcessor, load_image
 from dianjing.data.order import run_indices
 from dianjing.errors import DataError
+from dianjing.pictures.image import ImageProcessor, load_image
 from tests.tiny import NUM_IMAGE_TOKENS, TinyDataset, tiny_records
 from tests.xtuner import make_encoder
 

@@ -17,11 +17,11 @@ from dianjing.data import split as split_module
 from dianjing.data import survey as survey_module
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.data.encode import Encoder, load_tokenizer, prepared
-from dianjing.data.picture import check_image
 from dianjing.data.read import Place
 from dianjing.data.record import Record, load_records, parse_record, turns_alone
 from dianjing.data.template import TEMPLATES
 from dianjing.errors import DataError
+from dianjing.pictures.picture import check_image
 from tests.tiny import NUM_IMAGE_TOKENS, TinyDataset, tiny_records
 from tests.xtuner import make_encoder
 

@@ -9,7 +9,7 @@ import pytest
 
 from dianjing.eval import evaluate as module
 from dianjing.eval.evaluate import evaluate, times_asked
-from dianjing.use.questions import Question
+from dianjing.infer.questions import Question
 
 COLOURS = {"red.png": "red", "blue.png": "blue", "green.png": "green"}
 

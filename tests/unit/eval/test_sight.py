@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dianjing.eval.sight import digests, other_pictures
-from dianjing.use.questions import Question
+from dianjing.infer.questions import Question
 
 
 def asked(*names: str) -> Question:

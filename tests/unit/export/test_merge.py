@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 
 from dianjing.export.merge import merged_state
+from dianjing.infer.generate import answering, language_parts, left_padded, prepare
 from dianjing.model.build import build
-from dianjing.use.generate import answering, language_parts, left_padded, prepare
 from tests.conftest import MakeRecipe
 from tests.seers import conversations, seer_of
 

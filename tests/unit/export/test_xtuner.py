@@ -17,9 +17,9 @@ from dianjing.errors import ExportError
 from dianjing.export.export import Options, export
 from dianjing.export.merge import merged_state
 from dianjing.formats.pickle import read_checkpoint
-from dianjing.formats.run import Wishes, import_run
+from dianjing.importing.run import Wishes, import_run
+from dianjing.infer.load import load_for_use
 from dianjing.model.weights import trainable_state
-from dianjing.use.load import load_for_use
 from tests.conftest import MakeRecipe
 from tests.seers import seer_of
 from tests.xtuner import XTUNER

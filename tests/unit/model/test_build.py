@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from dianjing.data.image import ImageProcessor
 from dianjing.errors import ModelError
 from dianjing.model.build import assemble, build
 from dianjing.model.forward import image_features
 from dianjing.model.vision import load_vision_tower, num_image_tokens, vision_config
+from dianjing.pictures.image import ImageProcessor
 from tests.conftest import MakeRecipe
 from tests.tiny import NUM_IMAGE_TOKENS, write_clip, write_llm, write_siglip
 from tests.xtuner import XTUNER

@@ -16,8 +16,8 @@ from threading import Thread
 import pytest
 
 from dianjing.errors import ModelError
+from dianjing.model.folders import resolve
 from dianjing.model.hub import _wanted, hub_folder, is_hub_name
-from dianjing.tinyworld.folders import resolve
 
 NAME = "acme/tiny-llm"
 COMMIT = "a" * 40

@@ -13,8 +13,8 @@ from dianjing.formats.source import open_foreign
 from dianjing.model.build import build
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_projector, load_trainable_state, trainable_state
-from dianjing.train.checkpoint import save
-from dianjing.train.state import TrainState
+from dianjing.run.checkpoint import save
+from dianjing.run.state import TrainState
 from tests.conftest import MakeRecipe
 from tests.tiny import write_clip, write_llm
 from tests.xtuner import XTUNER

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import uvicorn
 
+from dianjing.serve.guard import Guard
+from dianjing.serve.serve import open_port
 from dianjing.studio.app import build_app
 from dianjing.studio.desk import Desk
-from dianjing.studio.guard import Guard
 from dianjing.studio.models import Models
 from dianjing.studio.runs import Runs
 from dianjing.studio.studio import Studio
-from dianjing.use.serve import open_port
 from tests.tiny import TinyDataset, tiny_records
 
 TOKEN = "token"

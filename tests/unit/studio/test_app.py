@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from dianjing.errors import DataError
+from dianjing.serve.guard import Guard
 from dianjing.studio.app import MAX_BYTES, Answer
 from dianjing.studio.desk import Desk
-from dianjing.studio.guard import Guard
 from dianjing.studio.models import Models
 from dianjing.studio.runs import Runs
 from dianjing.studio.studio import UPLOADS, Studio

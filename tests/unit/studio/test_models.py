@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from dianjing.errors import DataError, ModelError
+from dianjing.infer import generate, load
+from dianjing.infer.chat import BLIND
+from dianjing.infer.generate import Conversation
 from dianjing.studio.models import Models
-from dianjing.use import generate, load
-from dianjing.use.chat import BLIND
-from dianjing.use.generate import Conversation
 from tests.conftest import MakeRecipe
 from tests.seers import picture, seer_of, text_seer, write_run
 

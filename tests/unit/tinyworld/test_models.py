@@ -10,12 +10,12 @@ import pytest
 from safetensors import safe_open
 
 from dianjing.errors import ModelError
-from dianjing.tinyworld.folders import resolve
+from dianjing.infer.generate import generate
+from dianjing.infer.load import load_for_use
+from dianjing.model.folders import resolve
 from dianjing.tinyworld.grammar import LANGUAGES, QUESTION_TYPES, WORDS, ask
 from dianjing.tinyworld.scene import allowed_pairs, sample_scene
 from dianjing.tinyworld.wording import describe
-from dianjing.use.generate import generate
-from dianjing.use.load import load_for_use
 
 MODELS = resolve("tinyworld", "language_model").parent
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dianjing.errors import DataError
-from dianjing.train.checkpoint import newest
+from dianjing.run.checkpoint import newest
 from dianjing.train.loop import train
 
 

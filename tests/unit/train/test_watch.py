@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from dianjing.errors import TrainError
 from dianjing.model.build import build
-from dianjing.train.checkpoint import newest
+from dianjing.run.checkpoint import newest
 from dianjing.train.engine import Engine, Losses, Taken
 from dianjing.train.loop import train
 from dianjing.train.optim import set_learning_rates

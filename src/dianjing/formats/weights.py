@@ -1,0 +1,181 @@
+"""The config.json and the weight files of a Hugging Face model folder, read as data."""
+
+from __future__ import annotations
+
+import json
+import os.path
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from dianjing.errors import ModelError
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""The first that is there is read, whole or in the shards that its index names."""
+
+MOST_LAYERS = 1000
+"""A model is built before its weights are read: what a broken number would take hours for is refused."""
+AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "rope_theta", "image_size", "patch_size"),
+)
+ACTIVATIONS = ("hidden_act", "hidden_activation")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a model folder.
+
+    Raises:
+        ModelError: it is missing, is not a JSON object, or a size in it is none that a model can have.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: there is no config.json; give the folder of a Hugging Face model")
+    config = _read_object(path)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        if isinstance(part, dict) and (fault := _impossible(part)):
+            raise ModelError(f"{path}: {fault}; copy it again")
+    return config
+
+
+def _impossible(config: Mapping[str, Any]) -> str:
+    """Return what no model has, "" when nothing is wrong; values of other types are left to transformers."""
+    numbers = {name: config[name] for name in AT_LEAST_ONE if isinstance(config.get(name), int | float)}
+    for name, value in numbers.items():
+        if value < 1:
+            return f"{name} is {value}; at least 1 is needed"
+    if (layers := numbers.get("num_hidden_layers", 1)) > MOST_LAYERS:
+        return f"num_hidden_layers is {layers}; no model has over {MOST_LAYERS}"
+    heads, groups = numbers.get("num_attention_heads", 0), numbers.get("num_key_value_heads", 1)
+    if heads % groups:
+        return f"num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {groups}"
+    for name in ACTIVATIONS:
+        if isinstance(config.get(name), str) and config[name] not in ACT2FN:
+            return f'{name} is "{config[name]}", which transformers does not know'
+    return ""
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON: {error}; copy it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: a JSON object is needed, not a {type(content).__name__}")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a folder: safetensors, and only without them pytorch_model*.bin.
+
+    Raises:
+        ModelError: there are none, or their index names files that are not there or not in the folder.
+    """
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return _shards(index)
+    raise ModelError(f"{folder}: it has no weights; put {' or '.join(WEIGHT_FILES)} there, or shards with their index")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _read_object(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ModelError(f"{index}: it has no weight_map from tensors to files; copy it again")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ModelError(f"{index}: {outside[0]!r} is no file of this folder; files elsewhere are not read")
+    if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
+        raise ModelError(f"{index}: {name_some(missing)} not there; copy the folder again")
+    return [index.parent / name for name in names]
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder's weight files.
+
+    Raises:
+        ModelError: a file is damaged, is a pickle of more than tensors, or holds what another one holds too.
+    """
+    holders: dict[str, str] = {}
+    for path in weight_files(folder):
+        for name, weight in _read_file(path):
+            if name in holders:
+                raise ModelError(f"{path}: {name} is in {holders[name]} too; which counts is not said; copy it again")
+            holders[name] = path.name
+            yield name, weight
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix == ".bin":
+        yield from _unpickle(path).items()
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged: {error}; copy it again") from None
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .bin file; torch's restricted unpickler calls nothing that the file names."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a pickle protocol other than torch's own
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # what torch raises for a broken file depends on where it is broken
+        if type(error).__name__ != "UnpicklingError":
+            raise ModelError(f"{path}: damaged, or no file of tensors: {error}; copy it again") from None
+        raise ModelError(
+            f"{path}: refused: to be read it asks for {_asked_for(path, str(error))}, and a file that asks for more "
+            "than tensors may run any program. Nothing was run; get safetensors, from a source you trust"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(weight, Tensor) for weight in content.values()):
+        raise ModelError(f"{path}: a table of tensors by name is needed, and something else is in it")
+    return content
+
+
+def _asked_for(path: Path, complaint: str) -> str:
+    """Return the name for which torch refused a pickle; where torch does not say it, the first one in the file."""
+    if named := re.search(r"GLOBAL ([\w.]+)", complaint):
+        return named[1]
+    names: list[str] = []
+    texts: list[str | None] = []
+    memo: list[str | None] = []
+    try:
+        for operation, argument, _ in pickletools.genops(path.read_bytes()):  # looks, and calls nothing
+            if operation.name == "MEMOIZE":
+                memo.append(texts[-1])
+                continue
+            if operation.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL":
+                module, name = [text for text in texts if text is not None][-2:]
+                names.append(f"{module}.{name}")
+            known: object = memo[int(str(argument))] if operation.name in ("BINGET", "LONG_BINGET") else argument
+            texts.append(known if isinstance(known, str) else None)
+    except (IndexError, ValueError):
+        pass
+    strange = [name for name in names if not name.startswith(("torch.", "collections."))]
+    return strange[0] if strange else "something that is no tensor"
+
+
+def name_some(names: Iterable[str]) -> str:
+    """Return the first three names and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more

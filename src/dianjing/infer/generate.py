@@ -1,0 +1,304 @@
+"""Questions and pictures -> answers: the one inference path behind chat, compare, eval and sample answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+
+from dianjing.config.schema import Recipe
+from dianjing.constants import IMAGE_MARKER
+from dianjing.data.encode import Encoder
+from dianjing.errors import DataError
+from dianjing.model.forward import arithmetic, embed, image_features
+from dianjing.pictures.image import ImageProcessor
+
+MAX_NEW_TOKENS = 256
+BATCH_POSITIONS = 16384
+"""Most positions (prompts, padding and answers) in one batch: bounds the memory of the key-value cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seer:
+    """A model ready to answer; `image_processor` is None for a model without eyes."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    image_processor: ImageProcessor | None
+    recipe: Recipe | None = None
+    """What the run was made with; None for a model folder that is no run."""
+
+    @property
+    def can_see(self) -> bool:
+        """Whether pictures are fed to the model at all."""
+        return self.image_processor is not None
+
+
+class Conversation(NamedTuple):
+    """What was said, what is asked now, and the pictures of both in the order of their markers."""
+
+    history: Sequence[tuple[str, str]]
+    question: str
+    images: Sequence[Image]
+
+
+Asked = tuple[Sequence[tuple[str, str]], str, Sequence[Image]]
+"""A Conversation, or a plain tuple of the same three."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; the default is greedy."""
+
+    temperature: float = 0.0
+    """0 = always the likeliest token."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+def generate(
+    seer: Seer,
+    conversations: Sequence[Asked],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    """Return one answer a conversation, in their order; batched, which changes nothing but the time.
+
+    Pictures are not shown to a model without eyes: their markers are taken out of its questions.
+
+    Raises:
+        ValueError: a conversation has more or fewer pictures than markers.
+    """
+    stops = stop_sequences(seer)
+    ids = generate_ids(seer, conversations, max_new_tokens, sampling)
+    return [_text(seer, tokens, stops) for tokens in ids]
+
+
+def generate_ids(
+    seer: Seer,
+    conversations: Sequence[Asked],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+) -> list[list[int]]:
+    """Return the tokens of each answer, with the one that ended it."""
+    prompts = [prepare(seer, conversation) for conversation in conversations]
+    stops = stop_sequences(seer)
+    written: list[list[int]] = [[] for _ in prompts]
+    for rows in _batches([len(prompt.input_ids) for prompt in prompts], max_new_tokens):
+        for row, token in _tokens(seer, [prompts[i] for i in rows], max_new_tokens, sampling, stops):
+            written[rows[row]].append(token)
+    return written
+
+
+def stream(
+    seer: Seer,
+    conversation: Asked,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+) -> Iterator[str]:
+    """Yield the pieces of one answer as they are written; joined they are what `generate` returns."""
+    prompt = prepare(seer, conversation)
+    stops = stop_sequences(seer)
+    held_back = max(map(len, stops), default=0)
+    tokens: list[int] = []
+    shown = ""
+    for _, token in _tokens(seer, [prompt], max_new_tokens, sampling, stops):
+        tokens.append(token)
+        text = _decode(seer, tokens[: max(len(tokens) - held_back, 0)])
+        # A character of several tokens is unreadable (U+FFFD) until its last one is there; a blank at the end
+        # belongs to the answer only if something follows.
+        ready = text.rstrip("\ufffd").strip()
+        if len(ready) > len(shown):
+            yield ready[len(shown) :]
+            shown = ready
+    if rest := _text(seer, tokens, stops)[len(shown) :]:
+        yield rest
+
+
+def stop_sequences(seer: Seer) -> list[tuple[int, ...]]:
+    """Return the token sequences that end an answer: the tokenizer's EOS and what the template ends a turn with."""
+    template, tokenizer = seer.encoder.template, seer.tokenizer
+    words = [*template.stop_words, *([template.suffix] if template.suffix else [])]
+    ends = {tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words}
+    eos: Any = tokenizer.eos_token_id
+    return sorted(ends if eos is None else ends | {(eos,)})
+
+
+class Prompt(NamedTuple):
+    """What is fed to the model: the tokens, pictures expanded, and the pictures."""
+
+    input_ids: list[int]
+    images: Sequence[Image]
+
+
+def prepare(seer: Seer, conversation: Asked) -> Prompt:
+    """Return what the model is fed for a conversation: what training saw up to the answer.
+
+    Raises:
+        ValueError: the conversation has more or fewer pictures than markers.
+        DataError: it is longer than the model can read.
+    """
+    history, question, images = conversation
+    if not seer.can_see:
+        history = [(_blind(asked), answer) for asked, answer in history]
+        question, images = _blind(question), ()
+    input_ids, markers = seer.encoder.prompt(list(history), question)
+    if markers != len(images):
+        raise ValueError(f"the conversation has {markers} {IMAGE_MARKER} markers but {len(images)} pictures")
+    limit = seer.model.config.get_text_config().max_position_embeddings
+    if len(input_ids) >= limit:
+        raise DataError(
+            f"the conversation takes {len(input_ids)} positions, pictures included, but {seer.name} reads {limit}; "
+            "ask less, show fewer pictures, or start a new conversation"
+        )
+    return Prompt(input_ids, images)
+
+
+def _blind(question: str) -> str:
+    return question.replace(IMAGE_MARKER, "").strip() if IMAGE_MARKER in question else question
+
+
+def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Yield groups of prompts of like length, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * (lengths[i] + max_new_tokens) > BATCH_POSITIONS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _tokens(
+    seer: Seer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stops: Sequence[tuple[int, ...]],
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as tokens are chosen; a row that has ended is taken out of the batch."""
+    model = seer.model
+    decoder, head = language_parts(model)
+    with answering(model):
+        embeddings, attention_mask = left_padded(seer, prompts)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config.get_text_config())
+    generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
+    rows = list(range(len(prompts)))
+    tails: list[tuple[int, ...]] = [() for _ in rows]
+    longest_stop = max(map(len, stops), default=1)
+    for _ in range(max_new_tokens):
+        with answering(model):
+            hidden = decoder(
+                inputs_embeds=embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            chosen = _choose(head(hidden[:, -1]).float(), sampling, generator)
+        ids = chosen.tolist()
+        yield from zip(rows, ids, strict=True)
+        tails = [(*tail, token)[-longest_stop:] for tail, token in zip(tails, ids, strict=True)]
+        going = [i for i, tail in enumerate(tails) if not any(tail[-len(stop) :] == stop for stop in stops)]
+        if not going:
+            return
+        with answering(model):
+            if len(going) < len(rows):
+                kept = torch.tensor(going, device=chosen.device)
+                cache.batch_select_indices(kept)
+                chosen, attention_mask, position_ids = chosen[kept], attention_mask[kept], position_ids[kept]
+                rows, tails = [rows[i] for i in going], [tails[i] for i in going]
+            embeddings = model.get_input_embeddings()(chosen[:, None])
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
+            position_ids = position_ids[:, -1:] + 1
+
+
+def _choose(logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: torch.Generator) -> Tensor:
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return order.gather(-1, drawn)[:, 0]
+
+
+def language_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Return the decoder without its head, and the head, of a LLaVA or of a text-only LLM."""
+    llava = isinstance(model, LlavaForConditionalGeneration)
+    decoder: Any = model.model.language_model if llava else model.get_decoder()
+    head: Any = model.get_output_embeddings()
+    return decoder, head
+
+
+def left_padded(seer: Seer, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "rows longest hidden"], Tensor]:
+    """Return the prompts' embeddings, pictures in place, and which positions are no padding."""
+    device = seer.model.device
+    flat = torch.tensor([token for prompt in prompts for token in prompt.input_ids], device=device)
+    if isinstance(seer.model, LlavaForConditionalGeneration):
+        positions = (flat == seer.encoder.image_token_id).nonzero()[:, 0]
+        embedded = embed(seer.model, flat, positions, _features(seer, prompts))
+    else:
+        embedded = seer.model.get_input_embeddings()(flat)
+    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
+    longest = int(lengths.max())
+    attention_mask = (torch.arange(longest, device=device) >= (longest - lengths)[:, None]).long()
+    padded = embedded.new_zeros(len(prompts), longest, embedded.shape[-1])
+    padded[attention_mask.bool()] = embedded
+    return padded, attention_mask
+
+
+def _features(seer: Seer, prompts: Sequence[Prompt]) -> Float[Tensor, "images patches hidden"]:
+    """Return the features of all pictures of the batch; a picture asked about twice is looked at once."""
+    processor, model = seer.image_processor, seer.model
+    assert processor is not None, "a LLaVA has an image processor"
+    assert isinstance(model, LlavaForConditionalGeneration), "only a LLaVA sees"
+    images = [image for prompt in prompts for image in prompt.images]
+    distinct = {id(image): image for image in images}
+    place = {key: number for number, key in enumerate(distinct)}
+    pixels = torch.zeros(0, 3, processor.size, processor.size)
+    if distinct:
+        pixels = torch.stack([processor(image) for image in distinct.values()])
+    return image_features(model, pixels.to(model.device))[[place[id(image)] for image in images]]
+
+
+def _text(seer: Seer, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> str:
+    for stop in sorted(stops, key=len, reverse=True):
+        if tuple(tokens[-len(stop) :]) == stop:
+            tokens = tokens[: -len(stop)]
+            break
+    return _decode(seer, tokens).strip()
+
+
+def _decode(seer: Seer, tokens: Sequence[int]) -> str:
+    return str(seer.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@contextmanager
+def answering(model: PreTrainedModel) -> Iterator[None]:
+    """Compute without gradients or dropout, in the precision the model was built for; leave all as it was."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        with torch.inference_mode(), arithmetic(cast(Any, model)):
+            yield
+    finally:
+        if training:
+            model.train()

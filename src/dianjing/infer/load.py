@@ -1,0 +1,147 @@
+"""A run, an exported folder or a text-only LLM -> Seer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+from dianjing.config.load import load_recipe
+from dianjing.config.schema import Recipe
+from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.template import template_for
+from dianjing.errors import ModelError
+from dianjing.formats.weights import read_config
+from dianjing.infer.generate import Seer
+from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
+from dianjing.model.build import build
+from dianjing.model.folders import TINYWORLD, resolve
+from dianjing.model.hub import is_hub_name
+from dianjing.model.language import load_exactly, load_language_model
+from dianjing.model.stage import apply_stage
+from dianjing.model.vision import num_image_tokens
+from dianjing.model.weights import load_trainable_state
+from dianjing.pictures.image import ImageProcessor
+from dianjing.run.checkpoint import TRAINABLE, newest
+
+TEMPLATE_KEY = "dianjing_template"
+"""Where an exported config.json names the chat template."""
+
+
+def load_for_use(path: str, device: str | None = None) -> Seer:
+    """Return the model at `path`, ready to answer; `device` None = the GPU if there is one.
+
+    `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported adapter or LLaVA folder or a
+    LLaVA in the layout of the hub's, or the folder of a text-only LLM ("tinyworld" too), which has no eyes; the last
+    two may be names of the hub (owner/name).
+
+    Raises:
+        ModelError: the folder is none of these.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if path != TINYWORLD and not Path(path).expanduser().is_dir() and not is_hub_name(path):
+        raise ModelError(
+            f"{path}: no such folder; give a run, an exported model, a text LLM, a model of the hub (owner/name), "
+            f'or "{TINYWORLD}"'
+        )
+    folder = resolve(path, "language_model")
+    if (folder / "recipe.toml").is_file():
+        seer = _load_run(folder, device)
+    elif not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{path}: neither recipe.toml (a run) nor config.json (a model) is in it; "
+            "give the folder of a run, of an export, or of a text LLM"
+        )
+    elif read_config(folder).get("model_type") == "llava":
+        seer = _load_llava(folder, device)
+    else:
+        seer = _load_text(folder, device)
+    return replace(seer, name=path)
+
+
+def _load_run(run: Path, device: str) -> Seer:
+    recipe = load_recipe(run / "recipe.toml")
+    if device == "cpu":
+        recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
+    _require_bases(recipe, run)
+    checkpoint = None if is_adapter(run) else newest(run)
+    built = build(recipe, device, fresh_projector=True)
+    apply_stage(built.model, recipe)
+    if checkpoint is None:
+        load_adapter(built.model, run)
+    else:
+        load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
+    return Seer(
+        name=str(run),
+        model=built.model.eval(),
+        tokenizer=built.tokenizer,
+        encoder=built.encoder,
+        image_processor=built.image_processor,
+        recipe=recipe,
+    )
+
+
+def _require_bases(recipe: Recipe, run: Path) -> None:
+    """Refuse a run whose base models are not where its recipe says, or an adapter on other bases than its own."""
+    for part in PARTS:
+        try:
+            resolve(getattr(recipe, part).folder, part)
+        except ModelError as error:
+            raise ModelError(
+                f"{run}: its {part.replace('_', ' ')} is not there any more ({error}); put it back, or write where it "
+                f"is now to {part}.folder in {run / 'recipe.toml'}"
+            ) from None
+    if is_adapter(run):
+        require_bases(recipe, run)
+
+
+def _load_llava(folder: Path, device: str) -> Seer:
+    config = read_config(folder)
+    tower = config.get("vision_config", {}).get("model_type")
+    if tower not in ("clip_vision_model", "siglip_vision_model"):
+        raise ModelError(
+            f'{folder}: its vision tower is "{tower}"; only LLaVAs with a CLIP or SigLIP tower can be asked here'
+        )
+    if not isinstance(config.get("vision_feature_layer", -2), int):
+        raise ModelError(f"{folder}: it joins the features of several layers; LLaVAs of one layer can be asked here")
+    tokenizer = load_tokenizer(folder)
+    model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
+    return Seer(
+        name=str(folder),
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        encoder=_encoder(tokenizer, config.get(TEMPLATE_KEY), model.config),
+        image_processor=ImageProcessor.from_folder(folder),
+    )
+
+
+def _load_text(folder: Path, device: str) -> Seer:
+    tokenizer = load_tokenizer(folder)
+    model: Any = load_language_model(folder, _dtype(device))[0]
+    return Seer(
+        name=str(folder),
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        encoder=_encoder(tokenizer, None, None),
+        image_processor=None,
+    )
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, template: str | None, llava: Any) -> Encoder:
+    """Return the encoder of a model; `llava` is the configuration of one that sees, else None."""
+    return Encoder(
+        tokenizer=tokenizer,
+        template=template_for(tokenizer, template or "")[0],
+        num_image_tokens=num_image_tokens(llava.vision_config, llava.vision_feature_select_strategy) if llava else 1,
+        max_tokens=tokenizer.model_max_length,
+        on_long_record="error",
+        image_token_id=llava.image_token_id if llava else image_token_id(tokenizer),
+    )
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

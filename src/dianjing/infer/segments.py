@@ -1,0 +1,79 @@
+"""What a model is fed of a record, as text again: which tokens are supervised, and which stand for a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from dianjing.config.schema import Recipe
+from dianjing.constants import IGNORE_INDEX
+from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
+from dianjing.data.template import template_for
+from dianjing.model.folders import resolve
+from dianjing.pictures.image import ImageProcessor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of one kind: "plain", "supervised", or "picture" (one picture each)."""
+
+    kind: str
+    text: str
+
+
+def segments(example: Example, encoder: Encoder) -> list[Segment]:
+    """Return a record as text again, cut where the kind of its tokens changes."""
+    images = iter(example.images)
+    found: list[Segment] = []
+
+    def kind(pair: tuple[int, int]) -> str:
+        token, label = pair
+        if token == encoder.image_token_id:
+            return "picture"
+        return "plain" if label == IGNORE_INDEX else "supervised"
+
+    for name, pairs in groupby(zip(example.input_ids, example.labels, strict=True), kind):
+        ids = [token for token, _ in pairs]
+        if name == "picture":
+            names = [next(images) for _ in range(len(ids) // encoder.num_image_tokens)]
+            found += [Segment(name, f"[{image}: {encoder.num_image_tokens} image tokens]") for image in names]
+        else:
+            text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            found.append(Segment(name, str(text)))
+    return found
+
+
+def headline(example: Example) -> str:
+    """Return the record's name and measures in one line."""
+    supervised = sum(label != IGNORE_INDEX for label in example.labels)
+    cut = f", {example.truncated} tokens cut off" if example.truncated else ""
+    return f"{example.id}: {len(example.input_ids)} positions, {supervised} of them supervised{cut}"
+
+
+def image_tokens_of(tower: Path) -> int:
+    """Return how many tokens a picture becomes with the vision tower of a folder."""
+    # Imported here because it takes seconds, and only a tower needs it.
+    from dianjing.model.vision import num_image_tokens, select_strategy, vision_config
+
+    config = vision_config(tower)
+    return num_image_tokens(config, select_strategy(config))
+
+
+def reader_of(recipe: Recipe) -> tuple[Encoder, ImageProcessor]:
+    """Return how a run with this recipe reads records and pictures; no weights are loaded.
+
+    Raises:
+        ModelError: a folder, a tokenizer or a template does not fit.
+    """
+    tokenizer = load_tokenizer(resolve(recipe.language_model.folder, "language_model", weights=False))
+    tower = resolve(recipe.vision_tower.folder, "vision_tower", weights=False)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        template=template_for(tokenizer, recipe.language_model.template)[0],
+        num_image_tokens=image_tokens_of(tower),
+        max_tokens=recipe.data.max_tokens,
+        on_long_record=recipe.data.on_long_record,
+        image_token_id=image_token_id(tokenizer),
+    )
+    return encoder, ImageProcessor.from_folder(tower, recipe.data.aspect)

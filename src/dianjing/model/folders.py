@@ -1,0 +1,33 @@
+"""The folder of a model that a recipe or a flag names: one's own, a packaged one, or one of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from dianjing.errors import ModelError
+from dianjing.model.hub import hub_folder, is_hub_name
+
+TINYWORLD = "tinyworld"
+Part = Literal["language_model", "vision_tower"]
+
+
+def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
+    """Return the folder to read: `folder` itself, the packaged one for "tinyworld", or that of owner/name on the hub.
+
+    A folder of one's own that is called tinyworld is written "./tinyworld". Without `weights`, what is downloaded
+    has none.
+
+    Raises:
+        ModelError: the folder does not exist.
+    """
+    path = Path(__file__).parents[1] / TINYWORLD / "models" / part if folder == TINYWORLD else Path(folder).expanduser()
+    if not path.is_dir():
+        if is_hub_name(folder):
+            return hub_folder(folder, weights=weights)
+        kind = part.replace("_", " ")
+        raise ModelError(
+            f"{folder}: no such {kind} folder; give a folder on this machine, a model of the hub (owner/name), "
+            f'or "{TINYWORLD}"'
+        )
+    return path

@@ -1,0 +1,172 @@
+"""Checkpoints: private to training, exact, and either whole or not there.
+
+    runs/x/checkpoints/step-000100/
+        trainable.safetensors   what trains, by its names in the live model
+        optimizer.safetensors   the optimizer's memory of it
+        state.json              where the run is: TrainState
+        manifest.json           size and SHA-256 of the three; written last
+
+A checkpoint is written under another name, flushed to the disk and renamed. Whoever reads it checks the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dianjing.errors import CheckpointError
+from dianjing.run.state import TrainState
+
+TRAINABLE = "trainable.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+WRITING = ".writing-"
+"""How the name of a checkpoint begins until it is whole."""
+SPARE = 1.1
+"""Free space asked for, as a multiple of the bytes that will be written."""
+
+
+def save(
+    run: Path, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: TrainState, keep: int
+) -> Path:
+    """Write the checkpoint of a step, then delete all but the `keep` newest.
+
+    Raises:
+        CheckpointError: it cannot be written; the earlier ones are as they were.
+    """
+    final = run / "checkpoints" / f"step-{state.step:06d}"
+    writing = final.with_name(WRITING + final.name)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for unfinished in final.parent.glob(f"{WRITING}*"):
+            shutil.rmtree(unfinished)
+        require_space(run, sum(weight.nbytes for weight in (*trainable.values(), *optimizer.values())))
+        writing.mkdir()
+        _write(writing, trainable, optimizer, state)
+        if final.exists():  # damaged: the run was resumed from an earlier one
+            shutil.rmtree(final)
+        writing.rename(final)
+        _flush(final.parent)
+        _rotate(run, state.step, keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: the checkpoint cannot be written: {error}; make room or choose another output; "
+            f"earlier checkpoints are untouched, --resume goes on from the newest"
+        ) from None
+    return final
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to write what will not fit.
+
+    Raises:
+        CheckpointError: the disk has too little room; both numbers are named.
+    """
+    needed, free = int(needed_bytes * SPARE), shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {needed:,} bytes are needed for checkpoints, but only {free:,} are free on this disk; make "
+            "room, lower train.keep or choose another output"
+        )
+
+
+def newest(run: Path, notify: Callable[[str], object] | None = None) -> Path:
+    """Return the newest checkpoint that is whole; `notify` (default: stderr) is told which were passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    notify = notify or (lambda text: print(text, file=sys.stderr))
+    passed_over: list[str] = []
+    for checkpoint in reversed(checkpoints(run)):
+        fault = damage(checkpoint)
+        if not fault:
+            for text in passed_over:
+                notify(f"passed over {text}; using {checkpoint.name}")
+            return checkpoint
+        passed_over.append(f"{checkpoint}: {fault}")
+    if passed_over:
+        raise CheckpointError("\n  ".join([f"{run}: no checkpoint is whole:", *passed_over]))
+    raise CheckpointError(f"{run}: there is no checkpoint in it; train without --resume first, or name another run")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first, whole or not."""
+    return sorted((run / "checkpoints").glob("step-*"), key=_step)
+
+
+def damage(checkpoint: Path) -> str:
+    """Return what is wrong with a checkpoint, "" for nothing: every byte is read."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = checkpoint / name
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+            if _digest(path) != expected["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return "" if files.keys() == {TRAINABLE, OPTIMIZER, STATE} else f"{MANIFEST} does not name all files"
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """Return where the run was."""
+    return TrainState.from_json((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def _write(folder: Path, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: TrainState) -> None:
+    save_file(dict(trainable), folder / TRAINABLE)
+    save_file(dict(optimizer), folder / OPTIMIZER)
+    (folder / STATE).write_text(state.to_json(), encoding="utf-8")
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+        for name in (TRAINABLE, OPTIMIZER, STATE)
+    }
+    (folder / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
+
+
+def _rotate(run: Path, step: int, keep: int) -> None:
+    """Keep the newest up to `step`; a later one was found damaged when the run was resumed."""
+    usable = [path for path in checkpoints(run) if _step(path) <= step]
+    for path in _others(checkpoints(run), usable[-keep:]):
+        doomed = path.rename(path.with_name(WRITING + path.name))
+        shutil.rmtree(doomed)
+
+
+def _others(paths: list[Path], kept: list[Path]) -> Iterator[Path]:
+    return (path for path in paths if path not in kept)
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

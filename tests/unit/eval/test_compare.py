@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import base64
+import io
+from html.parser import HTMLParser
+from typing import Any
+
+from PIL import Image, ImageChops
+
+from dianjing.eval.compare import THUMBNAIL_PIXELS, Column, page, thumbnail, verdict
+from dianjing.eval.score import score, summarise
+from dianjing.infer.questions import Question
+from tests.seers import picture
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the text of each by class."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def classes(self, name: str) -> int:
+        return sum(name in (attributes.get("class") or "").split() for _, attributes in self.tags)
+
+
+def asked(number: int, images: tuple[str, ...], reference: str) -> Question:
+    text = "<image>\n" * len(images) + f"Question {number}?"
+    return Question(id=f"r{number}", turn=0, type="what", text=text, images=images, reference=reference)
+
+
+QUESTIONS = [
+    asked(0, ("a.png",), "It is red."),
+    asked(1, ("a.png",), "Yes."),
+    asked(2, (), "Four things lie on a table beside the window of the old house."),
+]
+PICTURES = {"a.png": picture(60, 20)}
+
+
+def column(name: str, *answers: str, can_see: bool = True) -> Column:
+    scored = [score(one.type, text, one.reference) for one, text in zip(QUESTIONS, answers, strict=True)]
+    return Column(name=name, can_see=can_see, answers=answers, summary=summarise(scored))
+
+
+COLUMNS = [
+    column("blind", "No.", "Yes.", "", can_see=False),
+    column("seeing", "It is red.", HOSTILE, "Four things lie on a table beside the door of an old house."),
+]
+
+
+def test_the_page_is_self_contained() -> None:
+    for _, attributes in Page(page("Title", QUESTIONS, COLUMNS, PICTURES)).tags:
+        assert not str(attributes.get("href", "")) or attributes["href"].startswith("#")
+        assert str(attributes.get("src", "data:")).startswith("data:")
+        assert "url(" not in str(attributes.get("style", ""))
+
+
+def test_what_a_model_says_is_text() -> None:
+    shown = Page(page("<b>Title</b>", QUESTIONS, COLUMNS, PICTURES))
+    assert HOSTILE in shown.text
+    assert "<b>Title</b>" in shown.text
+    assert [tag for tag, _ in shown.tags].count("script") == 1
+    assert not any("onerror" in attributes for _, attributes in shown.tags)
+
+
+def test_every_answer_is_there_with_its_verdict() -> None:
+    shown = Page(page("Title", QUESTIONS, COLUMNS, PICTURES))
+    assert (shown.classes("row"), shown.classes("answer")) == (3, 6)
+    assert (shown.classes("right"), shown.classes("close"), shown.classes("wrong")) == (2, 1, 3)
+    assert "(no answer)" in shown.text
+    assert "33.3" in shown.text
+    assert shown.text.count("Cannot see") == 1
+    assert [
+        attributes["data-disagree"] for tag, attributes in shown.tags if tag == "article" and "data-wrong" in attributes
+    ] == [
+        "1",
+        "1",
+        "1",
+    ]
+
+
+def test_a_short_answer_with_one_wrong_word_is_wrong() -> None:
+    assert verdict("It is green.", "It is red.")["verdict"] == "wrong"
+
+
+def test_questions_about_one_picture_share_it() -> None:
+    shown = Page(page("Title", QUESTIONS, COLUMNS, PICTURES))
+    assert shown.classes("card") == 2
+    assert [tag for tag, _ in shown.tags].count("img") == 1
+
+
+def decoded(source: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1])))
+
+
+def test_a_small_picture_stays_exact_and_a_large_one_becomes_small() -> None:
+    small, large = picture(60, 20), picture(900, 300)
+    assert ImageChops.difference(decoded(thumbnail(small)).convert("RGB"), small).getbbox() is None
+    assert decoded(thumbnail(large)).size == (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS // 3)
+    assert large.size == (900, 300)
