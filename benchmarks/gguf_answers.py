@@ -29,7 +29,7 @@ from dianjing.export.export import Options, export
 from dianjing.export.gguf_llama import Request, ask_llama
 from dianjing.export.gguf_proof import prompt_text
 from dianjing.export.gguf_read import TEXT_FILE, VISION_FILE
-from dianjing.infer.generate import Conversation, Seer, generate_ids
+from dianjing.infer.generate import Conversation, LoadedModel, generate_ids
 from dianjing.infer.load import load_for_use
 from dianjing.model.folders import resolve
 from dianjing.pictures.image import ImageProcessor
@@ -130,15 +130,17 @@ def held_out(data: DemoData, number: int) -> list[tuple[Conversation, str]]:
     return asked
 
 
-def measure(seer: Seer, folder: Path, asked: list[tuple[Conversation, str]], prepared: bool) -> dict[str, float]:
+def measure(
+    loaded: LoadedModel, folder: Path, asked: list[tuple[Conversation, str]], prepared: bool
+) -> dict[str, float]:
     """Return shares of equal greedy ids and of right answers; `prepared`: the pictures are padded as in training."""
-    processor = seer.image_processor
+    processor = loaded.image_processor
     assert processor is not None
     conversations = [conversation for conversation, _ in asked]
-    ours = generate_ids(seer, conversations, ANSWER_TOKENS)
+    ours = generate_ids(loaded, conversations, ANSWER_TOKENS)
     requests = [
         Request(
-            prompt=prompt_text(seer, one),
+            prompt=prompt_text(loaded, one),
             pictures=[np.asarray(processor.to_picture(processor(i)) if prepared else i) for i in one.images],
             answer=answer,
         )
@@ -148,7 +150,7 @@ def measure(seer: Seer, folder: Path, asked: list[tuple[Conversation, str]], pre
     # Given the same tokens before it, each token is the same: then so is the answer when llama.cpp writes it freely.
     theirs = [reply.logits.argmax(-1).tolist() for reply in replies]
     equal = [a == b for a, b in zip(ours, theirs, strict=True)]
-    right = [_text(seer, answer) == reference for answer, (_, reference) in zip(ours, asked, strict=True)]
+    right = [_text(loaded, answer) == reference for answer, (_, reference) in zip(ours, asked, strict=True)]
     square = [one.images[0].width == one.images[0].height for one in conversations]
     return {
         "equal": np.mean(equal).item(),
@@ -160,8 +162,8 @@ def measure(seer: Seer, folder: Path, asked: list[tuple[Conversation, str]], pre
     }
 
 
-def _text(seer: Seer, ids: list[int]) -> str:
-    return str(seer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+def _text(loaded: LoadedModel, ids: list[int]) -> str:
+    return str(loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def main() -> None:
@@ -182,14 +184,14 @@ def main() -> None:
             print(f"relative error of the distilled tower: {write_siglip(tower, given.distil):.3f}")
         train_both(given.out, tower, data)
         print(f"made in {time.monotonic() - began:.0f} s")
-    seer = load_for_use(str(run), "cpu")
+    loaded = load_for_use(str(run), "cpu")
     asked = held_out(data, given.questions)
     for kind in given.types:
         folder = given.out / f"export-{kind}-{time.time_ns()}"
-        proof = export(seer, folder, [], "gguf", Options(quantize=kind, verify=True))
+        proof = export(loaded, folder, [], "gguf", Options(quantize=kind, verify=True))
         print(f"{kind}: exported, {len(proof.cases)} cases, logits within {proof.max_logit_difference:.1e}")
         for name, prepared in (("prepared as in training", True), ("as they are", False)):
-            shares = measure(seer, folder, asked, prepared)
+            shares = measure(loaded, folder, asked, prepared)
             print(f"  pictures {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in shares.items()), flush=True)
 
 

@@ -23,7 +23,7 @@ from dianjing.tinyworld.scene import sample_distinct
 from dianjing.train.loop import train
 from tests.chaos.conftest import Maker
 from tests.conftest import MakeRecipe
-from tests.seers import seer_of, write_run
+from tests.loaded_models import loaded_model, write_run
 
 MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
 QUESTIONS = ("How many objects are there?", "Is there a circle?", "图中有几个物体？")
@@ -38,7 +38,7 @@ def model(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     """Export a model that speaks of scenes and has learned nothing about pictures."""
     parts = {"language_model": {"folder": "tinyworld", "template": ""}, "vision_tower": {"folder": "tinyworld"}}
     recipe = make_recipe("pretrain", output=str(tmp_path / "blind"), **parts)
-    assert main(["export", str(write_run(recipe, seer_of(recipe))), str(tmp_path / "export")]) == 0
+    assert main(["export", str(write_run(recipe, loaded_model(recipe))), str(tmp_path / "export")]) == 0
     return tmp_path / "export"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dianjing.cli.main import main
 from tests.conftest import MakeRecipe
-from tests.seers import seer_of, write_run
+from tests.loaded_models import loaded_model, write_run
 from tests.tiny import write_llm
 
 LORA = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
@@ -23,7 +23,7 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 @pytest.fixture
 def run(make_recipe: MakeRecipe, tmp_path: Path) -> str:
     recipe = make_recipe("finetune", **LORA)
-    return str(write_run(recipe, seer_of(recipe)))
+    return str(write_run(recipe, loaded_model(recipe)))
 
 
 @pytest.mark.parametrize("format", ["hf", "adapter"])
@@ -75,7 +75,7 @@ def test_an_adapter_can_be_exported_merged(run: str, tmp_path: Path) -> None:
 def test_a_base_that_moved(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_llm(tmp_path / "llm")
     recipe = make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora"})
-    run = write_run(recipe, seer_of(recipe))
+    run = write_run(recipe, loaded_model(recipe))
     shutil.rmtree(folder)
     assert main(["export", str(run), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from dianjing.cli.main import main
 from dianjing.config.load import save_recipe
 from tests.conftest import MakeRecipe
-from tests.seers import picture, seer_of, write_run
+from tests.loaded_models import loaded_model, picture, write_run
 
 NAMES = (
     "../secret.png",
@@ -79,7 +79,7 @@ def test_no_verb_opens_what_a_record_must_not_name(
     folder, images = data.parent, data.parent / "images"
     recipe = make_recipe(data={"path": str(data), "images": str(images)})
     save_recipe(recipe, folder / "run.toml")
-    run = write_run(recipe, seer_of(recipe)) if verb in ("eval", "compare") else folder
+    run = write_run(recipe, loaded_model(recipe)) if verb in ("eval", "compare") else folder
     arguments = {
         "show": ["show", data, "--images", images, "--llm", tiny_llm],
         "train": ["train", folder / "run.toml", "--output", folder / "new"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dianjing.cli.main import main
-from tests.seers import picture
+from tests.loaded_models import picture
 from tests.xtuner import XTUNER
 
 TINY = XTUNER / "tiny"

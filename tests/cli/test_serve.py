@@ -28,7 +28,7 @@ from dianjing.config.schema import DataConfig, LanguageModelConfig, Recipe, Trai
 from dianjing.infer.generate import generate
 from dianjing.infer.load import load_for_use
 from tests.conftest import MakeRecipe
-from tests.seers import picture, seer_of, write_run
+from tests.loaded_models import loaded_model, picture, write_run
 from tests.tiny import TinyDataset
 
 needs_server = pytest.mark.skipif(
@@ -82,7 +82,7 @@ def server(
         data=DataConfig(path=str(tiny_dataset.path), images=str(tiny_dataset.images)),
         train=TrainConfig(precision="fp32"),
     )
-    run = write_run(recipe, seer_of(recipe))
+    run = write_run(recipe, loaded_model(recipe))
     secret = folder / "secret.png"
     picture(8, 8).save(secret)
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
@@ -204,7 +204,7 @@ def test_vllm_gets_the_folder_and_the_key(
 ) -> None:
     """A program named vllm stands for vLLM."""
     recipe = make_recipe()
-    run = write_run(recipe, seer_of(recipe))
+    run = write_run(recipe, loaded_model(recipe))
     program = tmp_path / "bin" / "vllm"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@ key=$VLLM_API_KEY" > {tmp_path}/called\nexit 3\n')

@@ -10,14 +10,14 @@ import pytest
 
 from dianjing.cli.main import main
 from tests.conftest import MakeRecipe
-from tests.seers import seer_of, write_run
+from tests.loaded_models import loaded_model, write_run
 from tests.tiny import TinyDataset
 
 
 @pytest.fixture
 def run(make_recipe: MakeRecipe) -> str:
     recipe = make_recipe("finetune", language_model={"tuning": "lora"})
-    return str(write_run(recipe, seer_of(recipe)))
+    return str(write_run(recipe, loaded_model(recipe)))
 
 
 def test_one_prompt_prints_the_answer_alone(
@@ -92,6 +92,6 @@ def test_export_without_its_data_says_so(
     make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe("pretrain", data={"path": str(tmp_path / "gone.json")})
-    run = write_run(recipe, seer_of(recipe))
+    run = write_run(recipe, loaded_model(recipe))
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert "drawn pictures alone" in capsys.readouterr().err

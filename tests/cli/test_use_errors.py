@@ -13,7 +13,7 @@ import pytest
 
 from dianjing.cli.main import main
 from tests.conftest import MakeRecipe
-from tests.seers import picture, seer_of, write_run
+from tests.loaded_models import loaded_model, picture, write_run
 from tests.tiny import TinyDataset
 
 Fails = Callable[..., str]
@@ -99,7 +99,7 @@ def test_bad_records(fails: Fails, tiny_llm: Path, tmp_path: Path) -> None:
 
 def test_exports_that_cannot_be(fails: Fails, make_recipe: MakeRecipe, tiny_llm: Path, tmp_path: Path) -> None:
     recipe = make_recipe("pretrain")
-    run = write_run(recipe, seer_of(recipe))
+    run = write_run(recipe, loaded_model(recipe))
     assert "text-only" in fails("export", tiny_llm, tmp_path / "out")
     assert "already there" in fails("export", run, tmp_path)
     assert "cannot be read" in fails("export", run, tmp_path / "out", "--data", tmp_path / "none.json")

@@ -17,10 +17,10 @@ from dianjing.export import hf
 from dianjing.export.export import Options, export
 from dianjing.export.layout import EMBEDDING, HEAD
 from dianjing.export.receipt import ANSWER_TOKENS, drawn_cases
-from dianjing.infer.generate import Conversation, Seer, generate_ids
+from dianjing.infer.generate import Conversation, LoadedModel, generate_ids
 from dianjing.infer.load import load_for_use
 from tests.conftest import MakeRecipe
-from tests.seers import conversations, picture, seer_of, text_seer
+from tests.loaded_models import conversations, loaded_model, loaded_text_model, picture
 from tests.tiny import write_llm
 
 save = hf.save
@@ -36,16 +36,16 @@ RUNS = {
 
 
 @pytest.fixture
-def seer(make_recipe: MakeRecipe) -> Seer:
-    return seer_of(make_recipe("finetune", **LORA))
+def loaded(make_recipe: MakeRecipe) -> LoadedModel:
+    return loaded_model(make_recipe("finetune", **LORA))
 
 
 @pytest.mark.parametrize("run", list(RUNS))
 def test_export_equals_run(make_recipe: MakeRecipe, tmp_path: Path, run: str) -> None:
     stage, sections = RUNS[run]
-    seer = seer_of(make_recipe(stage, **sections))
+    loaded = loaded_model(make_recipe(stage, **sections))
     alone = [one for one in conversations() if not one.history]
-    cases = export(seer, tmp_path / "out", alone).cases
+    cases = export(loaded, tmp_path / "out", alone).cases
     assert len(cases) == len(alone) + len(drawn_cases())
     for case in cases:
         assert case.equal
@@ -63,7 +63,9 @@ def test_turns_that_end_with_eos(make_recipe: MakeRecipe, tmp_path: Path) -> Non
     for file in folder.glob("*token*.json"):
         file.write_text(file.read_text().replace("|im_start|", "mark-1").replace("|im_end|", "mark-2"))
     language_model = {"folder": str(folder), "template": "vicuna", "tuning": "lora"}
-    proof = export(seer_of(make_recipe("finetune", language_model=language_model)), tmp_path / "out", conversations())
+    proof = export(
+        loaded_model(make_recipe("finetune", language_model=language_model)), tmp_path / "out", conversations()
+    )
     assert all(case.equal for case in proof.cases)
 
 
@@ -74,16 +76,18 @@ def test_tied_weights_stay_tied_unless_the_head_learned(
     make_recipe: MakeRecipe, tmp_path: Path, tied: bool, head: bool
 ) -> None:
     folder = write_llm(tmp_path / "llm", tie_word_embeddings=tied, rope_theta=5e5)
-    seer = seer_of(make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora", "lora_head": head}))
-    assert all(case.equal for case in export(seer, tmp_path / "out").cases)
+    loaded = loaded_model(
+        make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora", "lora_head": head})
+    )
+    assert all(case.equal for case in export(loaded, tmp_path / "out").cases)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert (HEAD in weights) == (head or not tied)
     assert weights[EMBEDDING].shape[0] % 64 == 0
 
 
-def test_a_stranger_reads_it(seer: Seer, tmp_path: Path) -> None:
+def test_a_stranger_reads_it(loaded: LoadedModel, tmp_path: Path) -> None:
     """With nothing of ours but the folder: a wide picture, two pictures, several turns, as a batch."""
-    export(seer, tmp_path / "out")
+    export(loaded, tmp_path / "out")
     model, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "out", local_files_only=True, output_loading_info=True
     )
@@ -109,16 +113,16 @@ def test_a_stranger_reads_it(seer: Seer, tmp_path: Path) -> None:
     with torch.inference_mode():
         written = model.eval().generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     answers = written[:, inputs["input_ids"].shape[1] :].tolist()
-    for answer, ids in zip(answers, generate_ids(seer, ours, ANSWER_TOKENS), strict=True):
+    for answer, ids in zip(answers, generate_ids(loaded, ours, ANSWER_TOKENS), strict=True):
         assert answer[: len(ids)] == ids
 
 
-def test_an_export_can_be_asked_and_exported_again(seer: Seer, tmp_path: Path) -> None:
-    export(seer, tmp_path / "out")
+def test_an_export_can_be_asked_and_exported_again(loaded: LoadedModel, tmp_path: Path) -> None:
+    export(loaded, tmp_path / "out")
     again = load_for_use(str(tmp_path / "out"), "cpu")
-    assert again.encoder.template == seer.encoder.template
-    assert again.image_processor == seer.image_processor
-    assert generate_ids(again, conversations(), 12) == generate_ids(seer, conversations(), 12)
+    assert again.encoder.template == loaded.encoder.template
+    assert again.image_processor == loaded.image_processor
+    assert generate_ids(again, conversations(), 12) == generate_ids(loaded, conversations(), 12)
     export(again, tmp_path / "second")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first | second)
@@ -166,54 +170,56 @@ CORRUPTIONS = {
 
 @pytest.mark.parametrize("corruption", list(CORRUPTIONS))
 def test_a_corrupted_export_is_not_kept(
-    seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corruption: str
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corruption: str
 ) -> None:
-    def save_and_corrupt(seer: Seer, folder: Path, options: Options) -> None:
-        save(seer, folder, options)
+    def save_and_corrupt(loaded: LoadedModel, folder: Path, options: Options) -> None:
+        save(loaded, folder, options)
         CORRUPTIONS[corruption](folder)
 
     if corruption == "it never stops":
-        stop = generate_ids(seer, drawn_cases()[:1], 4)[0][2]
-        monkeypatch.setattr("dianjing.infer.generate.stop_sequences", lambda seer: [(stop,)])
-        monkeypatch.setattr("dianjing.export.hf.stop_sequences", lambda seer: [(stop,)])
+        stop = generate_ids(loaded, drawn_cases()[:1], 4)[0][2]
+        monkeypatch.setattr("dianjing.infer.generate.stop_sequences", lambda loaded: [(stop,)])
+        monkeypatch.setattr("dianjing.export.hf.stop_sequences", lambda loaded: [(stop,)])
     monkeypatch.setattr(hf, "save", save_and_corrupt)
     with pytest.raises(ExportError, match=r"not kept"):
-        export(seer, tmp_path / "out")
+        export(loaded, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_export_that_cannot_be_read_is_not_kept(seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_and_forget(seer: Seer, folder: Path, options: Options) -> None:
-        save(seer, folder, options)
+def test_an_export_that_cannot_be_read_is_not_kept(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_and_forget(loaded: LoadedModel, folder: Path, options: Options) -> None:
+        save(loaded, folder, options)
         (folder / "config.json").unlink()
 
     monkeypatch.setattr(hf, "save", save_and_forget)
     with pytest.raises(ExportError, match="cannot be read back"):
-        export(seer, tmp_path / "out")
+        export(loaded, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
-def test_nothing_is_overwritten(seer: Seer, tmp_path: Path) -> None:
+def test_nothing_is_overwritten(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match="already there"):
-        export(seer, tmp_path / "out")
+        export(loaded, tmp_path / "out")
 
 
 def test_a_text_model_is_not_exported(tiny_llm: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="text-only"):
-        export(text_seer(tiny_llm), tmp_path / "out")
+        export(loaded_text_model(tiny_llm), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
-def test_large_weights_are_sharded(seer: Seer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_sharded(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dianjing.export.hf.SHARD_SIZE", "100KB")
-    assert all(case.equal for case in export(seer, tmp_path / "out").cases)
+    assert all(case.equal for case in export(loaded, tmp_path / "out").cases)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     shutil.rmtree(tmp_path / "out")
 
 
-def test_the_comparison_sees_a_picture_that_is_not_looked_at(seer: Seer, tmp_path: Path) -> None:
-    hf.save(seer, tmp_path, Options())
+def test_the_comparison_sees_a_picture_that_is_not_looked_at(loaded: LoadedModel, tmp_path: Path) -> None:
+    hf.save(loaded, tmp_path, Options())
     other = [Conversation((), one.question, [picture(*image.size) for image in one.images]) for one in drawn_cases()]
-    before, after = (hf.prove(seer, tmp_path, cases[:1], Options()).cases for cases in (drawn_cases(), other))
+    before, after = (hf.prove(loaded, tmp_path, cases[:1], Options()).cases for cases in (drawn_cases(), other))
     assert before[0].largest_logit != after[0].largest_logit

@@ -20,10 +20,10 @@ from dianjing.errors import ExportError, ModelError
 from dianjing.export import adapter
 from dianjing.export.export import Options, export
 from dianjing.export.merge import merged_state
-from dianjing.infer.generate import Seer, generate_ids
+from dianjing.infer.generate import LoadedModel, generate_ids
 from dianjing.infer.load import load_for_use
 from tests.conftest import MakeRecipe
-from tests.seers import conversations, seer_of, text_seer
+from tests.loaded_models import conversations, loaded_model, loaded_text_model
 from tests.tiny import write_llm
 
 LORA = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
@@ -38,12 +38,12 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("run", list(RUNS))
 def test_adapter_equals_run(make_recipe: MakeRecipe, tmp_path: Path, run: str) -> None:
     stage, sections = RUNS[run]
-    seer = seer_of(make_recipe(stage, **sections))
-    proof = export(seer, tmp_path / "out", conversations(), "adapter")
+    loaded = loaded_model(make_recipe(stage, **sections))
+    proof = export(loaded, tmp_path / "out", conversations(), "adapter")
     assert all(case.equal for case in proof.cases)
     assert (proof.max_logit_difference > 0) == (stage == "finetune"), "adapters apart against the sum"
     again = load_for_use(str(tmp_path / "out"), "cpu")
-    assert generate_ids(again, conversations(), 12) == generate_ids(seer, conversations(), 12)
+    assert generate_ids(again, conversations(), 12) == generate_ids(loaded, conversations(), 12)
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
         part for part, section in sections.items() if section["tuning"] == "lora"
     }
@@ -51,13 +51,13 @@ def test_adapter_equals_run(make_recipe: MakeRecipe, tmp_path: Path, run: str) -
 
 def test_plain_peft_has_the_merged_weights(make_recipe: MakeRecipe, tiny_llm: Path, tmp_path: Path) -> None:
     """With nothing of ours but the folder."""
-    seer = seer_of(make_recipe("finetune", **LORA))
-    export(seer, tmp_path / "out", format="adapter")
+    loaded = loaded_model(make_recipe("finetune", **LORA))
+    export(loaded, tmp_path / "out", format="adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_llm)
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
         adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "language_model")
     merged = adapted.merge_and_unload().state_dict()  # pyright: ignore[reportCallIssue]
-    expected = merged_state(seer.model)
+    expected = merged_state(loaded.model)
     for name, weight in merged.items():
         live = name.replace("model.", "model.language_model.") if name.startswith("model.") else name
         torch.testing.assert_close(weight, expected[live])
@@ -65,7 +65,7 @@ def test_plain_peft_has_the_merged_weights(make_recipe: MakeRecipe, tiny_llm: Pa
 
 def test_the_folder_names_no_other_place_of_this_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("finetune", **LORA)
-    export(seer_of(recipe), tmp_path / "out", format="adapter")
+    export(loaded_model(recipe), tmp_path / "out", format="adapter")
     text = (tmp_path / "out" / "recipe.toml").read_text()
     assert recipe.data.images not in text
     assert recipe.output not in text
@@ -88,13 +88,13 @@ def test_a_perturbed_adapter_is_not_kept(
 ) -> None:
     save = adapter.save
 
-    def save_and_perturb(seer: Seer, folder: Path, options: Options) -> None:
-        save(seer, folder, options)
+    def save_and_perturb(loaded: LoadedModel, folder: Path, options: Options) -> None:
+        save(loaded, folder, options)
         perturb(folder / file)
 
     monkeypatch.setattr(adapter, "save", save_and_perturb)
     with pytest.raises(ExportError, match="not kept"):
-        export(seer_of(make_recipe("finetune", **LORA)), tmp_path / "out", format="adapter")
+        export(loaded_model(make_recipe("finetune", **LORA)), tmp_path / "out", format="adapter")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -104,39 +104,39 @@ def test_wrong_settings_of_peft_are_not_kept(
     """Which only plain peft reads."""
     save = adapter.save
 
-    def save_and_edit(seer: Seer, folder: Path, options: Options) -> None:
-        save(seer, folder, options)
+    def save_and_edit(loaded: LoadedModel, folder: Path, options: Options) -> None:
+        save(loaded, folder, options)
         path = folder / "language_model" / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
 
     monkeypatch.setattr(adapter, "save", save_and_edit)
     with pytest.raises(ExportError, match=r"on \d+ of 10 conversations, so it is not kept"):
-        export(seer_of(make_recipe("finetune", **LORA)), tmp_path / "out", format="adapter")
+        export(loaded_model(make_recipe("finetune", **LORA)), tmp_path / "out", format="adapter")
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
 def test_a_full_run_has_nothing_small(make_recipe: MakeRecipe, tmp_path: Path, part: str) -> None:
-    seer = seer_of(make_recipe("finetune", **{part: {"tuning": "full"}}))
+    loaded = loaded_model(make_recipe("finetune", **{part: {"tuning": "full"}}))
     with pytest.raises(ExportError, match=f'{part}.tuning was "full".*nothing small to export'):
-        export(seer, tmp_path / "out", format="adapter")
+        export(loaded, tmp_path / "out", format="adapter")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_what_is_no_run_has_no_adapter(tiny_llm: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no run"):
-        export(text_seer(tiny_llm), tmp_path / "out", format="adapter")
+        export(loaded_text_model(tiny_llm), tmp_path / "out", format="adapter")
 
 
 def test_an_adapter_has_no_other_type(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not in bf16"):
-        export(seer_of(make_recipe("pretrain")), tmp_path / "out", format="adapter", options=Options(dtype="bf16"))
+        export(loaded_model(make_recipe("pretrain")), tmp_path / "out", format="adapter", options=Options(dtype="bf16"))
 
 
 @pytest.fixture
 def moved(make_recipe: MakeRecipe, tmp_path: Path) -> Recipe:
     """Return the recipe of an adapter in `out`, whose LLM lies in `llm`."""
     recipe = make_recipe("finetune", language_model={"folder": str(write_llm(tmp_path / "llm")), "tuning": "lora"})
-    export(seer_of(recipe), tmp_path / "out", format="adapter")
+    export(loaded_model(recipe), tmp_path / "out", format="adapter")
     return load_recipe(tmp_path / "out" / "recipe.toml")
 
 

@@ -17,8 +17,8 @@ from dianjing.export.layout import EMBEDDING, HEAD
 from dianjing.infer.load import load_for_use
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
+from tests.loaded_models import conversations, loaded_model
 from tests.recipe_models import write_family, write_siglip
-from tests.seers import conversations, seer_of
 from tests.tiny import write_llm
 from tests.xtuner import XTUNER
 
@@ -42,22 +42,22 @@ def test_every_family_is_exported(make_recipe: MakeRecipe, tmp_path: Path, famil
     template = "llama3_chat" if family == "llama" else "internlm2_chat"
     language_model = {"folder": str(folder), "template": template, "tuning": "lora"}
     sections = {"language_model": language_model, "vision_tower": {"tuning": "lora"}}
-    seer = seer_of(make_recipe("finetune", **sections))
-    proof = export(seer, tmp_path / "out")
+    loaded = loaded_model(make_recipe("finetune", **sections))
+    proof = export(loaded, tmp_path / "out")
     assert all(case.equal for case in proof.cases)
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert (HEAD in weights) != seer.model.config.text_config.tie_word_embeddings
+    assert (HEAD in weights) != loaded.model.config.text_config.tie_word_embeddings
     rows = weights.get(HEAD, weights[EMBEDDING])
-    first = len(seer.tokenizer)
+    first = len(loaded.tokenizer)
     assert torch.equal(rows[first:], rows[1].expand(len(rows) - first, -1))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_fewer_bits_are_the_same_weights_rounded(make_recipe: MakeRecipe, tmp_path: Path, dtype: Dtype) -> None:
     """And the receipt tells what the rounding costs, which is not nothing."""
-    seer = seer_of(make_recipe("finetune", **LORA))
-    proof = export(seer, tmp_path / "out", options=Options(dtype=dtype))
-    export(seer, tmp_path / "fp32")
+    loaded = loaded_model(make_recipe("finetune", **LORA))
+    proof = export(loaded, tmp_path / "out", options=Options(dtype=dtype))
+    export(loaded, tmp_path / "fp32")
     rounded, full = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fp32"))
     assert all(torch.equal(rounded[name], full[name].to(hf.DTYPES[dtype])) for name in full)
     assert proof.max_logit_difference < 1e-4
@@ -71,11 +71,11 @@ def test_fewer_bits_are_the_same_weights_rounded(make_recipe: MakeRecipe, tmp_pa
 
 
 def test_what_fp16_cannot_hold_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    seer = seer_of(make_recipe("finetune", **LORA))
+    loaded = loaded_model(make_recipe("finetune", **LORA))
     with torch.no_grad():
-        seer.model.get_parameter("model.language_model.embed_tokens.weight")[5, 5] = 1e5
+        loaded.model.get_parameter("model.language_model.embed_tokens.weight")[5, 5] = 1e5
     with pytest.raises(ExportError, match=r"embed_tokens.*float16 cannot hold; take bf16"):
-        export(seer, tmp_path / "out", options=Options(dtype="fp16"))
+        export(loaded, tmp_path / "out", options=Options(dtype="fp16"))
 
 
 @pytest.mark.parametrize("format", ["hf", "adapter"])
@@ -83,7 +83,7 @@ def test_four_bits_are_undone(make_recipe: MakeRecipe, tmp_path: Path, format: s
     pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
     folder = write_llm(tmp_path / "llm", hidden_size=64, intermediate_size=64)
     recipe = make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora", "frozen": "nf4"})
-    proof = export(seer_of(recipe), tmp_path / "out", format=format)
+    proof = export(loaded_model(recipe), tmp_path / "out", format=format)
     assert proof.max_logit_difference < 1e-4
     if format == "adapter":
         cost = proof.max_rounding_difference
@@ -112,7 +112,7 @@ def test_internlm2s_own_layout(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 def test_siglip_is_read_by_a_stock_image_processor(make_recipe: MakeRecipe, tmp_path: Path, aspect: str) -> None:
     tower = {"folder": str(write_siglip(tmp_path / "tower")), "tuning": "lora"}
     sections = {"language_model": {"tuning": "lora"}, "vision_tower": tower, "data": {"aspect": aspect}}
-    proof = export(seer_of(make_recipe("finetune", **sections)), tmp_path / "out", conversations()[:2])
+    proof = export(loaded_model(make_recipe("finetune", **sections)), tmp_path / "out", conversations()[:2])
     assert all(case.pixel_difference == 0 for case in proof.cases)
     assert proof.max_logit_difference < 1e-4
     preprocessing = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())

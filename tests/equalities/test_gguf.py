@@ -25,9 +25,9 @@ from transformers import (
 
 from dianjing.errors import ExportError
 from dianjing.export.export import Options, export
-from dianjing.infer.generate import Seer
+from dianjing.infer.generate import LoadedModel
 from tests.conftest import MakeRecipe
-from tests.seers import conversations, seer_of, text_seer
+from tests.loaded_models import conversations, loaded_model, loaded_text_model
 from tests.tiny import write_clip, write_siglip, write_tokenizer
 
 pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'dianjing[gguf]'")
@@ -95,14 +95,14 @@ def write_family(folder: Path, family: str) -> Path:
 
 
 @pytest.fixture
-def make_seer(make_recipe: MakeRecipe, tmp_path: Path) -> Callable[..., Seer]:
-    """Return a maker of seers: make_seer("qwen2", tower="siglip", aspect="crop")."""
+def make_loaded(make_recipe: MakeRecipe, tmp_path: Path) -> Callable[..., LoadedModel]:
+    """Return a maker of loaded models: make_loaded("qwen2", tower="siglip", aspect="crop")."""
 
-    def make(family: str = "llama", tower: str = "siglip", aspect: str = "pad", **settings: Any) -> Seer:
+    def make(family: str = "llama", tower: str = "siglip", aspect: str = "pad", **settings: Any) -> LoadedModel:
         llm = write_family(tmp_path / family, family)
         write: Any = write_siglip if tower == "siglip" else write_clip
         vision = write(tmp_path / tower, **settings)
-        return seer_of(
+        return loaded_model(
             make_recipe(
                 "finetune",
                 language_model={"folder": str(llm), "tuning": "lora"},
@@ -115,10 +115,12 @@ def make_seer(make_recipe: MakeRecipe, tmp_path: Path) -> Callable[..., Seer]:
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma"])
-def test_transformers_reads_what_was_written(make_seer: Callable[..., Seer], tmp_path: Path, family: str) -> None:
+def test_transformers_reads_what_was_written(
+    make_loaded: Callable[..., LoadedModel], tmp_path: Path, family: str
+) -> None:
     """In F32 every tensor comes back bit for bit, and the logits to rounding."""
-    seer = make_seer(family)
-    proof = export(seer, tmp_path / "out", conversations(), "gguf", Options(quantize="f32"))
+    loaded = make_loaded(family)
+    proof = export(loaded, tmp_path / "out", conversations(), "gguf", Options(quantize="f32"))
     assert len(proof.cases) == 11
     for case in proof.cases:
         assert case.equal
@@ -136,10 +138,10 @@ def test_transformers_reads_what_was_written(make_seer: Callable[..., Seer], tmp
 
 @pytest.mark.parametrize(("kind", "tower"), [("f16", "clip"), ("bf16", "siglip"), ("q8_0", "siglip"), ("q4_0", "clip")])
 def test_rounding_is_told_and_nothing_else_differs(
-    make_seer: Callable[..., Seer], tmp_path: Path, kind: str, tower: str
+    make_loaded: Callable[..., LoadedModel], tmp_path: Path, kind: str, tower: str
 ) -> None:
     """With the run's own weights in their places, what was read computes what the run does."""
-    proof = export(make_seer(tower=tower), tmp_path / "out", conversations(), "gguf", Options(quantize=kind))
+    proof = export(make_loaded(tower=tower), tmp_path / "out", conversations(), "gguf", Options(quantize=kind))
     for case in proof.cases:
         assert case.equal
         assert case.rounding_difference is not None
@@ -159,9 +161,11 @@ def test_rounding_is_told_and_nothing_else_differs(
 
 @needs_llama
 @pytest.mark.parametrize("family", ["llama", "llama, llama3", "qwen2", "qwen3"])
-def test_llama_cpp_answers_as_the_run_does(make_seer: Callable[..., Seer], tmp_path: Path, family: str) -> None:
-    seer = make_seer(family)
-    proof = export(seer, tmp_path / "out", conversations(), "gguf", Options(quantize="f32", verify=True))
+def test_llama_cpp_answers_as_the_run_does(
+    make_loaded: Callable[..., LoadedModel], tmp_path: Path, family: str
+) -> None:
+    loaded = make_loaded(family)
+    proof = export(loaded, tmp_path / "out", conversations(), "gguf", Options(quantize="f32", verify=True))
     cases = proof.cases[:11]
     assert len(proof.cases) == 22
     for case in cases:
@@ -175,17 +179,17 @@ def test_llama_cpp_answers_as_the_run_does(make_seer: Callable[..., Seer], tmp_p
 
 @needs_llama
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
-def test_llama_cpp_reads_rounded_weights(make_seer: Callable[..., Seer], tmp_path: Path, kind: str) -> None:
-    proof = export(make_seer(), tmp_path / "out", conversations(), "gguf", Options(quantize=kind, verify=True))
+def test_llama_cpp_reads_rounded_weights(make_loaded: Callable[..., LoadedModel], tmp_path: Path, kind: str) -> None:
+    proof = export(make_loaded(), tmp_path / "out", conversations(), "gguf", Options(quantize=kind, verify=True))
     assert all(case.same_ids for case in proof.cases)
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == ["", ".gguf", ".gguf", ".json", ".md"]
 
 
 @needs_llama
-def test_wrong_features_of_a_clip_are_seen(make_seer: Callable[..., Seer], tmp_path: Path) -> None:
+def test_wrong_features_of_a_clip_are_seen(make_loaded: Callable[..., LoadedModel], tmp_path: Path) -> None:
     """llama-cpp-python 0.3.36 puts the class token last; with a version that does not, this test has done its work."""
     with pytest.raises(ExportError, match="25814"):
-        export(make_seer(tower="clip"), tmp_path / "out", [], "gguf", Options(quantize="f32", verify=True))
+        export(make_loaded(tower="clip"), tmp_path / "out", [], "gguf", Options(quantize="f32", verify=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -222,21 +226,21 @@ TEXT_KEYS, VISION_KEYS = module.text_keys, module.vision_keys
     ],
 )
 def test_a_fault_of_ours_is_seen(
-    make_seer: Callable[..., Seer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, said: str
+    make_loaded: Callable[..., LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, said: str
 ) -> None:
-    seer = make_seer()
+    loaded = make_loaded()
     monkeypatch.setattr(*fault)
     with pytest.raises(ExportError, match=said):
-        export(seer, tmp_path / "out", conversations(), "gguf", Options(quantize="f32"))
+        export(loaded, tmp_path / "out", conversations(), "gguf", Options(quantize="f32"))
     assert not list(tmp_path.glob("out*"))
 
 
-def test_numbers_too_large_for_f16_are_seen(make_seer: Callable[..., Seer], tmp_path: Path) -> None:
-    seer = make_seer()
+def test_numbers_too_large_for_f16_are_seen(make_loaded: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    loaded = make_loaded()
     with torch.no_grad():
-        seer.model.get_output_embeddings().weight[3, 3] = 1e5
+        loaded.model.get_output_embeddings().weight[3, 3] = 1e5
     with pytest.raises(ExportError, match=r"lm_head.*--quantize f32"):
-        export(seer, tmp_path / "out", [], "gguf")
+        export(loaded, tmp_path / "out", [], "gguf")
 
 
 @pytest.mark.parametrize(
@@ -250,10 +254,14 @@ def test_numbers_too_large_for_f16_are_seen(make_seer: Callable[..., Seer], tmp_
     ],
 )
 def test_what_cannot_be_written_is_refused(
-    make_seer: Callable[..., Seer], tmp_path: Path, settings: dict[str, Any], options: dict[str, Any], word: str
+    make_loaded: Callable[..., LoadedModel],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    word: str,
 ) -> None:
     with pytest.raises(ExportError, match=word):
-        export(make_seer(**settings), tmp_path / "out", [], "gguf", Options(**options))
+        export(make_loaded(**settings), tmp_path / "out", [], "gguf", Options(**options))
 
 
 @pytest.mark.parametrize(
@@ -268,12 +276,12 @@ def test_what_cannot_be_written_is_refused(
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(
-    make_seer: Callable[..., Seer], tmp_path: Path, change: Callable[[Any], Any], word: str
+    make_loaded: Callable[..., LoadedModel], tmp_path: Path, change: Callable[[Any], Any], word: str
 ) -> None:
-    seer = make_seer()
-    change(seer.model.config)
+    loaded = make_loaded()
+    change(loaded.model.config)
     with pytest.raises(ExportError, match=word):
-        module.save(seer, tmp_path, Options())
+        module.save(loaded, tmp_path, Options())
 
 
 def test_a_bias_that_llama_has_no_place_for_is_refused() -> None:
@@ -289,27 +297,27 @@ def test_a_bias_that_llama_has_no_place_for_is_refused() -> None:
 
 def test_a_text_only_model_is_refused(tiny_llm: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="text-only"):
-        export(text_seer(tiny_llm), tmp_path / "out", [], "gguf")
+        export(loaded_text_model(tiny_llm), tmp_path / "out", [], "gguf")
 
 
 def test_without_llama_cpp_it_is_said_before_anything_is_written(
-    make_seer: Callable[..., Seer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_loaded: Callable[..., LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_llama.importlib.util, "find_spec", lambda name: None)
     for options in (Options(verify=True), Options(quantize="q4_k_m")):
         with pytest.raises(ExportError, match="pip install llama-cpp-python"):
-            module.save(make_seer(), tmp_path, options)
+            module.save(make_loaded(), tmp_path, options)
     assert not list(tmp_path.glob("*.gguf"))
 
 
-def test_how_pictures_are_prepared_is_noted(make_seer: Callable[..., Seer], tmp_path: Path) -> None:
-    grey = export(make_seer(), tmp_path / "grey", [], "gguf").notes
+def test_how_pictures_are_prepared_is_noted(make_loaded: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    grey = export(make_loaded(), tmp_path / "grey", [], "gguf").notes
     assert any("(127, 127, 127)" in note and "(122, 116, 104)" in note for note in grey)
     assert not any("25814" in note for note in grey)
-    padded = export(make_seer(tower="clip"), tmp_path / "padded", [], "gguf").notes
+    padded = export(make_loaded(tower="clip"), tmp_path / "padded", [], "gguf").notes
     assert any("25814" in note for note in padded)
     assert not any("not square" in note for note in padded)
-    cropped = export(make_seer(tower="clip", aspect="crop"), tmp_path / "cropped", [], "gguf").notes
+    cropped = export(make_loaded(tower="clip", aspect="crop"), tmp_path / "cropped", [], "gguf").notes
     assert any("cut to its middle" in note for note in cropped)
 
 

@@ -19,7 +19,7 @@ from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Example
 from dianjing.formats.source import open_foreign
 from dianjing.importing.run import Wishes, import_run
-from dianjing.infer.generate import Seer
+from dianjing.infer.generate import LoadedModel
 from dianjing.infer.load import load_for_use
 from dianjing.model.forward import embed, forward_loss, image_features
 from dianjing.pictures.image import load_image
@@ -48,7 +48,7 @@ def restore(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a maker of models in one of the STATES, imported as a user would."""
     folder = tmp_path_factory.mktemp("xtuner")
 
-    def make(state: str) -> Seer:
+    def make(state: str) -> LoadedModel:
         run = folder / state
         if not run.exists():
             stage = state.split("_")[0]
@@ -62,12 +62,12 @@ def restore(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def batch_of(seer: Seer, *records: str, sizes: dict[str, tuple[int, int]] = SIZES) -> Batch:
+def batch_of(loaded: LoadedModel, *records: str, sizes: dict[str, tuple[int, int]] = SIZES) -> Batch:
     examples, pixels = [], []
     for record in records:
         images = (record,) * (record in sizes)
-        pixels += [seer.image_processor.pixels(pattern(*sizes[image])) for image in images]
-        input_ids, labels = expanded(seer, **EXPECTED["records"][record])
+        pixels += [loaded.image_processor.pixels(pattern(*sizes[image])) for image in images]
+        input_ids, labels = expanded(loaded, **EXPECTED["records"][record])
         examples.append(
             Example(
                 id=record,
@@ -80,29 +80,29 @@ def batch_of(seer: Seer, *records: str, sizes: dict[str, tuple[int, int]] = SIZE
                 index=0,
             )
         )
-    image_id = seer.encoder.image_token_id
-    return collate(examples, pixels, image_token_id=image_id, image_processor=seer.image_processor)
+    image_id = loaded.encoder.image_token_id
+    return collate(examples, pixels, image_token_id=image_id, image_processor=loaded.image_processor)
 
 
-def expanded(seer: Seer, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+def expanded(loaded: LoadedModel, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
     ours: tuple[list[int], list[int]] = ([], [])
     for token, label in zip(input_ids, labels, strict=True):
         pictured = token == XTUNER_IMAGE_ID
-        times = seer.encoder.num_image_tokens if pictured else 1
-        ours[0].extend([seer.encoder.image_token_id if pictured else token] * times)
+        times = loaded.encoder.num_image_tokens if pictured else 1
+        ours[0].extend([loaded.encoder.image_token_id if pictured else token] * times)
         ours[1].extend([label] * times)
     return ours
 
 
-def logits_of(seer: Seer, batch: Batch) -> Tensor:
-    features = image_features(seer.model, batch.pixel_values)
-    embeddings = embed(seer.model, batch.input_ids, batch.image_positions, features)
-    hidden = seer.model.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state
-    return seer.model.lm_head(hidden)[0]
+def logits_of(loaded: LoadedModel, batch: Batch) -> Tensor:
+    features = image_features(loaded.model, batch.pixel_values)
+    embeddings = embed(loaded.model, batch.input_ids, batch.image_positions, features)
+    hidden = loaded.model.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state
+    return loaded.model.lm_head(hidden)[0]
 
 
-def mean_loss(seer: Seer, batch: Batch) -> float:
-    return forward_loss(seer.model, batch).item() / batch.num_supervised
+def mean_loss(loaded: LoadedModel, batch: Batch) -> float:
+    return forward_loss(loaded.model, batch).item() / batch.num_supervised
 
 
 @pytest.mark.parametrize("name", ["wide_97x31.png", "tall_29x113.png"])
@@ -115,8 +115,8 @@ def test_the_pattern_is_that_of_the_pictures(name: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("record", ["0", "1", "3", "5"])
 def test_logits_are_xtuners(restore: Any, state: str, record: str) -> None:
-    seer, expected = restore(state), EXPECTED["states"][state]
-    logits = logits_of(seer, batch_of(seer, record))
+    loaded, expected = restore(state), EXPECTED["states"][state]
+    logits = logits_of(loaded, batch_of(loaded, record))
     assert logits.argmax(-1).tolist() == expected["predictions"][record]
     torch.testing.assert_close(logits[-1, :16], torch.tensor(expected["last_logits"][record]), rtol=0, atol=3e-5)
 
@@ -124,8 +124,8 @@ def test_logits_are_xtuners(restore: Any, state: str, record: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("state", STATES)
 def test_the_loss_of_a_pack_is_xtuners(restore: Any, state: str) -> None:
-    seer = restore(state)
-    assert mean_loss(seer, batch_of(seer, "0", "5", "1", "3")) == pytest.approx(
+    loaded = restore(state)
+    assert mean_loss(loaded, batch_of(loaded, "0", "5", "1", "3")) == pytest.approx(
         EXPECTED["states"][state]["loss"], abs=2e-6
     )
 
@@ -133,20 +133,20 @@ def test_the_loss_of_a_pack_is_xtuners(restore: Any, state: str) -> None:
 @torch.no_grad()
 def test_losses_logged_in_training_are_ours(restore: Any) -> None:
     """Steps of the logged runs whose pictures are known, taken before the weights have moved."""
-    seer = restore("finetune_init")
+    loaded = restore("finetune_init")
     # The second step's two records, less the first step's: record 0 with the tall picture.
-    assert mean_loss(seer, batch_of(seer, "0", sizes={"0": (29, 113)})) == pytest.approx(
+    assert mean_loss(loaded, batch_of(loaded, "0", sizes={"0": (29, 113)})) == pytest.approx(
         2 * 6.911591 - 6.854129, abs=3e-6
     )
 
 
 def test_a_step_without_pictures_is_xtuners(restore: Any) -> None:
     """The third step of its pretrain run: two text-only records, loss 7.179591, gradient norm 0."""
-    seer = restore("pretrain_init")
-    loss = forward_loss(seer.model, batch_of(seer, "5", "5"))
+    loaded = restore("pretrain_init")
+    loss = forward_loss(loaded.model, batch_of(loaded, "5", "5"))
     loss.backward()
     assert loss.item() / 38 == pytest.approx(7.179591, abs=2e-6)
-    assert all((weight.grad == 0).all() for weight in seer.model.model.multi_modal_projector.parameters())
+    assert all((weight.grad == 0).all() for weight in loaded.model.model.multi_modal_projector.parameters())
 
 
 def test_labels_of_the_samples_are_supervised(restore: Any) -> None:

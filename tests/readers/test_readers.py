@@ -22,7 +22,7 @@ from dianjing.export.export import export
 from dianjing.export.receipt import drawn_cases
 from dianjing.infer.generate import (
     Conversation,
-    Seer,
+    LoadedModel,
     answering,
     generate_ids,
     language_parts,
@@ -30,9 +30,9 @@ from dianjing.infer.generate import (
     prepare,
 )
 from tests.conftest import MakeRecipe
+from tests.loaded_models import loaded_model
 from tests.readers.read_export import ANSWER_TOKENS
 from tests.recipe_models import write_family, write_siglip
-from tests.seers import seer_of
 from tests.tiny import write_llm
 
 READERS = [python for python in os.environ.get("DIANJING_READER_PYTHON", "").split(os.pathsep) if python]
@@ -54,27 +54,27 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(params=list(RUNS))
-def seer(request: pytest.FixtureRequest, make_recipe: MakeRecipe, tmp_path: Path) -> Seer:
+def loaded(request: pytest.FixtureRequest, make_recipe: MakeRecipe, tmp_path: Path) -> LoadedModel:
     tower = {"folder": str(write_siglip(tmp_path / "tower"))} if "siglip" in request.param else {}
     sections = {
         "language_model": {"folder": str(RUNS[request.param](tmp_path / "llm")), "tuning": "lora"},
         "vision_tower": {"tuning": "lora"} | tower,
         "data": {"aspect": "crop" if "crop" in request.param else "pad"},
     }
-    return seer_of(make_recipe("finetune", **sections))
+    return loaded_model(make_recipe("finetune", **sections))
 
 
-def last_logits(seer: Seer, conversation: Conversation) -> torch.Tensor:
+def last_logits(loaded: LoadedModel, conversation: Conversation) -> torch.Tensor:
     """Return the run's logits where the answer begins."""
-    decoder, head = language_parts(seer.model)
-    with answering(seer.model):
-        embeddings, _ = left_padded(seer, [prepare(seer, conversation)])
+    decoder, head = language_parts(loaded.model)
+    with answering(loaded.model):
+        embeddings, _ = left_padded(loaded, [prepare(loaded, conversation)])
         return head(decoder(inputs_embeds=embeddings).last_hidden_state[0, -1])
 
 
 @pytest.mark.parametrize("python", READERS)
-def test_another_version_reads_the_export(seer: Seer, tmp_path: Path, python: str) -> None:
-    export(seer, tmp_path / "out")
+def test_another_version_reads_the_export(loaded: LoadedModel, tmp_path: Path, python: str) -> None:
+    export(loaded, tmp_path / "out")
     cases = []
     for number, conversation in enumerate(drawn_cases()):
         paths = [tmp_path / f"{number}-{i}.png" for i in range(len(conversation.images))]
@@ -92,14 +92,14 @@ def test_another_version_reads_the_export(seer: Seer, tmp_path: Path, python: st
     version, *read = map(json.loads, done.stdout.splitlines())
     assert "newly initialized" not in done.stderr
 
-    assert seer.image_processor is not None
-    answers = generate_ids(seer, drawn_cases(), ANSWER_TOKENS)
+    assert loaded.image_processor is not None
+    answers = generate_ids(loaded, drawn_cases(), ANSWER_TOKENS)
     for conversation, answer, theirs in zip(drawn_cases(), answers, read, strict=True):
-        pixels = [seer.image_processor(image).flatten() for image in conversation.images]
-        assert theirs["input_ids"] == prepare(seer, conversation).input_ids, version
+        pixels = [loaded.image_processor(image).flatten() for image in conversation.images]
+        assert theirs["input_ids"] == prepare(loaded, conversation).input_ids, version
         assert torch.equal(torch.tensor(theirs["pixel_values"]), torch.cat(pixels) if pixels else torch.empty(0))
         logits = torch.tensor(theirs["logits"])
         assert int(logits.argmax()) == answer[0]
         assert theirs["answer"] == answer, version
-        gap = (last_logits(seer, conversation) - logits[: seer.model.config.text_config.vocab_size]).abs().max()
+        gap = (last_logits(loaded, conversation) - logits[: loaded.model.config.text_config.vocab_size]).abs().max()
         assert gap < 1e-4

@@ -14,7 +14,7 @@ import pytest
 from dianjing.config.load import save_recipe
 from tests.chaos.endpoint import Endpoint, pairs_about
 from tests.conftest import MakeRecipe
-from tests.seers import seer_of, write_run
+from tests.loaded_models import loaded_model, write_run
 from tests.studio.conftest import Open, playwright
 from tests.tiny import TinyDataset, tiny_records
 
@@ -159,7 +159,7 @@ def test_chat_with_a_picture_and_see_what_the_model_sees(
     tiny_dataset: TinyDataset,
 ) -> None:
     recipe = make_recipe(output=str(project / "runs" / "seeing"))
-    write_run(recipe, seer_of(recipe))
+    write_run(recipe, loaded_model(recipe))
     page = tab()
     address = start(project, flags(project, "--model", str(tiny_llm)))
     page.goto(f"{address}?lang=zh#chat")

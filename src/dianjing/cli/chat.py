@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
 
     images = [open_picture(path) for path in given.image]
     session = Session(
-        seer=load_for_use(given.model),
+        loaded=load_for_use(given.model),
         first_images=images,
         max_new_tokens=given.max_new_tokens,
         sampling=Sampling(temperature=given.temperature, top_p=given.top_p, seed=given.seed),
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
     if not given.prompt:
         chat(session, lambda: input("> "), _write)
         return 0
-    if images and not session.seer.can_see:
+    if images and not session.loaded.can_see:
         Console(stderr=True).print(f"{given.model}: {BLIND}", style="yellow", markup=False)
     for piece in session.ask(given.prompt):
         _write(piece)

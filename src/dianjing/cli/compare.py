@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     # Slow to import, so a typing error is said before.
     from dianjing.cli.questions import read_questions
     from dianjing.eval.compare import column, page
-    from dianjing.infer.ask import ask, load_pictures
+    from dianjing.infer.answers import answer_questions, load_pictures
     from dianjing.infer.load import load_for_use
 
     notices = Console(stderr=True)
@@ -48,10 +48,12 @@ def run(arguments: list[str]) -> int:
     with Progress(console=notices, transient=True) as progress:
         for name in given.models:
             task = progress.add_task(name, total=len(questions))
-            seer = load_for_use(name)
-            answers = ask(seer, questions, root, given.max_new_tokens, lambda n, task=task: progress.advance(task, n))
-            columns.append(column(name, seer.can_see, questions, answers))
-            del seer  # before the next one is loaded
+            loaded = load_for_use(name)
+            answers = answer_questions(
+                loaded, questions, root, given.max_new_tokens, lambda n, task=task: progress.advance(task, n)
+            )
+            columns.append(column(name, loaded.can_see, questions, answers))
+            del loaded  # before the next one is loaded
     html = page(f"{Path(given.data).name}: side by side", questions, columns, load_pictures(questions, root))
     given.out.write_text(html, encoding="utf-8")
     print(given.out)

@@ -45,10 +45,10 @@ def run(arguments: list[str]) -> int:
 
     notices = Console(stderr=True)
     questions, root = read_questions(given.data, given, notices)
-    seer = load_for_use(given.model)
+    loaded = load_for_use(given.model)
     with Progress(console=notices, transient=True) as progress:
-        task = progress.add_task("answering", total=times_asked(seer, questions))
-        report = evaluate(seer, questions, root, given.max_new_tokens, lambda count: progress.advance(task, count))
+        task = progress.add_task("answering", total=times_asked(loaded, questions))
+        report = evaluate(loaded, questions, root, given.max_new_tokens, lambda count: progress.advance(task, count))
     Console().print(table(report))
     if given.json:
         file = Path(given.json)

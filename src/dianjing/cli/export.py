@@ -85,7 +85,7 @@ def real_conversations(given: Arguments, notices: Console) -> list[Conversation]
         DataError: the data that --data names cannot be used.
     """
     from dianjing.data.record import load_records
-    from dianjing.infer.ask import load_pictures
+    from dianjing.infer.answers import load_pictures
     from dianjing.infer.generate import Conversation
     from dianjing.infer.questions import questions_of
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from dianjing.cli.flags import Asking
 from dianjing.data.record import load_records
 from dianjing.errors import ConfigError
-from dianjing.infer.ask import check_pictures
+from dianjing.infer.answers import check_pictures
 from dianjing.infer.questions import Question, questions_of
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from dianjing.data.record import without_markers
 from dianjing.demo.run import STAGES, Results
 from dianjing.eval.compare import column, page, thumbnail
-from dianjing.infer.ask import load_pictures
+from dianjing.infer.answers import load_pictures
 from dianjing.tinyworld.grammar import QUESTION_TYPES
 from dianjing.train.log import CURVE
 

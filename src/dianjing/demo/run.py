@@ -19,8 +19,8 @@ from dianjing.data.record import load_records
 from dianjing.errors import ConfigError
 from dianjing.eval.evaluate import Report, evaluate
 from dianjing.export.export import export
-from dianjing.infer.ask import ask
-from dianjing.infer.generate import Seer
+from dianjing.infer.answers import answer_questions
+from dianjing.infer.generate import LoadedModel
 from dianjing.infer.load import load_for_use
 from dianjing.infer.questions import Question, questions_of
 from dianjing.tinyworld.grammar import CAPTION, caption_f1, read_caption
@@ -159,23 +159,23 @@ def _overrides(out: Path, name: str, data: DemoData) -> dict[str, str]:
     }
 
 
-def _score(seer: Seer, data: DemoData) -> Stage:
-    report = evaluate(seer, read_questions(data.held_out), str(data.images), MAX_NEW_TOKENS)
+def _score(loaded: LoadedModel, data: DemoData) -> Stage:
+    report = evaluate(loaded, read_questions(data.held_out), str(data.images), MAX_NEW_TOKENS)
     captions = read_questions(data.held_out_captions)
-    said = ask(seer, captions, str(data.images), MAX_NEW_TOKENS)
+    said = answer_questions(loaded, captions, str(data.images), MAX_NEW_TOKENS)
     f1 = [caption_f1(text, data.scenes[one.id]) for text, one in zip(said, captions, strict=True)]
     instead = [bool(read_caption(one.answer)) for one in report.answers if one.question.type != CAPTION]
     return Stage(
         report=report,
-        held_out_pairs=_accuracy(seer, data.held_out_pairs, data),
+        held_out_pairs=_accuracy(loaded, data.held_out_pairs, data),
         caption_f1=sum(f1) / len(f1),
         captions_instead=sum(instead) / len(instead),
     )
 
 
-def _accuracy(seer: Seer, path: Path, data: DemoData) -> float:
+def _accuracy(loaded: LoadedModel, path: Path, data: DemoData) -> float:
     questions = read_questions(path)
-    answers = ask(seer, questions, str(data.images), MAX_NEW_TOKENS)
+    answers = answer_questions(loaded, questions, str(data.images), MAX_NEW_TOKENS)
     right = [answer == question.reference for answer, question in zip(answers, questions, strict=True)]
     return sum(right) / len(right)
 

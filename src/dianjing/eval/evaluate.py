@@ -1,4 +1,4 @@
-"""Seer and questions -> answers with the right picture, with another one, with none, and their scores."""
+"""LoadedModel and questions -> answers with the right picture, with another one, with none, and their scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from dianjing.data.record import without_markers
 from dianjing.eval.score import Scored, Summary, score, summarise, summarise_by_type
 from dianjing.eval.sight import digests, other_pictures
-from dianjing.infer.ask import ask
-from dianjing.infer.generate import Seer
+from dianjing.infer.answers import answer_questions
+from dianjing.infer.generate import LoadedModel
 from dianjing.infer.questions import Question
 
 
@@ -66,14 +66,14 @@ class Report:
         }
 
 
-def times_asked(seer: Seer, questions: Sequence[Question]) -> int:
+def times_asked(loaded: LoadedModel, questions: Sequence[Question]) -> int:
     """Return how many answers `evaluate` will generate at most, for a progress bar."""
     pictured = sum(bool(question.images) for question in questions)
-    return len(questions) + (2 * pictured if seer.can_see else 0)
+    return len(questions) + (2 * pictured if loaded.can_see else 0)
 
 
 def evaluate(
-    seer: Seer,
+    loaded: LoadedModel,
     questions: Sequence[Question],
     image_root: str,
     max_new_tokens: int,
@@ -83,12 +83,12 @@ def evaluate(
 
     A model that cannot see is asked once: its three answers are the same.
     """
-    answers = ask(seer, questions, image_root, max_new_tokens, advance)
+    answers = answer_questions(loaded, questions, image_root, max_new_tokens, advance)
 
     def ask_changed(changed: dict[int, Question]) -> dict[int, str]:
-        if not seer.can_see:
+        if not loaded.can_see:
             return {i: answers[i] for i in changed}
-        given = ask(seer, list(changed.values()), image_root, max_new_tokens, advance)
+        given = answer_questions(loaded, list(changed.values()), image_root, max_new_tokens, advance)
         return dict(zip(changed, given, strict=True))
 
     digest_of = digests((name for question in questions for name in question.images), image_root)
@@ -112,8 +112,8 @@ def evaluate(
     )
     scored = [one.scored for one in answered]
     return Report(
-        model=seer.name,
-        can_see=seer.can_see,
+        model=loaded.name,
+        can_see=loaded.can_see,
         overall=summarise(scored),
         by_type=summarise_by_type(scored),
         answers=answered,

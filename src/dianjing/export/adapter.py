@@ -1,4 +1,4 @@
-"""Seer -> a small folder with what was learned only: LoRA weights in peft's format, and the projector."""
+"""LoadedModel -> a small folder with what was learned only: LoRA weights in peft's format, and the projector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dianjing.errors import ExportError
 from dianjing.export.export import Options
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Case, Proof, compare
-from dianjing.infer.generate import Conversation, Seer
+from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.infer.load import load_for_use
 from dianjing.model.adapter import PARTS, PROJECTOR_FILE, save_adapter
 from dianjing.model.build import assemble, build
@@ -55,13 +55,13 @@ print(generate(load_for_use("."), [Conversation((), "<image>\\nWhat is in the pi
 """
 
 
-def save(seer: Seer, folder: Path, options: Options) -> None:
+def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write what was learned into an existing folder.
 
     Raises:
         ExportError: there is no run, or it changed every weight of a part.
     """
-    recipe = _recipe(seer)
+    recipe = _recipe(loaded)
     if options.dtype != "fp32":
         raise ExportError(f"an adapter is written in fp32, as it was trained, not in {options.dtype}; drop --dtype")
     for part in PARTS:
@@ -70,22 +70,22 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
                 f'{part}.tuning was "full": all its weights changed, so there is nothing small to export; '
                 "export the whole model (--format hf)"
             )
-    save_adapter(seer.model, recipe, folder)
+    save_adapter(loaded.model, recipe, folder)
 
 
-def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
     """Return how the adapter answers beside the run: read by us, and by peft alone.
 
     A run whose LLM is in four bits learned on these values: peft is given them, dequantised. What it costs to
     put the adapter on the base's own values is measured and told.
     """
-    recipe = _recipe(seer)
-    cases = compare(seer, load_for_use(str(folder), str(seer.model.device)), conversations)
+    recipe = _recipe(loaded)
+    cases = compare(loaded, load_for_use(str(folder), str(loaded.model.device)), conversations)
     frozen = getattr(recipe.language_model, "frozen", "")
-    plain = compare(seer, _by_peft(seer, folder, _base_values(recipe) if frozen else {}), conversations)
+    plain = compare(loaded, _by_peft(loaded, folder, _base_values(recipe) if frozen else {}), conversations)
     notes: tuple[str, ...] = ()
     if frozen:
-        unquantized = compare(seer, _by_peft(seer, folder, {}), conversations)
+        unquantized = compare(loaded, _by_peft(loaded, folder, {}), conversations)
         plain = [_with_cost(case, other) for case, other in zip(plain, unquantized, strict=True)]
         cost = max(case.logit_difference for case in unquantized)
         notes = (
@@ -95,19 +95,19 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
     return Proof(cases=cases + plain, compared=COMPARED, notes=notes)
 
 
-def _recipe(seer: Seer) -> Recipe:
-    if seer.recipe is None:
-        raise ExportError(f"{seer.name} is no run; only what a run has learned can be exported as an adapter")
-    return seer.recipe
+def _recipe(loaded: LoadedModel) -> Recipe:
+    if loaded.recipe is None:
+        raise ExportError(f"{loaded.name} is no run; only what a run has learned can be exported as an adapter")
+    return loaded.recipe
 
 
 def _with_cost(case: Case, other: Case) -> Case:
     return replace(case, rounding_difference=other.logit_difference, rounded_same_answer=other.same_answer)
 
 
-def _by_peft(seer: Seer, folder: Path, llm_values: Mapping[str, Tensor]) -> Seer:
+def _by_peft(loaded: LoadedModel, folder: Path, llm_values: Mapping[str, Tensor]) -> LoadedModel:
     """Return the model as one who knows only peft and the bases puts it together."""
-    recipe = _recipe(seer)
+    recipe = _recipe(loaded)
     llm: Any = load_language_model(resolve(recipe.language_model.folder, "language_model"), torch.float32)[0]
     tower: Any = load_vision_tower(resolve(recipe.vision_tower.folder, "vision_tower"), torch.float32)[0]
     if llm_values:
@@ -115,9 +115,9 @@ def _by_peft(seer: Seer, folder: Path, llm_values: Mapping[str, Tensor]) -> Seer
     for part, base in (("language_model", llm), ("vision_tower", tower)):
         if (folder / part).is_dir():
             _put_on(base, folder / part)
-    model: Any = assemble(llm, tower, seer.encoder.image_token_id, recipe.vision_tower.feature_layer, seed=0)
+    model: Any = assemble(llm, tower, loaded.encoder.image_token_id, recipe.vision_tower.feature_layer, seed=0)
     model.model.multi_modal_projector.load_state_dict(load_file(folder / PROJECTOR_FILE))
-    return replace(seer, model=model.to(seer.model.device).eval())
+    return replace(loaded, model=model.to(loaded.model.device).eval())
 
 
 def _put_on(base: Any, adapter: Path) -> None:

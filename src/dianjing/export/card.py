@@ -12,7 +12,7 @@ from dianjing import __version__
 from dianjing.config.schema import Recipe
 from dianjing.errors import CheckpointError
 from dianjing.export.receipt import Proof
-from dianjing.infer.generate import Seer
+from dianjing.infer.generate import LoadedModel
 from dianjing.run.checkpoint import newest, read_state
 from dianjing.run.state import TrainState
 
@@ -21,19 +21,19 @@ LIBRARIES = {"hf": "transformers", "adapter": "peft"}
 """What the hub's page of a model offers to load it with."""
 
 
-def write_card(seer: Seer, folder: Path, format: str, loading: str, proof: Proof) -> None:
+def write_card(loaded: LoadedModel, folder: Path, format: str, loading: str, proof: Proof) -> None:
     """Write README.md: how the model was made, how it is loaded, how far it equals its run.
 
     In `loading`, LANGUAGE_MODEL and VISION_TOWER stand for the base models.
     """
-    recipe = seer.recipe
+    recipe = loaded.recipe
     bases = {part: base_name(getattr(recipe, part).folder) for part in PARTS} if recipe else {}
     for part, name in bases.items():
         loading = loading.replace(part.upper(), name)
     source = files("dianjing.export").joinpath("card.md.j2").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(source).render(
-        name=Path(seer.name).name,
+        name=Path(loaded.name).name,
         version=__version__,
         format=format,
         what=", only what was learned" if format in ("adapter", "xtuner") else "",
@@ -42,8 +42,8 @@ def write_card(seer: Seer, folder: Path, format: str, loading: str, proof: Proof
         bases=bases,
         base_models=[name for name in bases.values() if _on_hub(name)],
         tuning=_tuning(recipe) if recipe else {},
-        state=_state(seer),
-        template=seer.encoder.template.name,
+        state=_state(loaded),
+        template=loaded.encoder.template.name,
         loading=loading,
         cases=len(proof.cases),
         compared=proof.compared,
@@ -80,9 +80,9 @@ def _tuning(recipe: Recipe) -> Mapping[str, str]:
     return found
 
 
-def _state(seer: Seer) -> TrainState | None:
+def _state(loaded: LoadedModel) -> TrainState | None:
     """Return how far the run came; None for an adapter, which does not say."""
     try:
-        return read_state(newest(Path(seer.name).expanduser(), notify=lambda text: None))
+        return read_state(newest(Path(loaded.name).expanduser(), notify=lambda text: None))
     except CheckpointError:
         return None

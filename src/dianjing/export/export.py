@@ -1,10 +1,10 @@
-"""Seer -> a folder others can load, in one of FORMATS, which is kept only if it answers as the run does.
+"""LoadedModel -> a folder others can load, in one of FORMATS, which is kept only if it answers as the run does.
 
 A format is a module with
 
     LOADING: str                                            Markdown for its model card: how it is loaded
-    save(seer, folder, options) -> None                     writes it into an existing folder
-    prove(seer, folder, conversations, options) -> Proof    reads it back as its readers do, and compares
+    save(loaded, folder, options) -> None                     writes it into an existing folder
+    prove(loaded, folder, conversations, options) -> Proof    reads it back as its readers do, and compares
 
 Both raise ExportError, with the reason, for what the format cannot hold.
 """
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from dianjing.errors import DianjingError, ExportError
 from dianjing.export.card import write_card
 from dianjing.export.receipt import Proof, drawn_cases, write_receipt
-from dianjing.infer.generate import Conversation, Seer
+from dianjing.infer.generate import Conversation, LoadedModel
 
 FORMATS = {
     "hf": "dianjing.export.hf",
@@ -51,7 +51,7 @@ class Options:
 
 
 def export(
-    seer: Seer,
+    loaded: LoadedModel,
     out: Path,
     conversations: Sequence[Conversation] = (),
     format: str = "hf",
@@ -71,10 +71,10 @@ def export(
         with TemporaryDirectory(prefix="unproven-", dir=out.parent, ignore_cleanup_errors=True) as place:
             unproven = Path(place, out.name)
             unproven.mkdir()
-            module.save(seer, unproven, options)
-            proof = _prove(module, seer, unproven, [*conversations, *drawn_cases()], options)
-            write_receipt(seer, unproven, format, proof)
-            write_card(seer, unproven, format, module.LOADING, proof)
+            module.save(loaded, unproven, options)
+            proof = _prove(module, loaded, unproven, [*conversations, *drawn_cases()], options)
+            write_receipt(loaded, unproven, format, proof)
+            write_card(loaded, unproven, format, module.LOADING, proof)
             unproven.rename(out)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out}: cannot be written: {error}; make room, or choose another place") from error
@@ -121,9 +121,11 @@ def _module(format: str, options: Options) -> Any:
     return importlib.import_module(FORMATS[format])
 
 
-def _prove(module: Any, seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+def _prove(
+    module: Any, loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options
+) -> Proof:
     try:
-        return module.prove(seer, folder, conversations, options)
+        return module.prove(loaded, folder, conversations, options)
     except DianjingError:
         raise
     except Exception as error:  # whatever stops a stranger from reading it

@@ -1,4 +1,4 @@
-"""Seer -> text.gguf and mmproj.gguf for llama.cpp, with a Modelfile for Ollama."""
+"""LoadedModel -> text.gguf and mmproj.gguf for llama.cpp, with a Modelfile for Ollama."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dianjing.export.gguf_tokenizer import tokenizer_keys
 from dianjing.export.gguf_vision import check_vision, vision_keys, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Proof
-from dianjing.infer.generate import Conversation, Seer, stop_sequences
+from dianjing.infer.generate import Conversation, LoadedModel, stop_sequences
 
 LOADING = f"""\
 llama.cpp: `llama-server -m {TEXT_FILE} --mmproj {VISION_FILE} --jinja --no-cache-prompt`
@@ -30,36 +30,36 @@ Ollama: `ollama create my-llava -f Modelfile`, then `ollama run my-llava`
 """
 
 
-def save(seer: Seer, folder: Path, options: Options) -> None:
+def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write both files and the Modelfile.
 
     Raises:
         ExportError: llama.cpp has no place for a part of the model, or would compute it otherwise.
     """
-    model, config = seer.model, cast(Any, seer.model.config)
-    if not isinstance(model, LlavaForConditionalGeneration) or seer.image_processor is None:
-        raise ExportError(f"{seer.name} is a text-only model; train it first, then export the run")
+    model, config = loaded.model, cast(Any, loaded.model.config)
+    if not isinstance(model, LlavaForConditionalGeneration) or loaded.image_processor is None:
+        raise ExportError(f"{loaded.name} is a text-only model; train it first, then export the run")
     if options.dtype != "fp32":
         raise ExportError("GGUF: the type of the weights is chosen with --quantize, not with --dtype")
     if options.quantize not in (*TYPES, *K_TYPES):
         raise ExportError(f'GGUF: no type "{options.quantize}"; there are {", ".join((*TYPES, *K_TYPES))}')
     if options.verify or options.quantize in K_TYPES:
         require_llama()
-    check_vision(config, seer.image_processor)
-    name = {"general.name": Path(seer.name).name}
+    check_vision(config, loaded.image_processor)
+    name = {"general.name": Path(loaded.name).name}
     state = merged_state(model)
-    template, bos, eos, ends = _chat(seer)
+    template, bos, eos, ends = _chat(loaded)
     keys = {
         **text_keys(config.text_config),
         **name,
-        **tokenizer_keys(seer.tokenizer, state[EMBEDDING].shape[0], ends),
+        **tokenizer_keys(loaded.tokenizer, state[EMBEDDING].shape[0], ends),
         "tokenizer.chat_template": gguf_chat_template(template, bos, eos),
     }
     _write_text(folder / TEXT_FILE, keys, text_tensors(state, config.text_config), options.quantize)
     kind = "f32" if options.quantize == "f32" else "f16"
     write_gguf(
         folder / VISION_FILE,
-        {**vision_keys(config, seer.image_processor), **name, "general.file_type": _file_type(kind)},
+        {**vision_keys(config, loaded.image_processor), **name, "general.file_type": _file_type(kind)},
         vision_tensors(state, config),
         lambda name, tensor: Type.F32 if "position_embd" in name else stored_type(tensor, TYPES[kind]),
     )
@@ -68,20 +68,20 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
         (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
-def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
     """Return how the files, read back by transformers and with `verify` by llama.cpp, answer beside the run.
 
     Raises:
         ExportError: a tensor is not the run's, or llama.cpp computes other features than the tower.
     """
-    return prove_pair(seer, folder, conversations, options.quantize, options.verify)
+    return prove_pair(loaded, folder, conversations, options.quantize, options.verify)
 
 
-def _chat(seer: Seer) -> tuple[Any, str, str, list[int]]:
+def _chat(loaded: LoadedModel) -> tuple[Any, str, str, list[int]]:
     """Return the template, the texts of BOS and EOS, and the tokens that end a turn."""
-    tokenizer = seer.tokenizer
-    ends = [stop[0] for stop in stop_sequences(seer) if len(stop) == 1]
-    return seer.encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""), ends
+    tokenizer = loaded.tokenizer
+    ends = [stop[0] for stop in stop_sequences(loaded) if len(stop) == 1]
+    return loaded.encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""), ends
 
 
 def _write_text(path: Path, keys: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> None:

@@ -25,7 +25,7 @@ from dianjing.export.gguf_text import ROPE_FACTORS, architecture, text_name, tex
 from dianjing.export.gguf_vision import preprocessing_notes, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import ANSWER_TOKENS, Case, Proof, logit_difference, run_logits
-from dianjing.infer.generate import Conversation, Seer, answering, generate_ids, prepare
+from dianjing.infer.generate import Conversation, LoadedModel, answering, generate_ids, prepare
 from dianjing.model.forward import image_features
 
 READ_TOLERANCE = 1e-2
@@ -38,40 +38,42 @@ SAME_FEATURES = 0.99
 """Correlation of llama.cpp's features with the tower's, of pictures prepared as in training."""
 
 
-def prove_pair(seer: Seer, folder: Path, conversations: Sequence[Conversation], kind: str, verify: bool) -> Proof:
+def prove_pair(
+    loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], kind: str, verify: bool
+) -> Proof:
     """Return how the files, read back by transformers and with `verify` by llama.cpp, answer beside the run.
 
     Raises:
         ExportError: a tensor is not the run's, or llama.cpp computes other features than the tower.
     """
-    config: Any = seer.model.config
-    assert seer.image_processor is not None, "checked when it was written"
-    state, pair = merged_state(seer.model), read_pair(folder)
-    notes = [_check_tensors(pair, state, config, folder), *preprocessing_notes(config, seer.image_processor)]
-    answers = generate_ids(seer, conversations, ANSWER_TOKENS)
+    config: Any = loaded.model.config
+    assert loaded.image_processor is not None, "checked when it was written"
+    state, pair = merged_state(loaded.model), read_pair(folder)
+    notes = [_check_tensors(pair, state, config, folder), *preprocessing_notes(config, loaded.image_processor)]
+    answers = generate_ids(loaded, conversations, ANSWER_TOKENS)
     asked = list(zip(conversations, answers, strict=True))
-    run = [run_logits(seer, *one).cpu() for one in asked]
-    rounded = [_pair_logits(seer, pair, *one) for one in asked]
+    run = [run_logits(loaded, *one).cpu() for one in asked]
+    rounded = [_pair_logits(loaded, pair, *one) for one in asked]
     cases: list[Case] = []
     if verify:
-        cases, more = _llama_cases(seer, folder, asked, run, rounded, kind)
+        cases, more = _llama_cases(loaded, folder, asked, run, rounded, kind)
         notes += more
     _load_exactly(pair, state, config)
-    exact = [_pair_logits(seer, pair, *one) for one in asked]
+    exact = [_pair_logits(loaded, pair, *one) for one in asked]
     for one, ours, read, kept in zip(asked, run, rounded, exact, strict=True):
-        cases.append(_case(seer, one, ours, kept, read, READ_TOLERANCE))
+        cases.append(_case(loaded, one, ours, kept, read, READ_TOLERANCE))
     by = ", the files as llama.cpp computes them" if verify else ""
     compared = f"the files as transformers reads them, their rounding undone{by}, against the run"
     return Proof(cases=cases, notes=tuple(notes), compared=compared)
 
 
-def prompt_text(seer: Seer, conversation: Conversation) -> str:
+def prompt_text(loaded: LoadedModel, conversation: Conversation) -> str:
     """Return the prompt that the file's chat template writes, MEDIA standing for a picture.
 
     llama-server can place pictures only in front of a question, each followed by a newline; for a question that has
     them elsewhere this is what a program must send that writes prompts by itself.
     """
-    tokenizer, template = seer.tokenizer, seer.encoder.template
+    tokenizer, template = loaded.tokenizer, loaded.encoder.template
     questions = [question for question, _ in conversation.history] + [conversation.question]
     bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
     if not all(question == with_markers(*_parts(question)) for question in questions):
@@ -140,21 +142,21 @@ Asked = tuple[Conversation, list[int]]
 
 
 def _pair_logits(
-    seer: Seer, pair: Pair, conversation: Conversation, answer: list[int]
+    loaded: LoadedModel, pair: Pair, conversation: Conversation, answer: list[int]
 ) -> Float[Tensor, "tokens vocab"]:
-    assert seer.image_processor is not None, "checked when it was written"
-    pixels = [seer.image_processor(image) for image in conversation.images]
-    ids = prepare(seer, conversation).input_ids + answer[:-1]
-    return pair_logits(pair, ids, seer.encoder.image_token_id, pixels)
+    assert loaded.image_processor is not None, "checked when it was written"
+    pixels = [loaded.image_processor(image) for image in conversation.images]
+    ids = prepare(loaded, conversation).input_ids + answer[:-1]
+    return pair_logits(pair, ids, loaded.encoder.image_token_id, pixels)
 
 
-def _case(seer: Seer, asked: Asked, run: Tensor, read: Tensor, rounded: Tensor, tolerance: float) -> Case:
+def _case(loaded: LoadedModel, asked: Asked, run: Tensor, read: Tensor, rounded: Tensor, tolerance: float) -> Case:
     """Return a case of what is judged (`read`, and the answer in it) and what is told (`rounded`)."""
     conversation, answer = asked
     return Case(
         question=conversation.question,
         image_sizes=[image.size for image in conversation.images],
-        same_ids=_template_ids(seer, conversation) == prepare(seer, conversation).input_ids,
+        same_ids=_template_ids(loaded, conversation) == prepare(loaded, conversation).input_ids,
         pixel_difference=None,
         logit_difference=logit_difference(run, read),
         largest_logit=run.abs().max().item(),
@@ -170,17 +172,17 @@ def _greedy(logits: Float[Tensor, "tokens vocab"], answer: Sequence[int]) -> lis
     return logits[-len(answer) :].argmax(-1).tolist()
 
 
-def _template_ids(seer: Seer, conversation: Conversation) -> list[int]:
+def _template_ids(loaded: LoadedModel, conversation: Conversation) -> list[int]:
     """Return the ids of the prompt that the file's chat template writes, by the run's tokenizer."""
-    first, *others = prompt_text(seer, conversation).split(MEDIA)
-    ids = text_ids(seer.tokenizer, first)
+    first, *others = prompt_text(loaded, conversation).split(MEDIA)
+    ids = text_ids(loaded.tokenizer, first)
     for text in others:
-        ids += [seer.encoder.image_token_id] * seer.encoder.num_image_tokens + text_ids(seer.tokenizer, text)
+        ids += [loaded.encoder.image_token_id] * loaded.encoder.num_image_tokens + text_ids(loaded.tokenizer, text)
     return ids
 
 
 def _llama_cases(
-    seer: Seer,
+    loaded: LoadedModel,
     folder: Path,
     asked: Sequence[Asked],
     run: Sequence[Tensor],
@@ -192,13 +194,13 @@ def _llama_cases(
     Judged are pictures prepared as in training, against the same files as transformers reads them: the same
     weights, rounded alike.
     """
-    processor = seer.image_processor
+    processor = loaded.image_processor
     assert processor is not None, "checked when it was written"
 
     def requests(prepared: bool) -> list[Request]:
         return [
             Request(
-                prompt=prompt_text(seer, conversation),
+                prompt=prompt_text(loaded, conversation),
                 pictures=[
                     np.asarray(processor.to_picture(processor(image)) if prepared else image)
                     for image in conversation.images
@@ -210,17 +212,19 @@ def _llama_cases(
 
     replies = ask_llama(folder / TEXT_FILE, folder / VISION_FILE, [*requests(True), *requests(False)])
     exact, own = replies[: len(asked)], replies[len(asked) :]
-    _check_features(seer, asked, exact)
+    _check_features(loaded, asked, exact)
     cases = [
-        _llama_case(seer, one, ours, read, reply, kind)
+        _llama_case(loaded, one, ours, read, reply, kind)
         for one, ours, read, reply in zip(asked, run, rounded, exact, strict=True)
     ]
     return cases, [_measured(asked, run, own)]
 
 
-def _llama_case(seer: Seer, asked: Asked, run: Tensor, rounded: Tensor, reply: Reply, kind: str) -> Case:
+def _llama_case(loaded: LoadedModel, asked: Asked, run: Tensor, rounded: Tensor, reply: Reply, kind: str) -> Case:
     conversation, answer = asked
-    ids = [IMAGE if token == seer.encoder.image_token_id else token for token in prepare(seer, conversation).input_ids]
+    ids = [
+        IMAGE if token == loaded.encoder.image_token_id else token for token in prepare(loaded, conversation).input_ids
+    ]
     logits = torch.tensor(reply.logits)
     run, rounded = run[-len(answer) :], rounded[-len(answer) :]
     largest = rounded.abs().max().item()
@@ -243,9 +247,9 @@ def _llama_case(seer: Seer, asked: Asked, run: Tensor, rounded: Tensor, reply: R
     )
 
 
-def _check_features(seer: Seer, asked: Sequence[Asked], replies: Sequence[Reply]) -> None:
+def _check_features(loaded: LoadedModel, asked: Sequence[Asked], replies: Sequence[Reply]) -> None:
     """Refuse to go on where llama.cpp sees something else in the same picture."""
-    model, processor = seer.model, seer.image_processor
+    model, processor = loaded.model, loaded.image_processor
     assert processor is not None, "checked when it was written"
     for (conversation, _), reply in zip(asked, replies, strict=True):
         if not conversation.images:

@@ -1,4 +1,4 @@
-"""Seer -> a folder that AutoModelForImageTextToText and AutoProcessor of transformers 4.57 and 5.x read."""
+"""LoadedModel -> a folder that AutoModelForImageTextToText and AutoProcessor of transformers 4.57 and 5.x read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dianjing.export.receipt import (
 )
 from dianjing.export.tokenizer import save_tokenizer
 from dianjing.formats.weights import name_some
-from dianjing.infer.generate import Conversation, Seer, generate_ids, prepare, stop_sequences
+from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare, stop_sequences
 from dianjing.infer.load import TEMPLATE_KEY
 from dianjing.pictures.image import ImageProcessor
 
@@ -59,17 +59,17 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def save(seer: Seer, folder: Path, options: Options) -> None:
+def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write weights (adapters merged), configuration, tokenizer and processor into an existing folder.
 
     Raises:
         ExportError: the model has no eyes, its tokenizer cannot be written, or `dtype` cannot hold its weights.
     """
-    model, tokenizer, encoder = seer.model, seer.tokenizer, seer.encoder
-    if not isinstance(model, LlavaForConditionalGeneration) or seer.image_processor is None:
-        raise ExportError(f"{seer.name} is a text-only model; train it first, then export the run")
+    model, tokenizer, encoder = loaded.model, loaded.tokenizer, loaded.encoder
+    if not isinstance(model, LlavaForConditionalGeneration) or loaded.image_processor is None:
+        raise ExportError(f"{loaded.name} is a text-only model; train it first, then export the run")
     text_config = cast(Any, model.config.text_config)
-    weights = hub_state(_merged(seer), DTYPES[options.dtype])
+    weights = hub_state(_merged(loaded), DTYPES[options.dtype])
     save_weights(weights, folder)
 
     chat_template = jinja(encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
@@ -85,20 +85,20 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
         dtype=DTYPES[options.dtype],
     )
     write_json(folder / "config.json", config | {TEMPLATE_KEY: encoder.template.name})
-    write_json(folder / "generation_config.json", _generation_config(seer))
-    write_json(folder / "preprocessor_config.json", preprocessor_config(seer.image_processor))
+    write_json(folder / "generation_config.json", _generation_config(loaded))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(loaded.image_processor))
     write_json(folder / "processor_config.json", _processor_config(model.config))
 
 
-def _merged(seer: Seer) -> dict[str, Tensor]:
+def _merged(loaded: LoadedModel) -> dict[str, Tensor]:
     """Return what the export holds before it is rounded: fp32 weights under their live names."""
-    tokenizer, encoder = seer.tokenizer, seer.encoder
+    tokenizer, encoder = loaded.tokenizer, loaded.encoder
     stand_in: Any = next((i for i in (tokenizer.bos_token_id, tokenizer.unk_token_id) if i is not None), 0)
-    return with_image_row(merged_state(seer.model), encoder.image_token_id, stand_in)
+    return with_image_row(merged_state(loaded.model), encoder.image_token_id, stand_in)
 
 
 @torch.no_grad()
-def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
     """Return how the model in `folder`, read as a stranger would read it, answers beside the run.
 
     Fewer bits than fp32 change the logits by more than a fault might. So the weights read back must be the run's,
@@ -109,11 +109,11 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
         ExportError: a weight is not what was to be written.
     """
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    model = model.to(seer.model.device).eval()
+    model = model.to(loaded.model.device).eval()
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     inputs = [_inputs(processor, conversation, model.device) for conversation in conversations]
-    answers = generate_ids(seer, conversations, ANSWER_TOKENS)
-    merged = _merged(seer)
+    answers = generate_ids(loaded, conversations, ANSWER_TOKENS)
+    merged = _merged(loaded)
     _require_weights(model, merged, DTYPES[options.dtype])
     rounded = []
     if options.dtype != "fp32":
@@ -123,12 +123,12 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
     cases = []
     for number, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
         asked = inputs[number]
-        ours, theirs = run_forms(seer, conversation, answer), _logits(model, asked, answer)
+        ours, theirs = run_forms(loaded, conversation, answer), _logits(model, asked, answer)
         case = Case(
             question=conversation.question,
             image_sizes=[image.size for image in conversation.images],
-            same_ids=asked["input_ids"][0].tolist() == prepare(seer, conversation).input_ids,
-            pixel_difference=pixel_difference(seer, conversation, asked.get("pixel_values")),
+            same_ids=asked["input_ids"][0].tolist() == prepare(loaded, conversation).input_ids,
+            pixel_difference=pixel_difference(loaded, conversation, asked.get("pixel_values")),
             logit_difference=max(logit_difference(one, theirs) for one in ours),
             largest_logit=ours[0].abs().max().item(),
             same_answer=_answer(model, asked) == answer,
@@ -139,7 +139,7 @@ def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], optio
             case = replace(case, rounding_difference=difference, rounded_same_answer=said == answer)
         cases.append(case)
     notes = _notes(cases, options.dtype)
-    if cast(Any, seer.model.config.text_config).model_type in SCALED:
+    if cast(Any, loaded.model.config.text_config).model_type in SCALED:
         notes += ("transformers 4 multiplies picture features before a Gemma by sqrt(hidden_size): read it with 5",)
     return Proof(cases=cases, compared=COMPARED, notes=notes)
 
@@ -243,11 +243,11 @@ def _answer(model: Any, inputs: Any) -> list[int]:
     return written[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def _generation_config(seer: Seer) -> dict[str, Any]:
-    tokenizer = seer.tokenizer
+def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
+    tokenizer = loaded.tokenizer
     values = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": sorted(stop[0] for stop in stop_sequences(seer) if len(stop) == 1),
+        "eos_token_id": sorted(stop[0] for stop in stop_sequences(loaded) if len(stop) == 1),
         "pad_token_id": next(
             (i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if i is not None),
             None,

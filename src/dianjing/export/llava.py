@@ -1,4 +1,4 @@
-"""Seer -> a folder that haotian-liu's LLaVA 1.5 (llava/model/builder.py, load_pretrained_model) reads.
+"""LoadedModel -> a folder that haotian-liu's LLaVA 1.5 (llava/model/builder.py, load_pretrained_model) reads.
 
 A run that learned only the projector, on an LLM in Llama's or Mistral's own layout, becomes what LLaVA's pretraining
 writes: mm_projector.bin and config.json, loaded with the base model. Every other run becomes a whole model with its
@@ -25,7 +25,7 @@ from dianjing.export.receipt import Proof, compare
 from dianjing.export.xtuner import copy_tokenizer, read_back, require_clip_run
 from dianjing.formats.llava import MLP, llava_name
 from dianjing.formats.weights import read_config
-from dianjing.infer.generate import Conversation, Seer
+from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.model.folders import TINYWORLD, resolve
 from dianjing.model.stage import part_of
 from dianjing.model.weights import load_trainable_state, trainable_state
@@ -49,53 +49,53 @@ folder of the vision tower (VISION_TOWER); write there where yours is. LLaVA cho
 """
 
 
-def save(seer: Seer, folder: Path, options: Options) -> None:
+def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write the projector, or the whole model, into an existing folder.
 
     Raises:
         ExportError: there is no run, or LLaVA has no class for its LLM or its tower.
     """
-    recipe = require_clip_run(seer, "LLaVA")
-    kind = cast(Any, seer.model.config).text_config.model_type
+    recipe = require_clip_run(loaded, "LLaVA")
+    kind = cast(Any, loaded.model.config).text_config.model_type
     if kind not in LANGUAGE_MODELS:
         raise ExportError(
             f'LLaVA 1.5 holds Llama and Mistral, not "{kind}"; export for transformers (--format hf) instead'
         )
     if _projector_alone(recipe):
-        learned = {llava_name(name): weight.cpu() for name, weight in trainable_state(seer.model).items()}
+        learned = {llava_name(name): weight.cpu() for name, weight in trainable_state(loaded.model).items()}
         torch.save(
             {name: weight.to(DTYPES[options.dtype]) for name, weight in learned.items()}, folder / "mm_projector.bin"
         )
-        write_json(folder / "config.json", _config(seer, recipe, options, tied=_tied(seer)))
+        write_json(folder / "config.json", _config(loaded, recipe, options, tied=_tied(loaded)))
         return
-    merged = _merged(seer, recipe)
+    merged = _merged(loaded, recipe)
     save_weights({llava_name(name): weight for name, weight in _rounded(merged, options).items()}, folder)
-    write_json(folder / "config.json", _config(seer, recipe, options, tied=LIVE_HEAD not in merged))
+    write_json(folder / "config.json", _config(loaded, recipe, options, tied=LIVE_HEAD not in merged))
     copy_tokenizer(recipe, folder)
 
 
 @torch.no_grad()
-def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
     """Return how the folder, read back, answers beside the run; what rounding costs is measured apart.
 
     Raises:
         ExportError: a weight is not what was to be written.
     """
-    recipe = require_clip_run(seer, "LLaVA")
-    other = read_back(seer, recipe if _projector_alone(recipe) else _as_whole(recipe), folder)
+    recipe = require_clip_run(loaded, "LLaVA")
+    other = read_back(loaded, recipe if _projector_alone(recipe) else _as_whole(recipe), folder)
     read = trainable_state(other.model)
-    merged = {name: weight for name, weight in _merged(seer, recipe).items() if name in read}
+    merged = {name: weight for name, weight in _merged(loaded, recipe).items() if name in read}
     expected = _rounded(merged, options)
     wrong = [name for name in read if not torch.equal(read[name], expected[name].float().to(read[name].device))]
     if wrong:
         raise ExportError(f"{wrong[0]} was read back as something else")
     if options.dtype == "fp32":
-        return Proof(cases=compare(seer, other, conversations), compared=COMPARED)
-    rounded = compare(seer, other, conversations)
+        return Proof(cases=compare(loaded, other, conversations), compared=COMPARED)
+    rounded = compare(loaded, other, conversations)
     load_trainable_state(other.model, merged)
     cases = [
         replace(case, rounding_difference=cost.logit_difference, rounded_same_answer=cost.same_answer)
-        for case, cost in zip(compare(seer, other, conversations), rounded, strict=True)
+        for case, cost in zip(compare(loaded, other, conversations), rounded, strict=True)
     ]
     note = (
         f"weights in {options.dtype}: rounding moves the logits by up to {max(c.logit_difference for c in rounded):.1e}"
@@ -119,9 +119,9 @@ def _as_whole(recipe: Recipe) -> Recipe:
     )
 
 
-def _merged(seer: Seer, recipe: Recipe) -> dict[str, Tensor]:
+def _merged(loaded: LoadedModel, recipe: Recipe) -> dict[str, Tensor]:
     """Return the weights of the whole model, adapters merged; a tower that was not tuned stays where it is."""
-    merged = merged_state(seer.model)
+    merged = merged_state(loaded.model)
     if merged[LIVE_HEAD] is merged[LIVE_EMBEDDING]:
         del merged[LIVE_HEAD]
     tower = recipe.vision_tower.tuning != "frozen"
@@ -136,12 +136,12 @@ def _rounded(weights: Mapping[str, Tensor], options: Options) -> dict[str, Tenso
     return found
 
 
-def _tied(seer: Seer) -> bool:
-    return bool(cast(Any, seer.model.config).text_config.tie_word_embeddings)
+def _tied(loaded: LoadedModel) -> bool:
+    return bool(cast(Any, loaded.model.config).text_config.tie_word_embeddings)
 
 
-def _config(seer: Seer, recipe: Recipe, options: Options, *, tied: bool) -> dict[str, Any]:
-    config = cast(Any, seer.model.config)
+def _config(loaded: LoadedModel, recipe: Recipe, options: Options, *, tied: bool) -> dict[str, Any]:
+    config = cast(Any, loaded.model.config)
     model_type, architecture = LANGUAGE_MODELS[config.text_config.model_type]
     tower = resolve(recipe.vision_tower.folder, "vision_tower")
     return part_config(config.text_config, str(DTYPES[options.dtype]).removeprefix("torch.")) | {

@@ -23,7 +23,7 @@ from dianjing.data.record import with_markers
 from dianjing.errors import ExportError
 from dianjing.infer.generate import (
     Conversation,
-    Seer,
+    LoadedModel,
     answering,
     generate_ids,
     language_parts,
@@ -101,19 +101,21 @@ def drawn_cases() -> list[Conversation]:
     ]
 
 
-def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tolerance: float = TOLERANCE) -> list[Case]:
+def compare(
+    loaded: LoadedModel, other: LoadedModel, conversations: Sequence[Conversation], tolerance: float = TOLERANCE
+) -> list[Case]:
     """Return how another model, read back by our own code, answers beside the run."""
     cases = []
-    answers, others = (generate_ids(one, conversations, ANSWER_TOKENS) for one in (seer, other))
+    answers, others = (generate_ids(one, conversations, ANSWER_TOKENS) for one in (loaded, other))
     for conversation, answer, other_answer in zip(conversations, answers, others, strict=True):
-        ours, theirs = run_forms(seer, conversation, answer), run_logits(other, conversation, answer)
+        ours, theirs = run_forms(loaded, conversation, answer), run_logits(other, conversation, answer)
         images = list(conversation.images)
         cases.append(
             Case(
                 question=conversation.question,
                 image_sizes=[image.size for image in images],
-                same_ids=prepare(other, conversation).input_ids == prepare(seer, conversation).input_ids,
-                pixel_difference=pixel_difference(seer, conversation, _pixels(other, conversation)),
+                same_ids=prepare(other, conversation).input_ids == prepare(loaded, conversation).input_ids,
+                pixel_difference=pixel_difference(loaded, conversation, _pixels(other, conversation)),
                 logit_difference=max(logit_difference(one, theirs) for one in ours),
                 largest_logit=ours[0].abs().max().item(),
                 same_answer=other_answer == answer,
@@ -123,7 +125,7 @@ def compare(seer: Seer, other: Seer, conversations: Sequence[Conversation], tole
     return cases
 
 
-def write_receipt(seer: Seer, folder: Path, format: str, proof: Proof) -> Path:
+def write_receipt(loaded: LoadedModel, folder: Path, format: str, proof: Proof) -> Path:
     """Write parity.json beside the weights and return its path.
 
     Raises:
@@ -138,7 +140,7 @@ def write_receipt(seer: Seer, folder: Path, format: str, proof: Proof) -> Path:
         )
     receipt: dict[str, Any] = {
         "format": format,
-        "source": seer.name,
+        "source": loaded.name,
         "compared": proof.compared,
         "notes": list(proof.notes),
         "versions": {"dianjing": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
@@ -173,35 +175,35 @@ def logit_difference(ours: Logits, theirs: Logits) -> float:
     return (ours - theirs[:, : ours.shape[1]].to(ours.device)).abs().max().item()
 
 
-def pixel_difference(seer: Seer, conversation: Conversation, pixels: Tensor | None) -> float:
+def pixel_difference(loaded: LoadedModel, conversation: Conversation, pixels: Tensor | None) -> float:
     """Return how far another program's pixel values are from those the run is fed."""
-    ours = _pixels(seer, conversation)
+    ours = _pixels(loaded, conversation)
     if ours is None or pixels is None:
         return 0.0 if ours is None and pixels is None else float("inf")
     return (ours - pixels.cpu()).abs().max().item() if ours.shape == pixels.shape else float("inf")
 
 
-def run_logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
+def run_logits(loaded: LoadedModel, conversation: Conversation, answer: Sequence[int]) -> Logits:
     """Return the run's logits over prompt and answer, its adapters computed apart from the weights they stand on."""
-    with _adapters_apart(seer.model):
-        return _logits(seer, conversation, answer)
+    with _adapters_apart(loaded.model):
+        return _logits(loaded, conversation, answer)
 
 
-def run_forms(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> list[Logits]:
+def run_forms(loaded: LoadedModel, conversation: Conversation, answer: Sequence[int]) -> list[Logits]:
     """Return the run's logits with its adapters apart, and as it computes them itself.
 
     In fp32 it multiplies with the sum of weight and adapter, which is also what a merged export holds: that alone
     would compare a sum with itself.
     """
-    itself = [_logits(seer, conversation, answer)] if _adapted(seer.model) else []
-    return [run_logits(seer, conversation, answer), *itself]
+    itself = [_logits(loaded, conversation, answer)] if _adapted(loaded.model) else []
+    return [run_logits(loaded, conversation, answer), *itself]
 
 
-def _logits(seer: Seer, conversation: Conversation, answer: Sequence[int]) -> Logits:
-    decoder, head = language_parts(seer.model)
-    with answering(seer.model):
-        embeddings, _ = left_padded(seer, [prepare(seer, conversation)])
-        tail = seer.model.get_input_embeddings()(torch.tensor([answer[:-1]], device=embeddings.device).long())
+def _logits(loaded: LoadedModel, conversation: Conversation, answer: Sequence[int]) -> Logits:
+    decoder, head = language_parts(loaded.model)
+    with answering(loaded.model):
+        embeddings, _ = left_padded(loaded, [prepare(loaded, conversation)])
+        tail = loaded.model.get_input_embeddings()(torch.tensor([answer[:-1]], device=embeddings.device).long())
         hidden = decoder(inputs_embeds=torch.cat([embeddings, tail], 1), use_cache=False).last_hidden_state
         return head(hidden[0]).float()
 
@@ -223,10 +225,10 @@ def _adapted(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, PeftLinear)]
 
 
-def _pixels(seer: Seer, conversation: Conversation) -> Float[Tensor, "images 3 height width"] | None:
-    if not conversation.images or seer.image_processor is None:
+def _pixels(loaded: LoadedModel, conversation: Conversation) -> Float[Tensor, "images 3 height width"] | None:
+    if not conversation.images or loaded.image_processor is None:
         return None
-    return torch.stack([seer.image_processor(image) for image in conversation.images])
+    return torch.stack([loaded.image_processor(image) for image in conversation.images])
 
 
 def _gradient(width: int, height: int) -> Image.Image:

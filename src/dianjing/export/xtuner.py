@@ -1,4 +1,6 @@
-"""Seer -> a folder as `xtuner convert pth_to_hf` writes it, for `xtuner chat LLM --llava FOLDER` and `xtuner mmbench`.
+"""LoadedModel -> a folder as `xtuner convert pth_to_hf` writes it.
+
+It is for `xtuner chat LLM --llava FOLDER` and `xtuner mmbench`:
 
     llm_adapter/             the LLM's LoRA, on InternLM2 of its own wqkv
     visual_encoder_adapter/  the tower's LoRA
@@ -33,7 +35,7 @@ from dianjing.export.receipt import Proof, compare
 from dianjing.formats.source import open_foreign
 from dianjing.formats.weights import name_some, read_config
 from dianjing.formats.xtuner import LIVE_TOWER, from_live, to_live
-from dianjing.infer.generate import Conversation, Seer
+from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.model.build import build
 from dianjing.model.folders import resolve
 from dianjing.model.forward import num_tower_layers
@@ -65,18 +67,18 @@ give this folder in place of the language model where it has the whole language 
 """
 
 
-def save(seer: Seer, folder: Path, options: Options) -> None:
+def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write what the run has learned into an existing folder.
 
     Raises:
         ExportError: there is no run, or XTuner cannot hold what it learned.
     """
-    recipe = require_clip_run(seer, "XTuner")
+    recipe = require_clip_run(loaded, "XTuner")
     if options.dtype != "fp32":
         raise ExportError(
             f"what was learned is written in fp32, as it was trained, not in {options.dtype}; drop --dtype"
         )
-    model: Any = seer.model
+    model: Any = loaded.model
     internlm2 = _is_internlm2(recipe)
     adapted = recipe.language_model.tuning == "lora"
     if internlm2 and adapted and not recipe.language_model.lora_share_qkv:
@@ -89,30 +91,30 @@ def save(seer: Seer, folder: Path, options: Options) -> None:
     for name, weight in learned.items():
         part, _, rest = name.partition(".")
         parts[part][rest.replace(".default.", ".")] = weight.float().contiguous()
-    _save_llm(seer, recipe, parts["llm"], folder)
-    _save_tower(seer, recipe, parts["visual_encoder"], folder)
+    _save_llm(loaded, recipe, parts["llm"], folder)
+    _save_tower(loaded, recipe, parts["visual_encoder"], folder)
     _save_projector(parts["projector"], folder / "projector")
 
 
 @torch.no_grad()
-def prove(seer: Seer, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
+def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
     """Return how the folder, put on its bases again, answers beside the run."""
-    recipe = require_clip_run(seer, "XTuner")
-    return Proof(cases=compare(seer, read_back(seer, recipe, folder), conversations), compared=COMPARED)
+    recipe = require_clip_run(loaded, "XTuner")
+    return Proof(cases=compare(loaded, read_back(loaded, recipe, folder), conversations), compared=COMPARED)
 
 
-def require_clip_run(seer: Seer, program: str) -> Recipe:
+def require_clip_run(loaded: LoadedModel, program: str) -> Recipe:
     """Return the run's recipe.
 
     Raises:
         ExportError: it is no run, or its vision tower is one that the program cannot use.
     """
-    if seer.recipe is None:
-        raise ExportError(f"{seer.name} is no run; only what a run has learned can be exported for {program}")
-    kind = cast(Any, seer.model.config).vision_config.model_type
+    if loaded.recipe is None:
+        raise ExportError(f"{loaded.name} is no run; only what a run has learned can be exported for {program}")
+    kind = cast(Any, loaded.model.config).vision_config.model_type
     if kind != "clip_vision_model":
         raise ExportError(f"{program} reads CLIP towers only, not {kind}; export the whole model (--format hf)")
-    return seer.recipe
+    return loaded.recipe
 
 
 def learned_state(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
@@ -139,7 +141,7 @@ def learned_state(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
     return learned
 
 
-def read_back(seer: Seer, recipe: Recipe, folder: Path) -> Seer:
+def read_back(loaded: LoadedModel, recipe: Recipe, folder: Path) -> LoadedModel:
     """Return the run's model as one makes it from the bases and what is in the folder.
 
     Raises:
@@ -149,7 +151,7 @@ def read_back(seer: Seer, recipe: Recipe, folder: Path) -> Seer:
     for part, config in (("llm", recipe.language_model), ("visual_encoder", recipe.vision_tower)):
         if config.tuning == "lora" and foreign.adapters[part].alpha != config.lora_alpha:
             raise ExportError(f"the alpha of {part}'s LoRA became {foreign.adapters[part].alpha}")
-    built = build(recipe, seer.model.device, fresh_projector=True)
+    built = build(recipe, loaded.model.device, fresh_projector=True)
     apply_stage(built.model, recipe)
     found = to_live(foreign.weights, built.model.config.text_config, num_tower_layers(built.model))
     live = {name: found.live[name] for name in found.live if name not in _shared_twice(built.model, found.live)}
@@ -159,7 +161,7 @@ def read_back(seer: Seer, recipe: Recipe, folder: Path) -> Seer:
         load_trainable_state(built.model, live)
     except ModelError as error:
         raise ExportError(f"what was written is not what was learned: {error}") from None
-    return replace(seer, model=built.model.eval(), recipe=recipe)
+    return replace(loaded, model=built.model.eval(), recipe=recipe)
 
 
 def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
@@ -183,29 +185,29 @@ def _is_internlm2(recipe: Recipe) -> bool:
     return read_config(resolve(recipe.language_model.folder, "language_model")).get("model_type") == "internlm2"
 
 
-def _save_llm(seer: Seer, recipe: Recipe, weights: Mapping[str, Tensor], folder: Path) -> None:
+def _save_llm(loaded: LoadedModel, recipe: Recipe, weights: Mapping[str, Tensor], folder: Path) -> None:
     if recipe.language_model.tuning == "lora":
         _save_adapter(weights, recipe.language_model, folder / "llm_adapter", "CAUSAL_LM")
     elif recipe.language_model.tuning == "full":
-        text_config = cast(Any, seer.model.config).text_config
+        text_config = cast(Any, loaded.model.config).text_config
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]
         save_weights(weights, folder)
         write_json(folder / "config.json", part_config(text_config, "float32") | {"architectures": [architecture]})
         copy_tokenizer(recipe, folder)
 
 
-def _save_tower(seer: Seer, recipe: Recipe, weights: Mapping[str, Tensor], folder: Path) -> None:
+def _save_tower(loaded: LoadedModel, recipe: Recipe, weights: Mapping[str, Tensor], folder: Path) -> None:
     if recipe.vision_tower.tuning == "lora":
         _save_adapter(weights, recipe.vision_tower, folder / "visual_encoder_adapter", None)
     elif recipe.vision_tower.tuning == "full":
         out = folder / "visual_encoder"
         out.mkdir()
         save_weights(weights, out)
-        config = part_config(cast(Any, seer.model.config).vision_config, "float32")
+        config = part_config(cast(Any, loaded.model.config).vision_config, "float32")
         write_json(out / "config.json", config | {"architectures": ["CLIPVisionModel"]})
-        assert seer.image_processor
+        assert loaded.image_processor
         # XTuner pads to a square by itself.
-        preprocessing = preprocessor_config(replace(seer.image_processor, aspect="crop"))
+        preprocessing = preprocessor_config(replace(loaded.image_processor, aspect="crop"))
         del preprocessing["processor_class"], preprocessing["do_pad"]
         write_json(out / "preprocessor_config.json", preprocessing)
 

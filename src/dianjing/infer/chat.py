@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from dianjing.data.record import with_markers
 from dianjing.errors import DataError
-from dianjing.infer.generate import GREEDY, MAX_NEW_TOKENS, Conversation, Sampling, Seer, stream
+from dianjing.infer.generate import GREEDY, MAX_NEW_TOKENS, Conversation, LoadedModel, Sampling, stream
 from dianjing.pictures.image import load_image
 
 HELP = "/image PATH shows a picture with the next question, /reset starts over, /exit ends."
@@ -21,7 +21,7 @@ BLIND = "it cannot see: a text-only model, so pictures are not shown to it"
 class Session:
     """What was said so far, and the pictures that wait for the next question."""
 
-    seer: Seer
+    loaded: LoadedModel
     first_images: Sequence[Image] = ()
     """Shown with the first question, and again with the first one after a reset."""
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -44,7 +44,7 @@ class Session:
         images = [*self.images, *self.waiting]
         answer = ""
         conversation = Conversation(self.history, question, images)
-        for piece in stream(self.seer, conversation, self.max_new_tokens, self.sampling):
+        for piece in stream(self.loaded, conversation, self.max_new_tokens, self.sampling):
             answer += piece
             yield piece
         self.history.append((question, answer))
@@ -65,7 +65,7 @@ def open_picture(path: str) -> Image:
 
 def chat(session: Session, read: Callable[[], str], write: Callable[[str], object]) -> None:
     """Talk until /exit or the end of the input; an error of one line does not end the conversation."""
-    write(f"{session.seer.name}" + ("" if session.seer.can_see else f" ({BLIND})") + f"\n{HELP}\n")
+    write(f"{session.loaded.name}" + ("" if session.loaded.can_see else f" ({BLIND})") + f"\n{HELP}\n")
     while True:
         try:
             line = read().strip()

@@ -26,7 +26,7 @@ BATCH_POSITIONS = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seer:
+class LoadedModel:
     """A model ready to answer; `image_processor` is None for a model without eyes."""
 
     name: str
@@ -51,10 +51,6 @@ class Conversation(NamedTuple):
     images: Sequence[Image]
 
 
-Asked = tuple[Sequence[tuple[str, str]], str, Sequence[Image]]
-"""A Conversation, or a plain tuple of the same three."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen; the default is greedy."""
@@ -70,8 +66,8 @@ GREEDY = Sampling()
 
 
 def generate(
-    seer: Seer,
-    conversations: Sequence[Asked],
+    loaded: LoadedModel,
+    conversations: Sequence[Conversation],
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
 ) -> list[str]:
@@ -82,55 +78,55 @@ def generate(
     Raises:
         ValueError: a conversation has more or fewer pictures than markers.
     """
-    stops = stop_sequences(seer)
-    ids = generate_ids(seer, conversations, max_new_tokens, sampling)
-    return [_text(seer, tokens, stops) for tokens in ids]
+    stops = stop_sequences(loaded)
+    ids = generate_ids(loaded, conversations, max_new_tokens, sampling)
+    return [_text(loaded, tokens, stops) for tokens in ids]
 
 
 def generate_ids(
-    seer: Seer,
-    conversations: Sequence[Asked],
+    loaded: LoadedModel,
+    conversations: Sequence[Conversation],
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """Return the tokens of each answer, with the one that ended it."""
-    prompts = [prepare(seer, conversation) for conversation in conversations]
-    stops = stop_sequences(seer)
+    prompts = [prepare(loaded, conversation) for conversation in conversations]
+    stops = stop_sequences(loaded)
     written: list[list[int]] = [[] for _ in prompts]
     for rows in _batches([len(prompt.input_ids) for prompt in prompts], max_new_tokens):
-        for row, token in _tokens(seer, [prompts[i] for i in rows], max_new_tokens, sampling, stops):
+        for row, token in _tokens(loaded, [prompts[i] for i in rows], max_new_tokens, sampling, stops):
             written[rows[row]].append(token)
     return written
 
 
 def stream(
-    seer: Seer,
-    conversation: Asked,
+    loaded: LoadedModel,
+    conversation: Conversation,
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
 ) -> Iterator[str]:
     """Yield the pieces of one answer as they are written; joined they are what `generate` returns."""
-    prompt = prepare(seer, conversation)
-    stops = stop_sequences(seer)
+    prompt = prepare(loaded, conversation)
+    stops = stop_sequences(loaded)
     held_back = max(map(len, stops), default=0)
     tokens: list[int] = []
     shown = ""
-    for _, token in _tokens(seer, [prompt], max_new_tokens, sampling, stops):
+    for _, token in _tokens(loaded, [prompt], max_new_tokens, sampling, stops):
         tokens.append(token)
-        text = _decode(seer, tokens[: max(len(tokens) - held_back, 0)])
+        text = _decode(loaded, tokens[: max(len(tokens) - held_back, 0)])
         # A character of several tokens is unreadable (U+FFFD) until its last one is there; a blank at the end
         # belongs to the answer only if something follows.
         ready = text.rstrip("\ufffd").strip()
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
-    if rest := _text(seer, tokens, stops)[len(shown) :]:
+    if rest := _text(loaded, tokens, stops)[len(shown) :]:
         yield rest
 
 
-def stop_sequences(seer: Seer) -> list[tuple[int, ...]]:
+def stop_sequences(loaded: LoadedModel) -> list[tuple[int, ...]]:
     """Return the token sequences that end an answer: the tokenizer's EOS and what the template ends a turn with."""
-    template, tokenizer = seer.encoder.template, seer.tokenizer
+    template, tokenizer = loaded.encoder.template, loaded.tokenizer
     words = [*template.stop_words, *([template.suffix] if template.suffix else [])]
     ends = {tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words}
     eos: Any = tokenizer.eos_token_id
@@ -144,7 +140,7 @@ class Prompt(NamedTuple):
     images: Sequence[Image]
 
 
-def prepare(seer: Seer, conversation: Asked) -> Prompt:
+def prepare(loaded: LoadedModel, conversation: Conversation) -> Prompt:
     """Return what the model is fed for a conversation: what training saw up to the answer.
 
     Raises:
@@ -152,16 +148,16 @@ def prepare(seer: Seer, conversation: Asked) -> Prompt:
         DataError: it is longer than the model can read.
     """
     history, question, images = conversation
-    if not seer.can_see:
+    if not loaded.can_see:
         history = [(_blind(asked), answer) for asked, answer in history]
         question, images = _blind(question), ()
-    input_ids, markers = seer.encoder.prompt(list(history), question)
+    input_ids, markers = loaded.encoder.prompt(list(history), question)
     if markers != len(images):
         raise ValueError(f"the conversation has {markers} {IMAGE_MARKER} markers but {len(images)} pictures")
-    limit = seer.model.config.get_text_config().max_position_embeddings
+    limit = loaded.model.config.get_text_config().max_position_embeddings
     if len(input_ids) >= limit:
         raise DataError(
-            f"the conversation takes {len(input_ids)} positions, pictures included, but {seer.name} reads {limit}; "
+            f"the conversation takes {len(input_ids)} positions, pictures included, but {loaded.name} reads {limit}; "
             "ask less, show fewer pictures, or start a new conversation"
         )
     return Prompt(input_ids, images)
@@ -185,17 +181,17 @@ def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]
 
 
 def _tokens(
-    seer: Seer,
+    loaded: LoadedModel,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     sampling: Sampling,
     stops: Sequence[tuple[int, ...]],
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as tokens are chosen; a row that has ended is taken out of the batch."""
-    model = seer.model
+    model = loaded.model
     decoder, head = language_parts(model)
     with answering(model):
-        embeddings, attention_mask = left_padded(seer, prompts)
+        embeddings, attention_mask = left_padded(loaded, prompts)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
     generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
@@ -247,15 +243,15 @@ def language_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return decoder, head
 
 
-def left_padded(seer: Seer, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "rows longest hidden"], Tensor]:
+def left_padded(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "rows longest hidden"], Tensor]:
     """Return the prompts' embeddings, pictures in place, and which positions are no padding."""
-    device = seer.model.device
+    device = loaded.model.device
     flat = torch.tensor([token for prompt in prompts for token in prompt.input_ids], device=device)
-    if isinstance(seer.model, LlavaForConditionalGeneration):
-        positions = (flat == seer.encoder.image_token_id).nonzero()[:, 0]
-        embedded = embed(seer.model, flat, positions, _features(seer, prompts))
+    if isinstance(loaded.model, LlavaForConditionalGeneration):
+        positions = (flat == loaded.encoder.image_token_id).nonzero()[:, 0]
+        embedded = embed(loaded.model, flat, positions, _features(loaded, prompts))
     else:
-        embedded = seer.model.get_input_embeddings()(flat)
+        embedded = loaded.model.get_input_embeddings()(flat)
     lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
     longest = int(lengths.max())
     attention_mask = (torch.arange(longest, device=device) >= (longest - lengths)[:, None]).long()
@@ -264,9 +260,9 @@ def left_padded(seer: Seer, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "r
     return padded, attention_mask
 
 
-def _features(seer: Seer, prompts: Sequence[Prompt]) -> Float[Tensor, "images patches hidden"]:
+def _features(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Float[Tensor, "images patches hidden"]:
     """Return the features of all pictures of the batch; a picture asked about twice is looked at once."""
-    processor, model = seer.image_processor, seer.model
+    processor, model = loaded.image_processor, loaded.model
     assert processor is not None, "a LLaVA has an image processor"
     assert isinstance(model, LlavaForConditionalGeneration), "only a LLaVA sees"
     images = [image for prompt in prompts for image in prompt.images]
@@ -278,16 +274,16 @@ def _features(seer: Seer, prompts: Sequence[Prompt]) -> Float[Tensor, "images pa
     return image_features(model, pixels.to(model.device))[[place[id(image)] for image in images]]
 
 
-def _text(seer: Seer, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> str:
+def _text(loaded: LoadedModel, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> str:
     for stop in sorted(stops, key=len, reverse=True):
         if tuple(tokens[-len(stop) :]) == stop:
             tokens = tokens[: -len(stop)]
             break
-    return _decode(seer, tokens).strip()
+    return _decode(loaded, tokens).strip()
 
 
-def _decode(seer: Seer, tokens: Sequence[int]) -> str:
-    return str(seer.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _decode(loaded: LoadedModel, tokens: Sequence[int]) -> str:
+    return str(loaded.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A run, an exported folder or a text-only LLM -> Seer."""
+"""A run, an exported folder or a text-only LLM -> LoadedModel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.template import template_for
 from dianjing.errors import ModelError
 from dianjing.formats.weights import read_config
-from dianjing.infer.generate import Seer
+from dianjing.infer.generate import LoadedModel
 from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
 from dianjing.model.build import build
 from dianjing.model.folders import TINYWORLD, resolve
@@ -32,7 +32,7 @@ TEMPLATE_KEY = "dianjing_template"
 """Where an exported config.json names the chat template."""
 
 
-def load_for_use(path: str, device: str | None = None) -> Seer:
+def load_for_use(path: str, device: str | None = None) -> LoadedModel:
     """Return the model at `path`, ready to answer; `device` None = the GPU if there is one.
 
     `path` is a run (recipe.toml and checkpoints; its adapters stay adapters), an exported adapter or LLaVA folder or a
@@ -50,20 +50,20 @@ def load_for_use(path: str, device: str | None = None) -> Seer:
         )
     folder = resolve(path, "language_model")
     if (folder / "recipe.toml").is_file():
-        seer = _load_run(folder, device)
+        loaded = _load_run(folder, device)
     elif not (folder / "config.json").is_file():
         raise ModelError(
             f"{path}: neither recipe.toml (a run) nor config.json (a model) is in it; "
             "give the folder of a run, of an export, or of a text LLM"
         )
     elif read_config(folder).get("model_type") == "llava":
-        seer = _load_llava(folder, device)
+        loaded = _load_llava(folder, device)
     else:
-        seer = _load_text(folder, device)
-    return replace(seer, name=path)
+        loaded = _load_text(folder, device)
+    return replace(loaded, name=path)
 
 
-def _load_run(run: Path, device: str) -> Seer:
+def _load_run(run: Path, device: str) -> LoadedModel:
     recipe = load_recipe(run / "recipe.toml")
     if device == "cpu":
         recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
@@ -75,7 +75,7 @@ def _load_run(run: Path, device: str) -> Seer:
         load_adapter(built.model, run)
     else:
         load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
-    return Seer(
+    return LoadedModel(
         name=str(run),
         model=built.model.eval(),
         tokenizer=built.tokenizer,
@@ -99,7 +99,7 @@ def _require_bases(recipe: Recipe, run: Path) -> None:
         require_bases(recipe, run)
 
 
-def _load_llava(folder: Path, device: str) -> Seer:
+def _load_llava(folder: Path, device: str) -> LoadedModel:
     config = read_config(folder)
     tower = config.get("vision_config", {}).get("model_type")
     if tower not in ("clip_vision_model", "siglip_vision_model"):
@@ -110,7 +110,7 @@ def _load_llava(folder: Path, device: str) -> Seer:
         raise ModelError(f"{folder}: it joins the features of several layers; LLaVAs of one layer can be asked here")
     tokenizer = load_tokenizer(folder)
     model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
-    return Seer(
+    return LoadedModel(
         name=str(folder),
         model=model.to(device).eval(),
         tokenizer=tokenizer,
@@ -119,10 +119,10 @@ def _load_llava(folder: Path, device: str) -> Seer:
     )
 
 
-def _load_text(folder: Path, device: str) -> Seer:
+def _load_text(folder: Path, device: str) -> LoadedModel:
     tokenizer = load_tokenizer(folder)
     model: Any = load_language_model(folder, _dtype(device))[0]
-    return Seer(
+    return LoadedModel(
         name=str(folder),
         model=model.to(device).eval(),
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ from dianjing.data.record import with_markers
 from dianjing.errors import DataError
 
 if TYPE_CHECKING:
-    from dianjing.infer.generate import Seer
+    from dianjing.infer.generate import LoadedModel
 
 MAX_NEW_TOKENS = 256
 
@@ -25,7 +25,7 @@ class _Model:
         self.lock = threading.Lock()
         """Held while it answers."""
         self.stamp = 0
-        self.seer: Seer | None = None
+        self.loaded: LoadedModel | None = None
 
 
 class Models:
@@ -49,23 +49,23 @@ class Models:
         from dianjing.infer.chat import BLIND
         from dianjing.infer.generate import Conversation, prepare, stream
 
-        lock, seer = self._loaded(path)
+        lock, loaded = self._loaded(path)
         with lock:
-            yield BLIND if image and not seer.can_see else ""
+            yield BLIND if image and not loaded.can_see else ""
             asked = [text for text, _ in history] + [question]
             asked[0] = with_markers(asked[0], int(image is not None))
             past = [(text, answer) for text, (_, answer) in zip(asked, history, strict=False)]
             conversation = Conversation(past, asked[-1], [image] if image else [])
             try:
-                prepare(seer, conversation)
+                prepare(loaded, conversation)
             except ValueError as error:
                 raise DataError(str(error)) from None
-            for piece in stream(seer, conversation, MAX_NEW_TOKENS):
+            for piece in stream(loaded, conversation, MAX_NEW_TOKENS):
                 yield piece
                 if self.ending.is_set():
                     return
 
-    def _loaded(self, path: str) -> tuple[threading.Lock, Seer]:
+    def _loaded(self, path: str) -> tuple[threading.Lock, LoadedModel]:
         """Return the model, read from disk if it is not in memory or a run has gone on since.
 
         While one is read, none answers and no other is read: transformers changes defaults of the whole process.
@@ -74,13 +74,13 @@ class Models:
 
         with self._loading:
             model, stamp = self._models.setdefault(path, _Model(path)), _stamp(path)
-            if model.seer is None or stamp != model.stamp:
+            if model.loaded is None or stamp != model.stamp:
                 with ExitStack() as held:
                     for other in self._models.values():
                         held.enter_context(other.lock)
-                    model.seer = None  # before the next one is in memory
-                    model.seer, model.stamp = load_for_use(path), stamp
-            return model.lock, model.seer
+                    model.loaded = None  # before the next one is in memory
+                    model.loaded, model.stamp = load_for_use(path), stamp
+            return model.lock, model.loaded
 
 
 def _stamp(path: str) -> int:

@@ -10,8 +10,8 @@ from dianjing.config.schema import Recipe
 from dianjing.data.record import load_records, without_markers
 from dianjing.eval.compare import Column, page
 from dianjing.eval.score import score, summarise
-from dianjing.infer.ask import ask, check_pictures, load_pictures
-from dianjing.infer.generate import Seer
+from dianjing.infer.answers import answer_questions, check_pictures, load_pictures
+from dianjing.infer.generate import LoadedModel
 from dianjing.infer.questions import Question, questions_of
 from dianjing.model.build import Built
 from dianjing.model.compile import uncompiled
@@ -40,7 +40,7 @@ class Samples:
         self._root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
         self._questions = sample_questions(recipe.train.sample_path, recipe.train.sample_count)
         check_pictures(self._questions, self._root)
-        self._seer = Seer(
+        self._loaded_model = LoadedModel(
             name=str(run),
             model=built.model,
             tokenizer=built.tokenizer,
@@ -59,7 +59,7 @@ class Samples:
             return
         self._model.eval()
         with uncompiled(self._model):
-            answers = ask(self._seer, self._questions, self._root, MAX_NEW_TOKENS)
+            answers = answer_questions(self._loaded_model, self._questions, self._root, MAX_NEW_TOKENS)
         self._model.train()
         self._rows += [
             {

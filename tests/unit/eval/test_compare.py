@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from dianjing.eval.compare import THUMBNAIL_PIXELS, Column, page, thumbnail, verdict
 from dianjing.eval.score import score, summarise
 from dianjing.infer.questions import Question
-from tests.seers import picture
+from tests.loaded_models import picture
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 

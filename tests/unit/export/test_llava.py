@@ -19,7 +19,7 @@ from dianjing.importing.run import Wishes, import_run
 from dianjing.infer.load import load_for_use
 from dianjing.model.weights import trainable_state
 from tests.conftest import MakeRecipe
-from tests.seers import seer_of
+from tests.loaded_models import loaded_model
 from tests.xtuner import XTUNER
 
 LORA = {"tuning": "lora"}
@@ -32,9 +32,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def test_a_projector_alone_is_what_llavas_pretraining_writes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("pretrain")
-    seer, out = seer_of(recipe), tmp_path / "llava-x"
-    export(seer, out, (), "llava")
-    projector = seer.model.model.multi_modal_projector.state_dict()
+    loaded, out = loaded_model(recipe), tmp_path / "llava-x"
+    export(loaded, out, (), "llava")
+    projector = loaded.model.model.multi_modal_projector.state_dict()
     written = torch.load(out / "mm_projector.bin", weights_only=True)
     assert written.keys() == {f"model.mm_projector.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
     assert torch.equal(written["model.mm_projector.2.weight"], projector["linear_2.weight"])
@@ -49,7 +49,7 @@ def test_a_projector_alone_is_what_llavas_pretraining_writes(make_recipe: MakeRe
 
     import_run(out, tmp_path / "run", Wishes(llm=recipe.language_model.folder))
     again = trainable_state(load_for_use(str(tmp_path / "run"), "cpu").model)
-    assert all(torch.equal(again[name], weight) for name, weight in trainable_state(seer.model).items())
+    assert all(torch.equal(again[name], weight) for name, weight in trainable_state(loaded.model).items())
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_other_runs_are_a_whole_model_that_comes_back(
     sections: dict[str, Any], make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     recipe = make_recipe("finetune", **sections)
-    seer, out = seer_of(recipe), tmp_path / "llava-x"
-    proof = export(seer, out, (), "llava")
+    loaded, out = loaded_model(recipe), tmp_path / "llava-x"
+    proof = export(loaded, out, (), "llava")
     assert all(case.equal for case in proof.cases)
-    written, merged = load_file(out / "model.safetensors"), merged_state(seer.model)
+    written, merged = load_file(out / "model.safetensors"), merged_state(loaded.model)
     tower = "vision_tower" in sections
     assert config_of(out)["unfreeze_mm_vision_tower"] == tower
     assert any("vision_tower.vision_tower.vision_model." in name for name in written) == tower
@@ -78,11 +78,11 @@ def test_other_runs_are_a_whole_model_that_comes_back(
     plain = {
         name: weight for name, weight in written.items() if "mm_projector" not in name and "vision_tower" not in name
     }
-    llm = LlamaForCausalLM(seer.model.config.text_config)
+    llm = LlamaForCausalLM(loaded.model.config.text_config)
     llm.load_state_dict(plain)
     assert config_of(out)["architectures"] == ["LlavaLlamaForCausalLM"]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
-    assert tokenizer.get_vocab() == seer.tokenizer.get_vocab()
+    assert tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
 
     wishes = Wishes(llm=recipe.language_model.folder, template="internlm2_chat")
     import_run(out, tmp_path / "run", wishes)
@@ -91,8 +91,8 @@ def test_other_runs_are_a_whole_model_that_comes_back(
 
 
 def test_fewer_bits_are_measured(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    seer = seer_of(make_recipe("finetune", language_model=LORA))
-    proof = export(seer, tmp_path / "llava-x", (), "llava", Options(dtype="fp16"))
+    loaded = loaded_model(make_recipe("finetune", language_model=LORA))
+    proof = export(loaded, tmp_path / "llava-x", (), "llava", Options(dtype="fp16"))
     assert load_file(tmp_path / "llava-x" / "model.safetensors")["lm_head.weight"].dtype == torch.float16
     assert 0 < (proof.max_rounding_difference or 0) < 0.1
     assert proof.max_logit_difference < 1e-4
@@ -102,7 +102,7 @@ def test_fewer_bits_are_measured(make_recipe: MakeRecipe, tmp_path: Path) -> Non
 def test_a_weight_that_changed_on_the_way_is_seen(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seer = seer_of(make_recipe("finetune", language_model=LORA))
+    loaded = loaded_model(make_recipe("finetune", language_model=LORA))
     names = llava.llava_name
     swapped = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
@@ -112,12 +112,12 @@ def test_a_weight_that_changed_on_the_way_is_seen(
 
     monkeypatch.setattr(llava, "llava_name", wrong)
     with pytest.raises(ExportError, match="was read back as something else"):
-        export(seer, tmp_path / "llava-x", (), "llava")
+        export(loaded, tmp_path / "llava-x", (), "llava")
     assert not (tmp_path / "llava-x").exists()
 
 
 def test_an_llm_that_llava_has_no_class_for_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    seer = seer_of(make_recipe("pretrain"))
-    seer.model.config.text_config.model_type = "qwen2"
+    loaded = loaded_model(make_recipe("pretrain"))
+    loaded.model.config.text_config.model_type = "qwen2"
     with pytest.raises(ExportError, match='holds Llama and Mistral, not "qwen2"'):
-        export(seer, tmp_path / "out", (), "llava")
+        export(loaded, tmp_path / "out", (), "llava")

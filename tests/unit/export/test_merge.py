@@ -6,7 +6,7 @@ from dianjing.export.merge import merged_state
 from dianjing.infer.generate import answering, language_parts, left_padded, prepare
 from dianjing.model.build import build
 from tests.conftest import MakeRecipe
-from tests.seers import conversations, seer_of
+from tests.loaded_models import conversations, loaded_model
 
 LORA = {
     "language_model": {"tuning": "lora", "lora_head": True},
@@ -17,7 +17,7 @@ LORA = {
 def test_merged_equals_adapters(make_recipe: MakeRecipe) -> None:
     """And the adapters do something: without them the logits are others."""
     recipe = make_recipe("finetune", **LORA)
-    adapted, plain = seer_of(recipe), build(recipe).model.eval()
+    adapted, plain = loaded_model(recipe), build(recipe).model.eval()
     merged = build(recipe).model.eval()
     merged.load_state_dict(merged_state(adapted.model))
     plain.model.multi_modal_projector = adapted.model.model.multi_modal_projector
@@ -33,7 +33,7 @@ def test_merged_equals_adapters(make_recipe: MakeRecipe) -> None:
 
 
 def test_merging_leaves_the_model_alone(make_recipe: MakeRecipe) -> None:
-    model = seer_of(make_recipe("finetune", **LORA)).model
+    model = loaded_model(make_recipe("finetune", **LORA)).model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     state = merged_state(model)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
@@ -43,7 +43,7 @@ def test_merging_leaves_the_model_alone(make_recipe: MakeRecipe) -> None:
 
 def test_shared_qkv_adapters_are_merged_into_each(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("finetune", language_model={"tuning": "lora", "lora_share_qkv": True})
-    model, before = seer_of(recipe).model, build(recipe).model.state_dict()
+    model, before = loaded_model(recipe).model, build(recipe).model.state_dict()
     state = merged_state(model)
     for name in ("q_proj", "k_proj", "v_proj"):
         key = f"model.language_model.layers.0.self_attn.{name}.weight"

@@ -21,7 +21,7 @@ from dianjing.importing.run import Wishes, import_run
 from dianjing.infer.load import load_for_use
 from dianjing.model.weights import trainable_state
 from tests.conftest import MakeRecipe
-from tests.seers import seer_of
+from tests.loaded_models import loaded_model
 from tests.xtuner import XTUNER
 
 TINY = XTUNER / "tiny"
@@ -41,15 +41,15 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_import_of_export_is_the_run_tensor_for_tensor(kind: str, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("finetune" if KINDS[kind] else "pretrain", **KINDS[kind])
-    seer = seer_of(recipe)
-    proof = export(seer, tmp_path / "out", (), "xtuner")
+    loaded = loaded_model(recipe)
+    proof = export(loaded, tmp_path / "out", (), "xtuner")
     assert all(case.equal for case in proof.cases)
     wishes = Wishes(
         llm=recipe.language_model.folder, vision_tower=recipe.vision_tower.folder, template="internlm2_chat"
     )
     import_run(tmp_path / "out", tmp_path / "run", wishes)
     again = trainable_state(load_for_use(str(tmp_path / "run"), "cpu").model)
-    before = trainable_state(seer.model)
+    before = trainable_state(loaded.model)
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name], before[name]) for name in before)
 
@@ -86,9 +86,9 @@ def test_a_real_checkpoint_is_converted_as_xtuner_converts_it(tmp_path: Path) ->
 
 def test_plain_peft_reads_the_adapters_as_xtuner_does(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("finetune", **KINDS["lora"])
-    seer = seer_of(recipe)
-    export(seer, tmp_path / "out", (), "xtuner")
-    merged = merged_state(seer.model)
+    loaded = loaded_model(recipe)
+    export(loaded, tmp_path / "out", (), "xtuner")
+    merged = merged_state(loaded.model)
     base = AutoModelForCausalLM.from_pretrained(recipe.language_model.folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft, about names that transformers will drop
@@ -101,12 +101,12 @@ def test_plain_peft_reads_the_adapters_as_xtuner_does(make_recipe: MakeRecipe, t
 def test_what_xtuner_cannot_hold_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     apart = {"language_model": {"tuning": "lora", **INTERNLM2, "lora_share_qkv": False}}
     with pytest.raises(ExportError, match="lora_share_qkv = true"):
-        export(seer_of(make_recipe("finetune", **apart)), tmp_path / "out", (), "xtuner")
-    seer = seer_of(make_recipe("pretrain"))
+        export(loaded_model(make_recipe("finetune", **apart)), tmp_path / "out", (), "xtuner")
+    loaded = loaded_model(make_recipe("pretrain"))
     with pytest.raises(ExportError, match="not in fp16; drop --dtype"):
-        export(seer, tmp_path / "out", (), "xtuner", Options(dtype="fp16"))
+        export(loaded, tmp_path / "out", (), "xtuner", Options(dtype="fp16"))
     for name in ("recipe", "tower"):
-        other = type(seer)(**{**vars(seer), "recipe": None}) if name == "recipe" else seer
+        other = type(loaded)(**{**vars(loaded), "recipe": None}) if name == "recipe" else loaded
         if name == "tower":
             other.model.config.vision_config.model_type = "siglip_vision_model"
         for format in ("xtuner", "llava"):

@@ -23,7 +23,7 @@ from dianjing.model.weights import trainable_state
 from dianjing.run.checkpoint import damage, newest, read_state
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
-from tests.seers import seer_of
+from tests.loaded_models import loaded_model
 from tests.tiny import TinyDataset, write_clip, write_llm
 from tests.xtuner import XTUNER
 from tests.xtuner_writer import client_state, write_iter
@@ -301,7 +301,7 @@ def test_the_state_says_which_recipe(tmp_path: Path) -> None:
 
 def test_a_lora_folder_of_llava_is_a_run_with_its_numbers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe("finetune", language_model={"tuning": "lora", "lora_alpha": 6.0})
-    learned = trainable_state(seer_of(recipe).model)
+    learned = trainable_state(loaded_model(recipe).model)
     folder = tmp_path / "llava-lora"
     folder.mkdir()
     adapter, rest = {}, {}
@@ -323,9 +323,9 @@ def test_a_lora_folder_of_llava_is_a_run_with_its_numbers(make_recipe: MakeRecip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     import_run(folder, tmp_path / "run", Wishes(template="vicuna"))
-    seer = load_for_use(str(tmp_path / "run"), "cpu")
-    assert seer.encoder.template.name == "vicuna"
-    assert seer.recipe
-    assert (seer.recipe.language_model.lora_alpha, seer.recipe.language_model.lora_dropout) == (6, 0.05)
-    for name, weight in trainable_state(seer.model).items():
+    loaded = load_for_use(str(tmp_path / "run"), "cpu")
+    assert loaded.encoder.template.name == "vicuna"
+    assert loaded.recipe
+    assert (loaded.recipe.language_model.lora_alpha, loaded.recipe.language_model.lora_dropout) == (6, 0.05)
+    for name, weight in trainable_state(loaded.model).items():
         assert torch.equal(weight, learned[name] if ".lora_" in name else learned[name].half().float())

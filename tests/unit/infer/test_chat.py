@@ -11,9 +11,9 @@ from dianjing.errors import DataError
 from dianjing.infer import chat as module
 from dianjing.infer.chat import Session, chat, open_picture
 from dianjing.infer.generate import Conversation
-from tests.seers import picture
+from tests.loaded_models import picture
 
-SEER: Any = SimpleNamespace(name="tiny", can_see=True)
+LOADED: Any = SimpleNamespace(name="tiny", can_see=True)
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Conversation]:
     """Answer every question with its number, and return what was asked."""
     seen: list[Conversation] = []
 
-    def stream(seer: Any, conversation: Conversation, tokens: int, sampling: Any) -> Iterator[str]:
+    def stream(loaded: Any, conversation: Conversation, tokens: int, sampling: Any) -> Iterator[str]:
         seen.append(Conversation(list(conversation.history), conversation.question, list(conversation.images)))
         if conversation.question == "too long":
             raise DataError("it is too long; /reset")
@@ -50,7 +50,7 @@ def talk(session: Session, *lines: str) -> str:
 
 def test_the_given_pictures_come_with_the_first_question(asked: list[Conversation]) -> None:
     one, two = picture(9, 9), picture(8, 8)
-    shown = talk(Session(seer=SEER, first_images=[one, two]), "What?", "", "And?")
+    shown = talk(Session(loaded=LOADED, first_images=[one, two]), "What?", "", "And?")
     assert asked[0] == ([], "<image>\n<image>\nWhat?", [one, two])
     assert asked[1] == ([("<image>\n<image>\nWhat?", "answer 1")], "And?", [one, two])
     assert "answer 2" in shown
@@ -59,7 +59,7 @@ def test_the_given_pictures_come_with_the_first_question(asked: list[Conversatio
 def test_more_pictures_and_a_new_conversation(asked: list[Conversation], tmp_path: Path) -> None:
     first = picture(9, 9)
     picture(12, 6).save(tmp_path / "second one.png")
-    session = Session(seer=SEER, first_images=[first])
+    session = Session(loaded=LOADED, first_images=[first])
     talk(session, "What?", f"/image {tmp_path}/second one.png", "And this?", "/reset", "Again?", "/exit", "no more")
     assert [conversation.question for conversation in asked] == [
         "<image>\nWhat?",
@@ -81,7 +81,7 @@ def test_more_pictures_and_a_new_conversation(asked: list[Conversation], tmp_pat
     ],
 )
 def test_a_bad_line_does_not_end_the_conversation(asked: list[Conversation], line: str, said: str) -> None:
-    session = Session(seer=SEER, first_images=[picture(9, 9)])
+    session = Session(loaded=LOADED, first_images=[picture(9, 9)])
     session.waiting = []
     shown = talk(session, line, "What?")
     assert said in shown
@@ -90,9 +90,9 @@ def test_a_bad_line_does_not_end_the_conversation(asked: list[Conversation], lin
 
 @pytest.mark.usefixtures("asked")
 def test_a_text_model_says_that_it_cannot_see() -> None:
-    seer: Any = SimpleNamespace(name="text", can_see=False)
-    assert "cannot see" in talk(Session(seer=seer))
-    assert "cannot see" not in talk(Session(seer=SEER))
+    loaded: Any = SimpleNamespace(name="text", can_see=False)
+    assert "cannot see" in talk(Session(loaded=loaded))
+    assert "cannot see" not in talk(Session(loaded=LOADED))
 
 
 def test_a_picture_is_found_through_a_link_and_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from dianjing.infer.generate import generate_ids
 from dianjing.infer.load import load_for_use
 from tests.chat_templates import RUNS
 from tests.conftest import MakeRecipe
-from tests.seers import conversations, seer_of, text_seer, write_run
+from tests.loaded_models import conversations, loaded_model, loaded_text_model, write_run
 
 TOKENS = 12
 
@@ -31,20 +31,20 @@ TOKENS = 12
 )
 def test_a_run_answers_as_it_was_left(make_recipe: MakeRecipe, stage: str, sections: dict) -> None:
     recipe = make_recipe(stage, projector={"init_from": "a/run/that/is/gone"}, **sections)
-    trained = seer_of(make_recipe(stage, **sections))
+    trained = loaded_model(make_recipe(stage, **sections))
     run = write_run(recipe, trained)
-    seer = load_for_use(str(run), "cpu")
-    assert seer.can_see
-    assert seer.name == str(run)
-    assert generate_ids(seer, conversations(), TOKENS) == generate_ids(trained, conversations(), TOKENS)
+    loaded = load_for_use(str(run), "cpu")
+    assert loaded.can_see
+    assert loaded.name == str(run)
+    assert generate_ids(loaded, conversations(), TOKENS) == generate_ids(trained, conversations(), TOKENS)
 
 
 def test_a_text_llm_has_no_eyes(tiny_llm: Path) -> None:
-    seer = load_for_use(str(tiny_llm), "cpu")
-    assert not seer.can_see
-    assert seer.encoder.template.name == "internlm2_chat"
+    loaded = load_for_use(str(tiny_llm), "cpu")
+    assert not loaded.can_see
+    assert loaded.encoder.template.name == "internlm2_chat"
     asked = conversations()
-    assert generate_ids(seer, asked, TOKENS) == generate_ids(text_seer(tiny_llm), asked, TOKENS)
+    assert generate_ids(loaded, asked, TOKENS) == generate_ids(loaded_text_model(tiny_llm), asked, TOKENS)
 
 
 LAYOUTS = {
@@ -63,9 +63,9 @@ LAYOUTS = {
 
 def hub_llava(folder: Path, recipe: Recipe, *, layout: str, pickled: bool, template: str | None) -> list[list[int]]:
     """Save a LLaVA as the hub holds it, and return its answers."""
-    seer = seer_of(recipe)
-    answers = generate_ids(seer, conversations(), TOKENS)
-    model: Any = seer.model
+    loaded = loaded_model(recipe)
+    answers = generate_ids(loaded, conversations(), TOKENS)
+    model: Any = loaded.model
     tokenizer = load_tokenizer(recipe.language_model.folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = template
@@ -115,11 +115,11 @@ def test_a_llava_of_the_hub_answers(
     folder = {"clip": tiny_clip, "siglip": tiny_siglip}[tower]
     recipe = make_recipe("finetune", language_model={"tuning": "full"}, vision_tower={"folder": str(folder)})
     answers = hub_llava(tmp_path / "llava", recipe, layout=layout, pickled=pickled, template=CHAT)
-    seer = load_for_use(str(tmp_path / "llava"), "cpu")
-    assert seer.can_see
-    assert seer.encoder.template.name == "internlm2_chat"
-    assert seer.encoder.num_image_tokens == {"clip": 4, "siglip": 9}[tower]
-    assert generate_ids(seer, conversations(), TOKENS) == answers
+    loaded = load_for_use(str(tmp_path / "llava"), "cpu")
+    assert loaded.can_see
+    assert loaded.encoder.template.name == "internlm2_chat"
+    assert loaded.encoder.num_image_tokens == {"clip": 4, "siglip": 9}[tower]
+    assert generate_ids(loaded, conversations(), TOKENS) == answers
 
 
 def test_a_hostile_llava_runs_nothing(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +131,9 @@ def test_a_hostile_llava_runs_nothing(make_recipe: MakeRecipe, tmp_path: Path, m
     (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
     (tmp_path / "llava" / "trap.py").write_text("raise SystemExit('code of a model folder was run')")
     before = set(tmp_path.rglob("*"))
-    seer = load_for_use(str(tmp_path / "llava"), "cpu")
-    assert seer.encoder.template.name == "internlm2_chat"
-    assert generate_ids(seer, conversations(), 2)
+    loaded = load_for_use(str(tmp_path / "llava"), "cpu")
+    assert loaded.encoder.template.name == "internlm2_chat"
+    assert generate_ids(loaded, conversations(), 2)
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_model_is_refused(make_recipe: MakeRecipe, tmp_path: Path) ->
 
 def test_a_run_without_a_whole_checkpoint_is_refused(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("pretrain")
-    run = write_run(recipe, seer_of(recipe))
+    run = write_run(recipe, loaded_model(recipe))
     weights = next(run.glob("checkpoints/*/trainable.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from dianjing.errors import DataError
 from dianjing.make.pictures import NEAR, data_uri, dhash, find_pictures, look, near_duplicates, sent_size
 from tests.chaos.pictures import write_pictures
-from tests.seers import picture
+from tests.loaded_models import picture
 
 
 def test_a_folder_and_a_list_name_the_same_pictures(tmp_path: Path) -> None:

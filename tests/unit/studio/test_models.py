@@ -17,26 +17,26 @@ from dianjing.infer.chat import BLIND
 from dianjing.infer.generate import Conversation
 from dianjing.studio.models import Models
 from tests.conftest import MakeRecipe
-from tests.seers import picture, seer_of, text_seer, write_run
+from tests.loaded_models import loaded_model, loaded_text_model, picture, write_run
 
 
 def test_an_answer_is_what_chat_would_say(make_recipe: MakeRecipe, tiny_llm: Path) -> None:
     recipe = make_recipe()
-    run = str(write_run(recipe, seer_of(recipe)))
-    seer, image = load.load_for_use(run), picture(60, 20, 1)
+    run = str(write_run(recipe, loaded_model(recipe)))
+    loaded, image = load.load_for_use(run), picture(60, 20, 1)
     history = [("What is it?", "Red.")]
-    expected = generate.generate(seer, [Conversation([("<image>\nWhat is it?", "Red.")], "Sure?", [image])])[0]
+    expected = generate.generate(loaded, [Conversation([("<image>\nWhat is it?", "Red.")], "Sure?", [image])])[0]
     models = Models()
     notice, *pieces = models.answer(run, image, history, "Sure?")
     assert (notice, "".join(pieces)) == ("", expected)
     blind, *pieces = models.answer(str(tiny_llm), image, (), "Hello!")
     assert blind == BLIND
-    assert "".join(pieces) == generate.generate(text_seer(tiny_llm), [Conversation((), "Hello!", [])])[0]
+    assert "".join(pieces) == generate.generate(loaded_text_model(tiny_llm), [Conversation((), "Hello!", [])])[0]
 
 
 def test_what_cannot_be_asked_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe()
-    run = str(write_run(recipe, seer_of(recipe)))
+    run = str(write_run(recipe, loaded_model(recipe)))
     with pytest.raises(DataError, match="1 <image> markers but 0 pictures"):
         list(Models().answer(run, None, (), "<image> What?"))
     with pytest.raises(ModelError):
@@ -62,7 +62,7 @@ class Loading:
         self.loads.append(path)
         threading.Event().wait(0.02)
         self.enter(-1)
-        return type("Seer", (), {"can_see": True, "name": path})()
+        return type("LoadedModel", (), {"can_see": True, "name": path})()
 
     def stream(self, *_: Any) -> Iterator[str]:
         yield "a"

@@ -59,8 +59,8 @@ def test_the_language_model_reads_and_does_not_pretend_to_see() -> None:
         if question:
             told.append((f"{describe(rng, scene, language, 'sentences')}\n{question.text}", question.answer))
             blind.append((question.text, WORDS[language].blind))
-    seer = load_for_use("tinyworld", "cpu")
-    answers = generate(seer, [((), text, ()) for text, _ in (*told, *blind)], 32)
+    loaded = load_for_use("tinyworld", "cpu")
+    answers = generate(loaded, [((), text, ()) for text, _ in (*told, *blind)], 32)
     right = [answer == wanted for answer, (_, wanted) in zip(answers, (*told, *blind), strict=True)]
     assert sum(right[: len(told)]) / len(told) >= 0.97
     assert sum(right[len(told) :]) / len(blind) >= 0.97

@@ -11,7 +11,7 @@ from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.template import get_template
-from dianjing.infer.generate import Conversation, Seer
+from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.model.build import build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage
@@ -20,7 +20,7 @@ from dianjing.run.checkpoint import save
 from dianjing.run.state import TrainState
 
 
-def seer_of(recipe: Recipe) -> Seer:
+def loaded_model(recipe: Recipe) -> LoadedModel:
     """Return the model of a recipe, all that trains moved away from where it began."""
     built = build(recipe)
     apply_stage(built.model, recipe)
@@ -29,7 +29,7 @@ def seer_of(recipe: Recipe) -> Seer:
         for weight in built.model.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight), alpha=0.02)
-    return Seer(
+    return LoadedModel(
         name="tiny",
         model=built.model.eval(),
         tokenizer=built.tokenizer,
@@ -39,7 +39,7 @@ def seer_of(recipe: Recipe) -> Seer:
     )
 
 
-def text_seer(folder: Path) -> Seer:
+def loaded_text_model(folder: Path) -> LoadedModel:
     """Return a text-only LLM."""
     tokenizer = load_tokenizer(folder)
     encoder = Encoder(
@@ -51,7 +51,7 @@ def text_seer(folder: Path) -> Seer:
         image_token_id=image_token_id(tokenizer),
     )
     model, _ = load_language_model(folder, torch.float32)
-    return Seer(name="text", model=model.eval(), tokenizer=tokenizer, encoder=encoder, image_processor=None)
+    return LoadedModel(name="text", model=model.eval(), tokenizer=tokenizer, encoder=encoder, image_processor=None)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -74,11 +74,11 @@ def conversations() -> list[Conversation]:
     ]
 
 
-def write_run(recipe: Recipe, seer: Seer) -> Path:
+def write_run(recipe: Recipe, loaded: LoadedModel) -> Path:
     """Write what use needs of a run: its recipe and one checkpoint."""
     run = Path(recipe.output)
     run.mkdir(parents=True)
     save_recipe(recipe, run / "recipe.toml")
     state = TrainState(step=1, epoch=0, samples_seen=4, total_steps=1, recipe={}, data={})
-    save(run, trainable_state(seer.model), {"step": torch.ones(1)}, state, keep=1)
+    save(run, trainable_state(loaded.model), {"step": torch.ones(1)}, state, keep=1)
     return run

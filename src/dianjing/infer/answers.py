@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from PIL.Image import Image
 
 from dianjing.errors import DataError
-from dianjing.infer.generate import Conversation, Seer, generate
+from dianjing.infer.generate import Conversation, LoadedModel, generate
 from dianjing.infer.questions import Question
 from dianjing.pictures.image import check_image, load_image
 
@@ -16,8 +16,8 @@ WINDOW = 256
 PROBLEMS_SHOWN = 20
 
 
-def ask(
-    seer: Seer,
+def answer_questions(
+    loaded: LoadedModel,
     questions: Sequence[Question],
     image_root: str,
     max_new_tokens: int,
@@ -27,12 +27,12 @@ def ask(
     answers: list[str] = []
     for start in range(0, len(questions), WINDOW):
         window = questions[start : start + WINDOW]
-        pictures = load_pictures(window, image_root) if seer.can_see else {}
+        pictures = load_pictures(window, image_root) if loaded.can_see else {}
         conversations = [
             Conversation((), question.text, [pictures[name] for name in question.images if pictures])
             for question in window
         ]
-        answers += generate(seer, conversations, max_new_tokens)
+        answers += generate(loaded, conversations, max_new_tokens)
         advance(len(window))
     return answers
 
