@@ -185,13 +185,13 @@ def main() -> None:
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         path = write_records(Path(folder))
-        overrides = {
+        overrides: dict[str, object] = {
             "data.path": str(path),
             "data.images": folder,
             "projector.init_from": "",
             "output": folder,
         }
-        overrides |= {"train.global_batch_size": str(BATCH_SIZE), "train.precision": "fp32"}
+        overrides |= {"train.global_batch_size": BATCH_SIZE, "train.precision": "fp32"}
         recipe = load_recipe(RECIPE, overrides)
         sides, dataset = make_sides(recipe)
         lengths = sorted(dataset.lengths)

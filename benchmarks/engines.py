@@ -48,10 +48,10 @@ def write_recipe(folder: Path, engine: str, data: Path, options: argparse.Namesp
         "projector.init_from": "",
         "vision_tower.tuning": "lora",
         "train.engine": engine,
-        "train.max_steps": str(options.steps),
-        "train.epochs": "9",
-        "train.log_every": "1",
-        "train.sample_every": "0",
+        "train.max_steps": options.steps,
+        "train.epochs": 9,
+        "train.log_every": 1,
+        "train.sample_every": 0,
         "train.precision": options.precision,
         "train.compile": "off",  # joined layers round otherwise, and only some engines have them
     }

@@ -49,7 +49,7 @@ LLMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 TOWERS: dict[str, Callable[..., Path]] = {"CLIP": write_clip, "SigLIP": write_siglip}
 TUNINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"tuning": "lora"},
-    "QLoRA": {"tuning": "lora", "frozen": "nf4"},
+    "QLoRA": {"tuning": "lora", "quantization": "nf4"},
     "full": {"tuning": "full"},
 }
 DOCUMENTS = ("docs/export.md", "docs/export_zh.md")

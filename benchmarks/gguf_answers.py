@@ -97,20 +97,20 @@ def _teach(student: Any, teacher: Any, pixels: Tensor, steps: int, batch: int) -
 def train_both(out: Path, tower: Path, data: DemoData) -> Path:
     """Train the two stages of the demo on the new tower, which learns in the second; return the run."""
     for name, path in (("pretrain", data.pretrain), ("finetune", data.finetune)):
-        changes = {
+        changes: dict[str, object] = {
             "output": str(out / name),
             "data.path": str(path),
             "data.images": str(data.images),
             "vision_tower.folder": str(tower),
-            "vision_tower.feature_layer": str(FEATURE_LAYER),
-            "train.sample_every": "0",
+            "vision_tower.feature_layer": FEATURE_LAYER,
+            "train.sample_every": 0,
             "train.precision": "fp32",
         }
         if name == "finetune":
             changes |= {
                 "projector.init_from": str(out / "pretrain"),
                 "vision_tower.tuning": "full",
-                "vision_tower.learning_rate": "1e-4",
+                "vision_tower.learning_rate": 1e-4,
             }
         train(load_recipe(f"tinyworld_{name}", changes))
     return out / "finetune"

@@ -101,11 +101,11 @@ def report(curves: dict[str, list[float]]) -> int:
 
 def train_row(chosen: argparse.Namespace) -> None:
     """Train a row, which writes the loss of each step to its train.jsonl."""
-    frozen = ROWS[chosen.row]
+    quantization = ROWS[chosen.row]
     settings: dict[str, Any] = {"max_steps": chosen.steps, "epochs": 1000, "global_batch_size": chosen.batch}
-    recipe = recipe_of(chosen.work, STAGE, frozen=frozen or "", **settings, precision="bf16")
+    recipe = recipe_of(chosen.work, STAGE, quantization=quantization or "", **settings, precision="bf16")
     recipe = replace(recipe, output=str(run_of(chosen.row, chosen.work)))
-    if frozen is None:
+    if quantization is None:
         padded(recipe)
         return
     import dianjing.train.loop as loop

@@ -179,7 +179,7 @@ def write_data(folder: Path, records: int) -> dict[str, Path]:
     return {PRETRAIN: drawn.pretrain, FINETUNE: drawn.finetune}
 
 
-def run_recipe(name: str, overrides: dict[str, str], batch: int) -> dict[str, Any]:
+def run_recipe(name: str, overrides: dict[str, object], batch: int) -> dict[str, Any]:
     """Train a recipe and return what it was like; the loss must fall."""
     gc.collect()
     torch._dynamo.reset()
@@ -242,9 +242,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "language_model.folder": str(folder / "llm"),
         "vision_tower.folder": str(folder / "tower"),
         "data.images": str(folder / "data" / "images"),
-        "train.max_steps": str(options.steps),
-        "train.global_batch_size": str(options.batch),
-        "train.log_every": "1",
+        "train.max_steps": options.steps,
+        "train.global_batch_size": options.batch,
+        "train.log_every": 1,
     }
     runs = []
     for name, path in data.items():

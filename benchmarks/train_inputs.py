@@ -128,7 +128,7 @@ def write_records(work: Path, stage: int, count: int) -> None:
     (work / f"stage{stage}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def recipe_of(work: Path, stage: int, *, frozen: str = "", dropout: float = 0.0, **train: Any) -> Recipe:
+def recipe_of(work: Path, stage: int, *, quantization: str = "", dropout: float = 0.0, **train: Any) -> Recipe:
     tuning: Any = "frozen" if stage == 1 else "lora"
     settings = STAGES[stage]
     return Recipe(
@@ -137,7 +137,7 @@ def recipe_of(work: Path, stage: int, *, frozen: str = "", dropout: float = 0.0,
         language_model=LanguageModelConfig(
             folder=str(work / "llm"),
             tuning=tuning,
-            frozen=frozen,  # type: ignore[arg-type]
+            quantization=quantization,  # type: ignore[arg-type]
             lora_rank=512,
             lora_alpha=256,
             lora_dropout=dropout,

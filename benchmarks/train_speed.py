@@ -47,11 +47,11 @@ ROOF = 790e12
 """Operations a second that an H200 reaches in a large bf16 product of random matrices."""
 OURS: dict[str, dict[str, Any]] = {
     "stage1-bf16": {"stage": 1},
-    "stage1-fp8": {"stage": 1, "frozen": "fp8"},
+    "stage1-fp8": {"stage": 1, "quantization": "fp8"},
     "stage2-bf16": {"stage": 2},
-    "stage2-fp8": {"stage": 2, "frozen": "fp8"},
+    "stage2-fp8": {"stage": 2, "quantization": "fp8"},
     "stage2-exact": {"stage": 2, "dropout": 0.05},
-    "stage2-exact-fp8": {"stage": 2, "frozen": "fp8", "dropout": 0.05},
+    "stage2-exact-fp8": {"stage": 2, "quantization": "fp8", "dropout": 0.05},
 }
 UPSTREAM: dict[str, dict[str, Any]] = {
     "stage1-upstream": {"stage": 1, "checkpointing": False, "batch": 32},

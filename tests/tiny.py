@@ -153,14 +153,14 @@ def write_siglip(folder: Path, *, seed: int = 2, **settings: Any) -> Path:
     return folder
 
 
-def gentle(folder: Path, frozen: str = "", tuning: Any = None) -> dict[str, Any]:
+def gentle(folder: Path, quantization: str = "", tuning: Any = None) -> dict[str, Any]:
     """Return sections of a bf16 recipe whose model has sizes that FP8 units take, and in which rounding stays small."""
     sizes = {"hidden_size": 64, "intermediate_size": 96}
     llm = write_llm(folder / "llm", **sizes, initializer_range=0.05)
     clip = write_clip(folder / "clip", hidden_size=32, intermediate_size=64, initializer_factor=1.0)
     adapters = {"lora_alpha": 1, **(tuning or {})}
     return {
-        "language_model": {"folder": str(llm), "frozen": frozen, **adapters},
+        "language_model": {"folder": str(llm), "quantization": quantization, **adapters},
         "vision_tower": {"folder": str(clip), **adapters},
         "train": {"precision": "bf16"},
     }

@@ -134,7 +134,7 @@ def test_it_says_which_packs_are_sooner_done(capsys: pytest.CaptureFixture[str],
 
 @pytest.mark.parametrize("said_so", ["auto", "on", "off"])
 def test_packs_that_are_sooner_done_fit(capsys: pytest.CaptureFixture[str], vicuna: list[str], said_so: str) -> None:
-    flags = ["--gpu", "RTX 5090", "--language-model.frozen", "nf4", "--train.gradient-checkpointing", said_so]
+    flags = ["--gpu", "RTX 5090", "--language-model.quantization", "nf4", "--train.gradient-checkpointing", said_so]
     flags += ["--data.pack-tokens", "2048"]
     (verdict,) = json.loads(said(capsys, *vicuna, *flags, "--json"))["verdicts"]
     assert verdict["fits"]
@@ -161,22 +161,18 @@ def test_models_of_the_hub_by_their_data_files(
 
 
 def test_fp8_where_there_are_no_units_for_it(capsys: pytest.CaptureFixture[str], vicuna: list[str]) -> None:
-    out = said(capsys, *vicuna, "--language-model.frozen", "fp8", "--gpu", "A10")
-    assert 'no FP8 units; language_model.frozen = "nf4" or "" runs there' in out
+    out = said(capsys, *vicuna, "--language-model.quantization", "fp8", "--gpu", "A10")
+    assert 'no FP8 units; language_model.quantization = "nf4" or "" runs there' in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one recipe is needed, none is given; usage: dianjing plan RECIPE"),
-        (["RECIPE", "--resume"], "--resume is for `dianjing train`"),
         (["RECIPE", "--gpu", "nonsense"], "--gpu nonsense: not in the table (H200, "),
         (["RECIPE", "--gpu", "L4", "--memory", "24"], "--gpu and --memory are both given"),
-        (["RECIPE", "--memory", "lots"], "--memory: a number above zero is needed, not 'lots'"),
-        (["RECIPE", "--gpus", "1.5"], "--gpus: a whole number is needed, not 1.5"),
+        (["RECIPE", "--memory", "nan"], "--memory: a number above zero is needed, not nan"),
+        (["RECIPE", "--gpus", "0"], "--gpus: a number above zero is needed, not 0"),
         (["RECIPE", "--tflops", "100"], "--tflops is for a GPU that is not in the table; give its --memory too"),
-        (["RECIPE", "--data.pack-token", "4"], "unknown field 'pack_token'; did you mean 'pack_tokens'?"),
-        (["RECIPE", "--train.gradient-checkpointing", "true"], "train.gradient_checkpointing"),
         (
             ["RECIPE", "--language-model.folder", "owner/llm"],
             "owner/llm: no such folder, and no such model in the hub's",
@@ -188,14 +184,7 @@ def test_what_is_refused(
     capsys: pytest.CaptureFixture[str], recipe: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIANJING_ONLINE", "0")
-    given = [recipe if word == "RECIPE" else word for word in arguments] or ["--gpu=L4"]
-    assert message in refused(capsys, *given)
-
-
-def test_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "usage: dianjing plan RECIPE" in said(capsys, "--help")
-    assert main(["plan"]) == 2
-    assert all(gpu.name in capsys.readouterr().out for gpu in GPUS[:1])
+    assert message in refused(capsys, *(recipe if word == "RECIPE" else word for word in arguments))
 
 
 def test_the_shipped_recipe_leaves_checkpointing_open() -> None:

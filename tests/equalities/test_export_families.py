@@ -82,7 +82,7 @@ def test_what_fp16_cannot_hold_is_refused(make_recipe: MakeRecipe, tmp_path: Pat
 def test_four_bits_are_undone(make_recipe: MakeRecipe, tmp_path: Path, format: str) -> None:
     pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
     folder = write_llm(tmp_path / "llm", hidden_size=64, intermediate_size=64)
-    recipe = make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora", "frozen": "nf4"})
+    recipe = make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora", "quantization": "nf4"})
     proof = export(loaded_model(recipe), tmp_path / "out", format=format)
     assert proof.max_logit_difference < 1e-4
     if format == "adapter":

@@ -123,7 +123,7 @@ def test_nothing_is_left_to_try(recipe: Recipe, run_out: Callable[[Refuses], lis
     ) as raised:
         train(replace(recipe, train=replace(recipe.train, save_every=1)), quiet=True)
     assert "--resume goes on from them" in str(raised.value)
-    assert 'language_model.frozen = "nf4"' in str(raised.value)
+    assert 'language_model.quantization = "nf4"' in str(raised.value)
     assert len(passes) > 9
     assert checkpoints(Path(recipe.output))
     assert load_file(newest(Path(recipe.output)) / "trainable.safetensors")

@@ -31,7 +31,7 @@ def test_a_resumed_run_is_a_straight_one(make_recipe: MakeRecipe, tmp_path: Path
     lora = {"tuning": "lora", "lora_dropout": 0.1}
     recipe = make_recipe(
         "finetune",
-        language_model={**lora, "frozen": "nf4", "lora_head": True, "lora_share_qkv": True},
+        language_model={**lora, "quantization": "nf4", "lora_head": True, "lora_share_qkv": True},
         vision_tower=lora,
         train={"global_batch_size": 3, "save_every": 1, "gradient_checkpointing": "on"},
     )

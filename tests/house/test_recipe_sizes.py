@@ -95,7 +95,7 @@ def staged(recipe: Recipe) -> tuple[Any, StageReport]:
     with meta:
         llm = AutoModelForCausalLM.from_config(LLMS[recipe.language_model.folder], dtype=torch.bfloat16)
         model = assemble(llm, tower_class(tower).bfloat16(), 0, recipe.vision_tower.feature_layer, recipe.seed)
-    if recipe.language_model.frozen:
+    if recipe.language_model.quantization:
         functional = pytest.importorskip("bitsandbytes.functional", reason="pip install 'dianjing[qlora]'")
         # It makes its table of 8-bit values where it is first needed, and keeps it.
         functional.quantize_4bit(torch.zeros(1, 64), compress_statistics=True)

@@ -81,7 +81,7 @@ def test_recipe_survives_being_written(path: Path, tmp_path: Path) -> None:
 def tiny(path: Path, models: Path, data: TinyDataset, folder: Path) -> Recipe:
     """Return the recipe with its folders found under `models`, tiny data, and two steps to go."""
     recipe = load_recipe(str(path))
-    if recipe.language_model.frozen and not importlib.util.find_spec("bitsandbytes"):
+    if recipe.language_model.quantization and not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
     folders = {
         f"{section}.folder": name if name == "tinyworld" else str(models / name)
@@ -89,8 +89,8 @@ def tiny(path: Path, models: Path, data: TinyDataset, folder: Path) -> Recipe:
         for name in [getattr(recipe, section).folder]
     }
     places = {"data.path": str(data.path), "data.images": str(data.images), "output": str(folder / "run")}
-    short = {"train.max_steps": "2", "train.epochs": "2", "train.global_batch_size": "4", "train.sample_every": "0"}
-    overrides = {**folders, **places, **short, "data.workers": "0", "train.log_every": "1", "train.precision": "fp32"}
+    short = {"train.max_steps": 2, "train.epochs": 2, "train.global_batch_size": 4, "train.sample_every": 0}
+    overrides = {**folders, **places, **short, "data.workers": 0, "train.log_every": 1, "train.precision": "fp32"}
     tried = load_recipe(str(path), {**overrides, "projector.init_from": ""})
     if not recipe.projector.init_from:
         return tried

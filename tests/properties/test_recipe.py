@@ -6,13 +6,15 @@ import string
 import tempfile
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from dianjing.config.fields import ABOVE_ZERO, AT_LEAST_ONE, SIGNED, RecipeField, recipe_fields
+from dianjing.cli.flags import parse_with_recipe
+from dianjing.cli.train import Arguments
+from dianjing.config.fields import RecipeField, recipe_fields
 from dianjing.config.load import load_recipe, make_recipe, save_recipe
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -24,16 +26,14 @@ def values_of(field: RecipeField, kind: Any) -> SearchStrategy:
         return st.sampled_from(get_args(kind))
     if kind == tuple[str, ...]:
         return st.lists(TEXT, min_size=1).map(tuple)
-    if kind == tuple[float, float]:
-        return st.tuples(SHARE, SHARE)
-    low = -9 if field.name in SIGNED else 1 if field.name in AT_LEAST_ONE | ABOVE_ZERO else 0
-    return {
-        str: TEXT,
-        bool: st.booleans(),
-        NoneType: st.none(),
-        int: st.integers(low, 2**40),
-        float: SHARE if low == 0 else st.floats(low, allow_infinity=False),
-    }[kind]
+    if get_origin(kind) is tuple:
+        return st.tuples(*(values_of(field, inner) for inner in get_args(kind)))
+    if get_origin(kind) is Annotated:
+        bare, allowed = get_args(kind)
+        few = st.integers(0, 9) if bare is int else SHARE
+        many = st.integers(1, 2**40) if bare is int else st.floats(1, allow_infinity=False)
+        return few.filter(allowed.holds) | (many if allowed.holds(2) else st.nothing())
+    return {str: TEXT, bool: st.booleans(), NoneType: st.none(), int: st.integers(-9, 2**40)}[kind]
 
 
 def values() -> SearchStrategy[dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_saved_and_read_back(drawn: dict[str, Any]) -> None:
     for section in ("language_model", "vision_tower") if drawn["stage"] == "pretrain" else ():
         drawn[f"{section}.tuning"] = "frozen"
     if drawn["language_model.tuning"] == "full":
-        drawn["language_model.frozen"] = ""
+        drawn["language_model.quantization"] = ""
     drawn["train.sample_path"] += "x"
     recipe = make_recipe(drawn)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,4 +59,5 @@ def test_saved_and_read_back(drawn: dict[str, Any]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.text(string.printable, max_size=12))
 def test_any_text_can_be_a_flags_value(text: str) -> None:
-    assert load_recipe("tinyworld_pretrain", {"data.images": text}).data.images == text
+    given = parse_with_recipe(Arguments, ["tinyworld_pretrain", f"--data.images={text}"], "train", "")
+    assert given.recipe.data.images == text

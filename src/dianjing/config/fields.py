@@ -1,4 +1,4 @@
-"""The fields of a recipe by dotted name: what each may hold, and what to say when it holds something else."""
+"""The fields of a recipe by dotted name: the values each takes, with an error for any other."""
 
 from __future__ import annotations
 
@@ -7,36 +7,14 @@ import difflib
 import inspect
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from dianjing.config import schema
 from dianjing.errors import ConfigError
-
-Number = TypeVar("Number", int, float)
-
-AT_LEAST_ONE = frozenset(
-    {
-        "language_model.lora_rank",
-        "vision_tower.lora_rank",
-        "data.max_tokens",
-        "data.pack_tokens",
-        "train.epochs",
-        "train.global_batch_size",
-        "train.log_every",
-        "train.save_every",
-        "train.keep",
-        "train.sample_count",
-    }
-)
-ABOVE_ZERO = frozenset({"language_model.lora_alpha", "vision_tower.lora_alpha"})
-BELOW_ONE = frozenset({"language_model.lora_dropout", "vision_tower.lora_dropout", "train.betas"})
-AT_MOST_ONE = frozenset({"train.warmup_ratio"})
-SIGNED = frozenset({"data.workers", "vision_tower.feature_layer"})
-"""Numbers that may be negative; no other may."""
 
 KINDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -48,7 +26,7 @@ class RecipeField:
     name: str
     """Dotted: "train.epochs"; without a dot for those that stand in no section."""
     kinds: tuple[Any, ...]
-    """The types it may have."""
+    """The types it may have, numbers with their Range."""
     default: object
     """MISSING when a recipe must give it."""
     meaning: str
@@ -65,7 +43,7 @@ class RecipeField:
 
     @property
     def wanted(self) -> str:
-        """What it may hold, in words."""
+        """The values it takes, in words."""
         return " or ".join(_in_words(kind) for kind in self.kinds if kind is not NoneType)
 
 
@@ -81,7 +59,7 @@ def recipe_fields() -> dict[str, RecipeField]:
     meanings = _meanings()
     found: dict[str, RecipeField] = {}
     for section, owner in {"": schema.Recipe, **sections()}.items():
-        hints = get_type_hints(owner)
+        hints = get_type_hints(owner, include_extras=True)
         for field in fields(owner):
             if field.name not in sections():
                 name = f"{section}.{field.name}".lstrip(".")
@@ -121,16 +99,22 @@ def check(field: RecipeField, value: object, where: str) -> object:
         ConfigError: the value is of another type, or out of range.
     """
     for kind in field.kinds:
-        if get_origin(kind) is Literal and isinstance(value, str):
-            return _choice(field, value, get_args(kind), where)
-        if get_origin(kind) is tuple and isinstance(value, list):
-            return _checked_items(field, cast(list[object], value), get_args(kind), where)
-        if kind is float and type(value) in (int, float):
-            return _in_range(field, float(cast(float, value)), where)
-        if type(value) is kind:
-            return _in_range(field, cast(int, value), where) if kind is int else value
+        bare = without_range(kind)
+        if get_origin(bare) is Literal and isinstance(value, str):
+            return _choice(field, value, get_args(bare), where)
+        if get_origin(bare) is tuple and isinstance(value, list | tuple):
+            return _checked_items(field, cast(Sequence[object], value), get_args(bare), where)
+        if bare is float and type(value) in (int, float):
+            return _in_range(field, float(cast(float, value)), kind, where)
+        if type(value) is bare:
+            return _in_range(field, cast(int, value), kind, where) if bare is int else value
     shown = json.dumps(value, ensure_ascii=False, default=str)
     raise ConfigError(f"{where}: {field.name} = {shown}: {field.wanted} is needed, not {_kind_of(value)}")
+
+
+def without_range(kind: Any) -> Any:
+    """Return the type of a number whose Range is written with it; any other type as it is."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
@@ -145,7 +129,9 @@ def _choice(field: RecipeField, value: str, choices: tuple[str, ...], where: str
     return value
 
 
-def _checked_items(field: RecipeField, items: list[object], kinds: tuple[Any, ...], where: str) -> tuple[object, ...]:
+def _checked_items(
+    field: RecipeField, items: Sequence[object], kinds: tuple[Any, ...], where: str
+) -> tuple[object, ...]:
     number = len(items) if kinds[-1] is ... else len(kinds)
     if not items or len(items) != number:
         raise ConfigError(f"{where}: {field.name} has {len(items)} values; {number or 'at least one'} must be there")
@@ -153,25 +139,16 @@ def _checked_items(field: RecipeField, items: list[object], kinds: tuple[Any, ..
     return tuple(check(inner, item, where) for item in items)
 
 
-def _in_range(field: RecipeField, value: Number, where: str) -> Number:
-    name = field.name
-    if name in AT_LEAST_ONE:
-        good, wanted = value >= 1, "at least 1"
-    elif name in ABOVE_ZERO:
-        good, wanted = value > 0, "above 0"
-    elif name in BELOW_ONE:
-        good, wanted = 0 <= value < 1, "at least 0 and below 1"
-    elif name in AT_MOST_ONE:
-        good, wanted = 0 <= value <= 1, "between 0 and 1"
-    else:
-        good, wanted = value >= 0 or name in SIGNED, "at least 0"
-    if not (good and math.isfinite(value)):
-        raise ConfigError(f"{where}: {name} = {value}: it must be {'finite' if good else wanted}")
+def _in_range(field: RecipeField, value: float, kind: Any, where: str) -> float:
+    for allowed in get_args(kind)[1:]:
+        if not allowed.holds(value) or not math.isfinite(value):
+            wanted = allowed.words if math.isfinite(value) else "finite"
+            raise ConfigError(f"{where}: {field.name} = {value}: it must be {wanted}")
     return value
 
 
 def _is_union(hint: Any) -> bool:
-    return isinstance(hint, UnionType)
+    return get_origin(hint) in (UnionType, Union)
 
 
 def _in_words(kind: Any) -> str:
@@ -180,7 +157,7 @@ def _in_words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         return f"a list of {'texts' if inner[0] is str else f'{len(inner)} numbers'}"
-    return KINDS[kind]
+    return KINDS[without_range(kind)]
 
 
 def _kind_of(value: object) -> str:

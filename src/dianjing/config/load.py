@@ -1,42 +1,74 @@
-"""TOML and flags -> Recipe, strictly; and back, so that a run keeps the recipe it was made with."""
+"""TOML to Recipe and back: strictly, each error with the field and a way out."""
 
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast, get_origin
+from typing import Any, cast
 
 from dianjing.config.fields import check, known_field, nearest, recipe_fields, sections
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError
 
+RENAMED = {"language_model.frozen": "language_model.quantization"}
+"""Names that fields had in the release before; they are still read, with a notice."""
 
-def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+
+def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
     """Return the recipe in a TOML file, or the shipped recipe of that name.
 
-    `overrides` holds values as typed on the command line, by dotted field name: {"train.learning_rate": "1e-3"}.
+    `overrides` holds values by dotted field name, which win over the file: {"train.learning_rate": 1e-3}.
 
     Raises:
         ConfigError: the recipe is not there or is not TOML, or a field in it is unknown, missing or of no use.
+    """
+    values = read_values(path)
+    for name, value in (overrides or {}).items():
+        flag = as_flag(name)
+        values[name] = check(known_field(name, flag), value, flag)
+    _check_missing(values, str(path))
+    recipe = make_recipe(values)
+    _check_agreement(recipe, str(path))
+    return recipe
+
+
+def read_values(path: str | Path) -> dict[str, object]:
+    """Return the values that a recipe gives, by dotted field name, each checked by itself.
+
+    Raises:
+        ConfigError: the recipe is not there or is not TOML, or a field in it is unknown or of no use.
     """
     source = find_recipe(path)
     try:
         table = tomllib.loads(source.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{source}: not TOML: {error}") from None
-    written = {name: (value, str(source)) for name, value in _flatten(table, str(source))}
-    for name, text in (overrides or {}).items():
-        flag = f"--{name.replace('_', '-')}"
-        written[name] = (_typed(name, text, flag), flag)
-    values = {name: check(known_field(name, where), value, where) for name, (value, where) in written.items()}
-    _check_missing(values, str(source))
-    recipe = make_recipe(values)
-    _check_agreement(recipe, str(source))
-    return recipe
+    values: dict[str, object] = {}
+    for name, value in _flatten(table, str(source)):
+        field = known_field(today(name, str(source)), str(source))
+        if field.name in values:
+            raise ConfigError(f"{source}: {field.name} is given twice, by its old name too; remove {name}")
+        values[field.name] = check(field, value, str(source))
+    return values
+
+
+@cache
+def today(name: str, where: str) -> str:
+    """Return the name that a field has now, with a printed notice where it had another."""
+    if name in RENAMED:
+        print(f"notice: {where}: {name} is now called {RENAMED[name]}; rename it", file=sys.stderr)
+    return RENAMED.get(name, name)
+
+
+def as_flag(name: str) -> str:
+    """Return the flag of a field: --train.learning-rate for "train.learning_rate"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -119,26 +151,12 @@ def _flatten(table: Mapping[str, Any], source: str) -> Iterator[tuple[str, objec
             raise ConfigError(f"{source}: '{name}' is a section; write [{name}] and its fields below")
 
 
-def _typed(name: str, text: str, flag: str) -> object:
-    """Return a value typed on the command line: as text where text will do, else what TOML makes of it."""
-    kinds = known_field(name, flag).kinds
-    takes_text = any(kind is str or get_origin(kind) is Literal for kind in kinds)
-    takes_list = any(get_origin(kind) is tuple for kind in kinds)
-    if takes_text and not (takes_list and text.startswith("[")):
-        return text
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
-
-
 def _check_missing(values: Mapping[str, object], source: str) -> None:
     for name, field in recipe_fields().items():
         if field.default is MISSING and name not in values:
             place = f"[{field.section}]" if field.section else "it"
-            flag = name.replace("_", "-")
             raise ConfigError(
-                f"{source}: {place} lacks '{field.key}' ({field.wanted}); write it there or give --{flag}"
+                f"{source}: {place} lacks '{field.key}' ({field.wanted}); write it there or give {as_flag(name)}"
             )
 
 
@@ -151,10 +169,10 @@ def _check_agreement(recipe: Recipe, source: str) -> None:
                 f'{source}: stage "pretrain" trains the projector alone, but {section}.tuning is "{tuning}"; '
                 'set it to "frozen", or the stage to "finetune"'
             )
-    if recipe.language_model.frozen and recipe.language_model.tuning == "full":
+    if (held := recipe.language_model.quantization) and recipe.language_model.tuning == "full":
         raise ConfigError(
-            f'{source}: language_model.tuning is "full", but language_model.frozen is "{recipe.language_model.frozen}" '
-            'and weights held so cannot train; set tuning to "lora", or frozen to ""'
+            f'{source}: language_model.tuning is "full", but language_model.quantization is "{held}" and quantized '
+            'weights cannot train; set tuning to "lora", or quantization to ""'
         )
     if recipe.train.sample_every and not recipe.train.sample_path:
         raise ConfigError(

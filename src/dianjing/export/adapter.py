@@ -81,16 +81,16 @@ def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversatio
     """
     recipe = _recipe(loaded)
     cases = compare(loaded, load_for_use(str(folder), str(loaded.model.device)), conversations)
-    frozen = getattr(recipe.language_model, "frozen", "")
-    plain = compare(loaded, _by_peft(loaded, folder, _base_values(recipe) if frozen else {}), conversations)
+    quantization = recipe.language_model.quantization
+    plain = compare(loaded, _by_peft(loaded, folder, _base_values(recipe) if quantization else {}), conversations)
     notes: tuple[str, ...] = ()
-    if frozen:
+    if quantization:
         unquantized = compare(loaded, _by_peft(loaded, folder, {}), conversations)
         plain = [_with_cost(case, other) for case, other in zip(plain, unquantized, strict=True)]
         cost = max(case.logit_difference for case in unquantized)
         notes = (
-            f"plain peft is compared on the base in {frozen}, which the run learned on; on the base's own weights the "
-            f"logits move by up to {cost:.1e}",
+            f"plain peft is compared on the base in {quantization}, which the run learned on; on the base's own "
+            f"weights the logits move by up to {cost:.1e}",
         )
     return Proof(cases=cases + plain, compared=COMPARED, notes=notes)
 

@@ -75,7 +75,7 @@ def _tuning(recipe: Recipe) -> Mapping[str, str]:
     for part in PARTS:
         config = getattr(recipe, part)
         lora = f"LoRA (rank {config.lora_rank}, alpha {config.lora_alpha:g})"
-        held = getattr(config, "frozen", "")
+        held = getattr(config, "quantization", "")
         found[part] = words.get(config.tuning, lora) + (f", its own weights in {held}" if held else "")
     return found
 

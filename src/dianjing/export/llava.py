@@ -114,7 +114,7 @@ def _as_whole(recipe: Recipe) -> Recipe:
     tower = "frozen" if recipe.vision_tower.tuning == "frozen" else "full"
     return replace(
         recipe,
-        language_model=replace(recipe.language_model, tuning="full", frozen=""),
+        language_model=replace(recipe.language_model, tuning="full", quantization=""),
         vision_tower=replace(recipe.vision_tower, tuning=tower),
     )
 

@@ -110,7 +110,7 @@ def _model_fields(model: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     llm, tower = _table(model, "llm"), _table(model, "visual_encoder")
     return {
         "language_model.folder": llm.get("pretrained_model_name_or_path", values.get("llm_name_or_path")),
-        "language_model.frozen": "nf4" if _table(llm, "quantization_config").get("load_in_4bit") else None,
+        "language_model.quantization": "nf4" if _table(llm, "quantization_config").get("load_in_4bit") else None,
         "vision_tower.folder": tower.get("pretrained_model_name_or_path", values.get("visual_encoder_name_or_path")),
         "vision_tower.feature_layer": model.get("visual_select_layer", DEFAULT_SELECT_LAYER),
     }

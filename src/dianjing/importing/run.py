@@ -69,7 +69,7 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     recipe = _recipe(foreign, config, source, out, wishes)
     # Names and shapes are compared, not numbers: half the memory will do.
     light = replace(recipe, train=replace(recipe.train, precision="bf16"))
-    light = replace(light, language_model=replace(light.language_model, frozen=""))
+    light = replace(light, language_model=replace(light.language_model, quantization=""))
     built = build(light, fresh_projector=True)
     apply_stage(built.model, light)
     text_config = built.model.config.text_config
@@ -166,7 +166,7 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     if foreign.seed is not None:
         values["seed"] = foreign.seed
     if values["language_model.tuning"] == "full":
-        values["language_model.frozen"] = ""
+        values["language_model.quantization"] = ""
     for part, section in SECTIONS.items():
         _require_folder(values.get(f"{section}.folder", ""), part, source)
     return make_recipe(

@@ -60,7 +60,7 @@ def quantize_layers_to_fp8(llm: PreTrainedModel, device: torch.device) -> None:
                 if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
                     raise ModelError(
                         f"{type(llm).__name__}: {name} is {linear.in_features} by {linear.out_features}, no multiples "
-                        f'of {MULTIPLE}, and cannot be held in FP8; set language_model.frozen to ""'
+                        f'of {MULTIPLE}, and cannot be held in FP8; set language_model.quantization to ""'
                     )
                 setattr(module, name, Fp8Linear(linear.to(device)))
 
@@ -122,11 +122,11 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
         ConfigError: the alternative is named.
     """
     if dtype == torch.float32 and device.type == "cuda":
-        raise ConfigError('language_model.frozen is "fp8", which computes in bf16; set train.precision to "bf16"')
+        raise ConfigError('language_model.quantization is "fp8", which computes in bf16; set train.precision to "bf16"')
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     raise ConfigError(
-        f'language_model.frozen is "fp8", but {name} has no FP8 units (Ada, Hopper and newer GPUs have); set it to "" '
-        'for bf16, or to "nf4" for the least memory'
+        f'language_model.quantization is "fp8", but {name} has no FP8 units (Ada, Hopper and newer GPUs have); set it '
+        'to "" for bf16, or to "nf4" for the least memory'
     )

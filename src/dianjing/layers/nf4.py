@@ -30,7 +30,7 @@ def require_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401 # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise ConfigError(
-            'language_model.frozen = "nf4" needs bitsandbytes, which is not installed: '
+            'language_model.quantization = "nf4" needs bitsandbytes, which is not installed: '
             "pip install 'dianjing[qlora]'; or set it to \"\""
         ) from None
 
@@ -51,7 +51,7 @@ def quantize_layers(llm: PreTrainedModel, device: torch.device) -> None:
                 if linear.in_features % BLOCK_SIZE:
                     raise ModelError(
                         f"{type(llm).__name__}: {name} has {linear.in_features} inputs, no multiple of {BLOCK_SIZE}, "
-                        'and cannot be held in NF4; set language_model.frozen to ""'
+                        'and cannot be held in NF4; set language_model.quantization to ""'
                     )
                 setattr(module, name, _in_nf4(linear, device))
 

@@ -59,10 +59,10 @@ def build(
     """
     device = torch.device(device)
     dtype = _dtype(recipe, device)
-    frozen = recipe.language_model.frozen
-    if frozen == "nf4":
+    quantization = recipe.language_model.quantization
+    if quantization == "nf4":
         require_bitsandbytes()
-    elif frozen == "fp8":
+    elif quantization == "fp8":
         require_fp8(device, dtype)
     llm_folder = resolve(recipe.language_model.folder, "language_model")
     tower_folder = resolve(recipe.vision_tower.folder, "vision_tower")
@@ -72,8 +72,8 @@ def build(
     image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect)
 
     llm, llm_report = load_language_model(llm_folder, dtype)
-    if frozen:
-        (quantize_layers if frozen == "nf4" else quantize_layers_to_fp8)(llm, device)
+    if quantization:
+        (quantize_layers if quantization == "nf4" else quantize_layers_to_fp8)(llm, device)
     tower, tower_report = load_vision_tower(tower_folder, dtype)
     _require_size(tower, image_processor, tower_folder)
     image_id = image_token_id(tokenizer)

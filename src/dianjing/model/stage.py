@@ -71,7 +71,7 @@ class StageReport:
     def __rich__(self) -> Table:
         table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left", box=None)
         table.padding, table.pad_edge = (0, 2, 0, 0), False  # all of it in 80 columns, for a 7B LLM too
-        for column in ("part", "tuning", "parameters", "trainable", "rate", "frozen as", "memory"):
+        for column in ("part", "tuning", "parameters", "trainable", "rate", "stored as", "memory"):
             table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
         for row in self.parts:
             rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"

@@ -86,7 +86,7 @@ def _ways(plan: Plan, gpu: Gpu) -> list[list[Change]]:
     recipe, llm = plan.recipe, plan.recipe.language_model
     checkpointing = ["auto"] if recipe.train.gradient_checkpointing == "off" else []
     packs = [size for size in PACKS if max(plan.lengths.longest, 1) <= size < recipe.data.pack_tokens]
-    engines = [] if llm.frozen or plan.gpus == 1 else ["deepspeed_zero2", "fsdp2"]
+    engines = [] if llm.quantization or plan.gpus == 1 else ["deepspeed_zero2", "fsdp2"]
     may_freeze = recipe.train.engine not in SHARDS_WEIGHTS and recipe.train.precision != "fp32"
     held = [*(["fp8"] if gpu.fp8 else []), "nf4"] if may_freeze and llm.tuning != "full" else []
     ranks = [rank for rank in RANKS if rank < llm.lora_rank] if llm.tuning == "lora" else []
@@ -94,7 +94,7 @@ def _ways(plan: Plan, gpu: Gpu) -> list[list[Change]]:
         CHECKPOINTING: checkpointing,
         "data.pack_tokens": packs,
         "train.engine": engines if recipe.train.engine == "ddp" else [],
-        "language_model.frozen": held if not llm.frozen else ["nf4"] if llm.frozen == "fp8" else [],
+        "language_model.quantization": held if not llm.quantization else ["nf4"] if llm.quantization == "fp8" else [],
         "language_model.lora_rank": ranks,
         "language_model.tuning": ["lora"] if llm.tuning == "full" else [],
         "vision_tower.tuning": ["frozen"] if recipe.vision_tower.tuning != "frozen" else [],

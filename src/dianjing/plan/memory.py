@@ -84,7 +84,7 @@ def memory(
     if compiled and weights.joined_decoder:
         # The gradients of gates lie where the gates were. Attention's: in fp32 for queries, for keys and values as many
         # as there are queries, and what arrives and leaves.
-        eight = recipe.language_model.frozen == "fp8"
+        eight = recipe.language_model.quantization == "fp8"
         between = max((1 + eight) * shapes.mlp, 6 * shapes.heads + 2 * shapes.kv_heads)
     backward = (between + 2 * shapes.hidden) * pack.tokens * size
     parts = _held(weights, recipe, gpus) | {
@@ -147,7 +147,7 @@ def _decoder_elements(weights: Weights, recipe: Recipe, *, compiled: bool, size:
     kept: float = 2 * hidden + 2 * heads + 2 * mlp
     if compiled and weights.joined_decoder:
         # With FP8 weights, attention's answers twice: in its own order, and in that of the tokens.
-        entering = 2 * hidden + shapes.heads * (recipe.language_model.frozen == "fp8")
+        entering = 2 * hidden + shapes.heads * (recipe.language_model.quantization == "fp8")
         return kept + (tuning != "frozen") * entering + weights.decoder.ranks
     if not compiled:
         kept += 2 * hidden + mlp  # norms take their inputs in fp32; the gate after its activation

@@ -105,7 +105,7 @@ def plan_of(recipe: Recipe, weights: Weights, lengths: Lengths, gpus: Sequence[G
 def _verdict(plan: Plan, gpu: Gpu) -> Verdict:
     said = plan.recipe.train.gradient_checkpointing
     on = said == "on" or (said == "auto" and plan.plain.total > gpu.num_bytes)
-    frozen = plan.recipe.language_model.frozen
+    quantization = plan.recipe.language_model.quantization
     speed = samples_per_second(
         plan.flops,
         plan.weights.shapes,
@@ -121,5 +121,5 @@ def _verdict(plan: Plan, gpu: Gpu) -> Verdict:
         checkpointing=on,
         needed=(plan.checkpointed if on else plan.plain).total,
         samples_per_second=speed,
-        refused="no FP8 units" if frozen == "fp8" and not gpu.fp8 and not math.isnan(gpu.bf16) else "",
+        refused="no FP8 units" if quantization == "fp8" and not gpu.fp8 and not math.isnan(gpu.bf16) else "",
     )

@@ -136,7 +136,7 @@ def _verdict_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
     gpu, said = verdict.gpu, plan.recipe.train.gradient_checkpointing
     name = f"{gpu.name} ({gpu.gib:.1f} GiB)" if not gpu.name.endswith("GiB") else gpu.name
     if verdict.refused:
-        yield f'{name}: {verdict.refused}; language_model.frozen = "nf4" or "" runs there'
+        yield f'{name}: {verdict.refused}; language_model.quantization = "nf4" or "" runs there'
         return
     if verdict.fits:
         needed, why = f"{verdict.needed / 2**30:.1f} GiB needed", "" if said == "auto" else ", as the recipe says"

@@ -51,11 +51,11 @@ def samples_per_second(
     llm = recipe.language_model
     again = flops.again if checkpointing else 0.0
     share = SHARES[llm.tuning]
-    fp8 = flops.frozen * (1.5 if checkpointing else 1) if llm.frozen == "fp8" and gpu.fp8 else 0.0
+    fp8 = flops.frozen * (1.5 if checkpointing else 1) if llm.quantization == "fp8" and gpu.fp8 else 0.0
     done = flops.useful + again
     products = (done - fp8) / gpu.bf16 + (fp8 / gpu.fp8 if fp8 else 0.0)
     rest = done * (1 / share - 1 / PRODUCTS) / H200.bf16 * (H200.bandwidth / gpu.bandwidth)
-    seconds = (products / PRODUCTS + rest) / 1e12 * (NF4_SLOWER if llm.frozen == "nf4" else 1)
+    seconds = (products / PRODUCTS + rest) / 1e12 * (NF4_SLOWER if llm.quantization == "nf4" else 1)
     step = seconds * records / gpus
     tower = TOWER_READ if recipe.vision_tower.tuning == "frozen" else TOWER_LAUNCH
     start = packs * (shapes.layers * DECODER_LAUNCH + shapes.tower_layers * tower)

@@ -92,12 +92,12 @@ def weights_of_recipe(recipe: Recipe) -> Weights:
     """
     model = empty_model(recipe, torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16)
     weights = weights_of(model)
-    if not recipe.language_model.frozen:
+    if not recipe.language_model.quantization:
         return weights
     plain = Counter(weights.frozen_bytes)
     layers: Any = model.model.language_model.layers
     quantized = [weight for layer in layers for weight in _quantized(layer)]
-    held = recipe.language_model.frozen
+    held = recipe.language_model.quantization
     for weight in quantized:
         plain[PRECISIONS[weight.dtype]] -= weight.nbytes
         plain[held] += _bytes_as(held, weight)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dianjing.config.load import flatten
+from dianjing.config.load import RENAMED, flatten
 from dianjing.config.schema import Recipe
 from dianjing.data.dataset import Dataset
 from dianjing.data.order import steps_per_epoch
@@ -58,7 +58,9 @@ class TrainState:
     @staticmethod
     def from_json(text: str) -> TrainState:
         """Return the state that `to_json` wrote."""
-        return TrainState(**json.loads(text))
+        fields = json.loads(text)
+        fields["recipe"] = {RENAMED.get(name, name): value for name, value in fields["recipe"].items()}
+        return TrainState(**fields)
 
 
 def state_at(step: int, recipe: Recipe, dataset: Dataset) -> TrainState:

@@ -27,8 +27,8 @@ from dianjing.plan.memory import CONTEXT_BYTES, memory
 from dianjing.plan.weights import weights_of
 
 ADVICE = (
-    'hold the LLM in four bits (language_model.frozen = "nf4"), lower language_model.lora_rank or data.max_tokens, or '
-    "take more GPUs (--gpus N --engine fsdp2); `dianjing plan` says what each of them saves"
+    'hold the LLM in four bits (language_model.quantization = "nf4"), lower language_model.lora_rank or '
+    "data.max_tokens, or take more GPUs (--gpus N --engine fsdp2); `dianjing plan` says what each of them saves"
 )
 
 

@@ -261,10 +261,10 @@ def require_engine(recipe: Recipe) -> None:
             f"train.sample_every: {engine} leaves no rank with a whole model that could answer; set it to 0, or use "
             "ddp or deepspeed_zero2"
         )
-    if getattr(recipe.language_model, "frozen", ""):
+    if recipe.language_model.quantization:
         raise ConfigError(
-            f"language_model.frozen: quantised weights cannot be sharded by {engine}; use ddp or deepspeed_zero2, or "
-            'leave it ""'
+            f"language_model.quantization: quantized weights cannot be sharded by {engine}; use ddp or "
+            'deepspeed_zero2, or leave it ""'
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dianjing.config.fields import SIGNED, recipe_fields
+from dianjing.config.fields import recipe_fields, without_range
 from dianjing.config.load import flatten, load_recipe, save_recipe, shipped_recipes
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError
@@ -39,19 +39,14 @@ def test_what_is_not_written_has_its_default(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ({"train.learning_rate": "1e-3"}, 1e-3),
-        ({"train.learning_rate": "1"}, 1.0),
-        ({"train.betas": "[0.8, 0.9]"}, (0.8, 0.9)),
-        ({"data.path": '["a.json", "b.json"]'}, ("a.json", "b.json")),
-        ({"data.path": "c.json"}, "c.json"),
-        ({"data.images": "7"}, "7"),
-        ({"language_model.lora_head": "true"}, True),
-        ({"language_model.tuning": "lora"}, "lora"),
-        ({"vision_tower.feature_layer": "-3"}, -3),
-        ({"seed": "4"}, 4),
+        ({"train.learning_rate": 1e-3}, 1e-3),
+        ({"train.learning_rate": 1}, 1.0),
+        ({"train.betas": [0.8, 0.9]}, (0.8, 0.9)),
+        ({"data.path": ("a.json", "b.json")}, ("a.json", "b.json")),
+        ({"seed": 4}, 4),
     ],
 )
-def test_a_flag_wins_and_has_the_type_of_its_field(file: Path, override: dict[str, str], expected: object) -> None:
+def test_an_override_wins_and_has_the_type_of_its_field(file: Path, override: dict[str, Any], expected: object) -> None:
     (name,) = override
     value = flatten(load_recipe(file, override))[name]
     assert value == expected
@@ -93,7 +88,7 @@ def test_the_flag_is_named_when_the_flag_is_wrong(file: Path) -> None:
     with pytest.raises(ConfigError, match=r'^--train.epochs: train.epochs = "two": a whole number is needed'):
         load_recipe(file, {"train.epochs": "two"})
     with pytest.raises(ConfigError, match=r"^--data.max-token: unknown field 'max_token'; did you mean 'max_tokens'"):
-        load_recipe(file, {"data.max_token": "5"})
+        load_recipe(file, {"data.max_token": 5})
 
 
 def test_what_is_missing_is_named(file: Path) -> None:
@@ -140,12 +135,32 @@ def test_saving_replaces_the_file_at_once(file: Path, monkeypatch: pytest.Monkey
     assert file.read_bytes() == before
 
 
-def test_every_number_of_a_recipe_may_be_negative_only_when_listed() -> None:
-    numbers = {name for name, field in recipe_fields().items() if {int, float} & set(field.kinds)}
+SIGNED = {"data.workers", "vision_tower.feature_layer"}
+
+
+def test_every_number_of_a_recipe_has_a_range_but_two() -> None:
+    numbers = {name for name, field in recipe_fields().items() if {int, float} & {*map(without_range, field.kinds)}}
     assert numbers > SIGNED
     for name in numbers - SIGNED:
-        with pytest.raises(ConfigError, match="it must be"):
-            load_recipe("tinyworld_pretrain", {name: "-1"})
+        with pytest.raises(ConfigError, match=r"it must be (at least|above|between)"):
+            load_recipe("tinyworld_pretrain", {name: -1})
+    for name in SIGNED:
+        assert flatten(load_recipe("tinyworld_pretrain", {name: -9}))[name] == -9
+
+
+def test_every_field_has_a_docstring() -> None:
+    assert [name for name, field in recipe_fields().items() if not field.meaning] == []
+
+
+def test_the_old_name_of_a_field_is_read_with_a_notice(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = RECIPE.replace('"llm"', '"llm"\nfrozen = "nf4"')
+    file.write_text(written, encoding="utf-8")
+    assert load_recipe(file).language_model.quantization == "nf4"
+    said = "language_model.frozen is now called language_model.quantization; rename it"
+    assert capsys.readouterr().err == f"notice: {file}: {said}\n"
+    file.write_text(written.replace('"nf4"', '"nf4"\nquantization = "fp8"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"language_model\.quantization is given twice, by its old name too"):
+        load_recipe(file)
 
 
 def test_fields_know_their_default_and_meaning() -> None:

@@ -46,7 +46,7 @@ def test_each_field_goes_where_it_belongs() -> None:
     config = read_xtuner_config(SMALL, "x")
     assert config.fields == {
         "language_model.folder": "llm",
-        "language_model.frozen": "nf4",
+        "language_model.quantization": "nf4",
         "vision_tower.folder": "clip",
         "vision_tower.feature_layer": -3,
         "data.path": "a.json",

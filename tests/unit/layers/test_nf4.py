@@ -32,7 +32,7 @@ from tests.tiny import write_llm
 
 pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
 
-QLORA = {"frozen": "nf4", "tuning": "lora"}
+QLORA = {"quantization": "nf4", "tuning": "lora"}
 LARGEST_ERROR = 0.152 + 0.02
 """Half the widest gap between two of NF4's sixteen values, as a share of a block's largest, and what holding that
 largest in 8 bits adds."""
@@ -45,7 +45,7 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unquantized(recipe: Recipe) -> Recipe:
-    return replace(recipe, language_model=replace(recipe.language_model, frozen=""))
+    return replace(recipe, language_model=replace(recipe.language_model, quantization=""))
 
 
 def quantized(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,7 +53,7 @@ def quantized(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def test_all_linears_of_the_decoder_and_nothing_else(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(language_model={"frozen": "nf4"})
+    recipe = make_recipe(language_model={"quantization": "nf4"})
     model, plain = build(recipe).model, build(unquantized(recipe)).model
     linears = {
         f"{name}.weight"
@@ -68,7 +68,7 @@ def test_all_linears_of_the_decoder_and_nothing_else(make_recipe: MakeRecipe) ->
 
 
 def test_each_value_is_the_nearest_of_sixteen(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(language_model={"frozen": "nf4"})
+    recipe = make_recipe(language_model={"quantization": "nf4"})
     model, plain = build(recipe).model, build(unquantized(recipe)).model
     for name, weight in quantized(model).items():
         before, after = plain.get_parameter(name), dequantized(weight)
@@ -83,7 +83,7 @@ def test_each_value_is_the_nearest_of_sixteen(make_recipe: MakeRecipe) -> None:
 def test_the_same_weights_give_the_same_bytes_in_either_precision(make_recipe: MakeRecipe) -> None:
     found = []
     for precision in ("fp32", "fp32", "bf16"):
-        model = build(make_recipe(language_model={"frozen": "nf4"}, train={"precision": precision})).model
+        model = build(make_recipe(language_model={"quantization": "nf4"}, train={"precision": precision})).model
         states: list[Any] = [weight.quant_state for weight in quantized(model).values()]  # type: ignore[attr-defined]
         found.append(
             [
@@ -97,7 +97,7 @@ def test_the_same_weights_give_the_same_bytes_in_either_precision(make_recipe: M
 
 
 def test_four_bits_are_counted_as_weights_and_as_bytes(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(language_model={"frozen": "nf4"})
+    recipe = make_recipe(language_model={"quantization": "nf4"})
     model, plain = build(recipe).model, build(unquantized(recipe)).model
     for name, weight in quantized(model).items():
         numbers = plain.get_parameter(name).numel()
@@ -177,7 +177,7 @@ def test_answers_on_the_way_change_no_weight(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.parametrize("tuning", ["frozen", "lora"])
 def test_merged_weights_are_plain_and_compute_the_same(make_recipe: MakeRecipe, tuning: str) -> None:
-    settings = {"frozen": "nf4", "tuning": tuning, "lora_head": True, "lora_share_qkv": True, "lora_alpha": 4.0}
+    settings = {"quantization": "nf4", "tuning": tuning, "lora_head": True, "lora_share_qkv": True, "lora_alpha": 4.0}
     recipe = make_recipe("finetune", language_model=settings, vision_tower={"tuning": "lora"})
     model, dataset = prepare(recipe)
     merged = build(unquantized(recipe)).model
@@ -204,7 +204,7 @@ def test_without_bitsandbytes_nothing_is_loaded(make_recipe: MakeRecipe, monkeyp
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(building, "load_tokenizer", pytest.fail)
     with pytest.raises(ConfigError, match=r"pip install 'dianjing\[qlora\]'"):
-        build(make_recipe(language_model={"frozen": "nf4"}))
+        build(make_recipe(language_model={"quantization": "nf4"}))
 
 
 def test_it_is_there() -> None:
@@ -212,18 +212,20 @@ def test_it_is_there() -> None:
 
 
 def test_all_weights_of_a_four_bit_llm_cannot_train(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    save_recipe(make_recipe("finetune", language_model={"tuning": "full", "frozen": "nf4"}), tmp_path / "recipe.toml")
-    with pytest.raises(ConfigError, match=r'tuning is "full", but language_model\.frozen is "nf4"'):
+    save_recipe(
+        make_recipe("finetune", language_model={"tuning": "full", "quantization": "nf4"}), tmp_path / "recipe.toml"
+    )
+    with pytest.raises(ConfigError, match=r'tuning is "full", but language_model\.quantization is "nf4"'):
         load_recipe(tmp_path / "recipe.toml")
 
 
 def test_rows_that_are_no_whole_blocks(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     narrow = str(write_llm(tmp_path / "narrow", hidden_size=64, intermediate_size=96))
     with pytest.raises(ModelError, match="down_proj has 96 inputs, no multiple of 64"):
-        build(make_recipe(language_model={"frozen": "nf4", "folder": narrow}))
+        build(make_recipe(language_model={"quantization": "nf4", "folder": narrow}))
 
 
 def test_unknown_way_to_hold_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     save_recipe(make_recipe(), tmp_path / "recipe.toml")
     with pytest.raises(ConfigError, match='is needed; did you mean "nf4"'):
-        load_recipe(tmp_path / "recipe.toml", {"language_model.frozen": "fp4"})
+        load_recipe(tmp_path / "recipe.toml", {"language_model.quantization": "fp4"})

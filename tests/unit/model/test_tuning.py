@@ -35,16 +35,18 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("llm", "tower", "frozen"),
+    ("llm", "tower", "quantization"),
     [case for case in product(WAYS, WAYS, ["", "nf4"]) if case[0] != "full" or not case[2]],  # refused in a recipe
 )
 def test_what_trains_has_a_gradient_and_nothing_else_has(
-    make_recipe: MakeRecipe, llm: str, tower: str, frozen: str
+    make_recipe: MakeRecipe, llm: str, tower: str, quantization: str
 ) -> None:
-    if frozen:
+    if quantization:
         pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
     model, dataset = prepare(
-        make_recipe("finetune", language_model={"tuning": llm, "frozen": frozen}, vision_tower={"tuning": tower})
+        make_recipe(
+            "finetune", language_model={"tuning": llm, "quantization": quantization}, vision_tower={"tuning": tower}
+        )
     )
     _, gradients = outcome(model, [dataset.batch(range(dataset.num_records))])
     assert gradients.keys() == trainable_state(model).keys()
@@ -63,9 +65,13 @@ def test_what_trains_has_a_gradient_and_nothing_else_has(
         )
 
 
-@pytest.mark.parametrize(("kind", "frozen"), [*((kind, "") for kind in FAMILIES), ("phi3", "nf4"), ("gemma", "nf4")])
-def test_lora_finds_the_linears_of_each_family(make_recipe: MakeRecipe, tmp_path: Path, kind: str, frozen: str) -> None:
-    if frozen:
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [*((kind, "") for kind in FAMILIES), ("phi3", "nf4"), ("gemma", "nf4")]
+)
+def test_lora_finds_the_linears_of_each_family(
+    make_recipe: MakeRecipe, tmp_path: Path, kind: str, quantization: str
+) -> None:
+    if quantization:
         pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
     folder = str(write_family(tmp_path / kind, kind))
     model, dataset = prepare(
@@ -75,7 +81,7 @@ def test_lora_finds_the_linears_of_each_family(make_recipe: MakeRecipe, tmp_path
                 "folder": folder,
                 "template": TEMPLATES.get(kind, "internlm2_chat"),
                 "tuning": "lora",
-                "frozen": frozen,
+                "quantization": quantization,
             },
         )
     )
@@ -110,7 +116,7 @@ def test_a_tower_that_pools_has_a_head_that_never_trains(
 
 def test_a_shared_down_projection_of_four_bit_layers(make_recipe: MakeRecipe) -> None:
     pytest.importorskip("bitsandbytes", reason="four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
-    settings = {"tuning": "lora", "frozen": "nf4", "lora_share_qkv": True}
+    settings = {"tuning": "lora", "quantization": "nf4", "lora_share_qkv": True}
     recipe = make_recipe("finetune", language_model=settings)
     model = build(recipe).model
     apply_stage(model, recipe)

@@ -76,13 +76,13 @@ def records(mean: float, shortest: int, supervised: float, pictures: float = 1.0
     )
 
 
-XTUNER = {"frozen": "nf4", "lora_head": True, "lora_share_qkv": True}
+XTUNER = {"quantization": "nf4", "lora_head": True, "lora_share_qkv": True}
 MEASURED = {
     # benchmarks/results/2026-11-28 and, in four bits, 2026-11-25: what torch.cuda.max_memory_allocated said on one H200
     # (Packs of at most 16,384 positions, which were even: the longest had 15,572.)
     "stage1-bf16": ("frozen", 0.0, {}, 15572, 256, records(598, 592, 7), 23.3),
-    "stage1-fp8": ("frozen", 0.0, {"frozen": "fp8"}, 15572, 256, records(598, 592, 7), 21.9),
-    "XTuner's pretrain": ("frozen", 0.0, {"frozen": "nf4"}, 4096, 16, records(605, 592, 15), 7.2),
+    "stage1-fp8": ("frozen", 0.0, {"quantization": "fp8"}, 15572, 256, records(598, 592, 7), 21.9),
+    "XTuner's pretrain": ("frozen", 0.0, {"quantization": "nf4"}, 4096, 16, records(605, 592, 15), 7.2),
     "XTuner's finetune": ("lora", 0.05, XTUNER, 4096, 16, records(640, 600, 30), 26.1),
 }
 

@@ -44,8 +44,8 @@ def test_rows_measured_on_an_h200(speed: Any) -> None:
 def test_what_makes_it_slower(speed: Any) -> None:
     plain = speed(STAGE2, tuning="lora")
     assert speed(STAGE2, tuning="lora", saving=True) < plain
-    assert speed(STAGE2, tuning="lora", frozen="nf4") == pytest.approx(plain / 1.15)
-    assert plain < speed(STAGE2, tuning="lora", frozen="fp8") < 2 * plain
+    assert speed(STAGE2, tuning="lora", quantization="nf4") == pytest.approx(plain / 1.15)
+    assert plain < speed(STAGE2, tuning="lora", quantization="fp8") < 2 * plain
     assert speed(STAGE2, tuning="lora", packs=100) < plain / 4  # a pack of one record waits for the CPU
     assert 7 < speed(STAGE2, tuning="lora", gpus=8, packs=1) / plain < 8
     by_gpu = [speed(STAGE2, find_gpu(name), tuning="lora") for name in ("H100", "L40S", "4090", "3090")]
@@ -54,7 +54,7 @@ def test_what_makes_it_slower(speed: Any) -> None:
 
 def test_fp8_needs_its_units(speed: Any) -> None:
     a100 = find_gpu("a100-80gb")
-    assert speed(STAGE1, a100, tuning="frozen", frozen="fp8") == speed(STAGE1, a100, tuning="frozen")
+    assert speed(STAGE1, a100, tuning="frozen", quantization="fp8") == speed(STAGE1, a100, tuning="frozen")
 
 
 def test_a_gpu_by_its_memory_alone(speed: Any) -> None:

@@ -54,7 +54,7 @@ def test_four_bit_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'dianjing[qlora]'")
     from tests.recipe_models import write_family as write_larger
 
-    llm = {**ADAPTERS, "folder": str(write_larger(tmp_path / "llm", "llama")), "frozen": "nf4", "template": ""}
+    llm = {**ADAPTERS, "folder": str(write_larger(tmp_path / "llm", "llama")), "quantization": "nf4", "template": ""}
     recipe = make_recipe("finetune", language_model=llm)
     assert weights_of_recipe(recipe) == built(recipe)
 
@@ -62,7 +62,7 @@ def test_four_bit_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 def test_eight_bit_weights(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dianjing.model.build.require_fp8", lambda *_: None)
     monkeypatch.setattr("dianjing.model.build.prove_isolation", lambda _: None)
-    recipe = make_recipe("finetune", language_model={**ADAPTERS, "frozen": "fp8"}, train={"precision": "bf16"})
+    recipe = make_recipe("finetune", language_model={**ADAPTERS, "quantization": "fp8"}, train={"precision": "bf16"})
     assert weights_of_recipe(recipe) == built(recipe)
 
 
