@@ -17,7 +17,8 @@ from dianjing.cli.main import main
 from dianjing.cli.train import parse, take_gpus
 from dianjing.config.load import save_recipe
 from dianjing.errors import ConfigError
-from dianjing.run.checkpoint import checkpoints, newest, read_state
+from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.layout import checkpoints
 from dianjing.train import shards as module
 from dianjing.train.loop import train
 from tests.tiny import TinyDataset

@@ -38,6 +38,9 @@ AT_MOST_ONE = frozenset({"train.warmup_ratio"})
 SIGNED = frozenset({"data.workers", "vision_tower.feature_layer"})
 """Numbers that may be negative; no other may."""
 
+RETIRED = {("train.engine", "deepspeed_zero3"): 'use "fsdp2", which shards the same'}
+"""Values of an earlier version -> what to do instead."""
+
 KINDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -140,6 +143,8 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
 def _choice(field: RecipeField, value: str, choices: tuple[str, ...], where: str) -> str:
     if value not in choices:
+        if instead := RETIRED.get((field.name, value)):
+            raise ConfigError(f'{where}: {field.name} = "{value}": it has been removed; {instead}')
         offer = "".join(f'; did you mean "{choice}"?' for choice in nearest(value, choices))
         raise ConfigError(f'{where}: {field.name} = "{value}": {field.wanted} is needed{offer}')
     return value
