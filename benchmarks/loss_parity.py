@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train_inputs import make_inputs, recipe_of
 from benchmarks.train_speed import Padded
-from dianjing.train.log import JOURNAL, read_journal
+from dianjing.run.journal import read_journal
+from dianjing.run.layout import JOURNAL
 
 ROWS: dict[str, str | None] = {"upstream": None, "bf16": "", "fp8": "fp8", "nf4": "nf4"}
 """What the product holds the frozen LLM as; None: padded transformers, bf16."""

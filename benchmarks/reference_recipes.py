@@ -32,8 +32,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerF
 from transformers.utils.logging import disable_progress_bar
 
 from dianjing.config.load import load_recipe
+from dianjing.run.journal import read_journal
 from dianjing.tinyworld.records import Sizes, write_demo_data
-from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 
 PRETRAIN = "llava_internlm2_chat_1_8b_clip_vit_large_p14_336_e1_gpu8_pretrain"

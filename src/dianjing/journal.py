@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dianjing.errors import DataError
+from dianjing.lock import try_lock, unlock
 
 Take = Callable[[dict[str, Any]], None]
 """Is given each line after the first, in order; ValueError, TypeError or KeyError: it is not a line of this kind."""
@@ -36,12 +36,10 @@ class JournalFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self._file):
+                raise DataError(f"{self.path}: another run is writing it; wait for it, or {self._instead}")
             whole = self.read(take)
-        except OSError:
-            self.close()
-            raise DataError(f"{self.path}: another run is writing it; wait for it, or {self._instead}") from None
-        except DataError:
+        except BaseException:
             self.close()
             raise
         os.ftruncate(self._file, whole)
@@ -52,7 +50,7 @@ class JournalFile:
 
     def close(self) -> None:
         """Give the lock back."""
-        os.close(self._file)
+        unlock(self._file)
         self._file = -1
 
     def read(self, take: Take) -> int:

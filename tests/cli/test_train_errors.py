@@ -18,7 +18,8 @@ from dianjing.cli.main import main
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.run import checkpoint as checkpoint_module
-from dianjing.run.checkpoint import checkpoints, newest, read_state
+from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.layout import checkpoints
 from dianjing.train.loop import train
 from tests.tiny import tiny_records, write_clip, write_images
 

@@ -16,7 +16,8 @@ import pytest
 from dianjing.cli.main import main
 from dianjing.cli.train import without_gpus
 from dianjing.config.load import save_recipe
-from dianjing.run.checkpoint import checkpoints, newest, read_state
+from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.layout import checkpoints
 from dianjing.train import shards as module
 from dianjing.train.loop import train
 from tests.tiny import TinyDataset

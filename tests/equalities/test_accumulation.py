@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from dianjing.config.schema import Recipe
 from dianjing.data.dataset import Dataset
 from dianjing.run.checkpoint import newest
+from dianjing.run.journal import read_journal
 from dianjing.train import step as module
-from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 
 STEPS = 3

@@ -23,7 +23,7 @@ from dianjing.model.build import build
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import trainable_state
 from dianjing.run.checkpoint import newest
-from dianjing.train.log import read_journal
+from dianjing.run.journal import read_journal
 from dianjing.train.loop import train
 from dianjing.train.optim import learning_rate_factor, make_optimizer
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from dianjing.config.schema import Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import TrainError
-from dianjing.run.checkpoint import checkpoints, newest
+from dianjing.run.checkpoint import newest
+from dianjing.run.layout import checkpoints
 from dianjing.train import engine as engine_module
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe

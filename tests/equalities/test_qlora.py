@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dianjing.run.checkpoint import checkpoints, newest
+from dianjing.run.checkpoint import newest
+from dianjing.run.layout import checkpoints
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
 from tests.recipe_models import write_family

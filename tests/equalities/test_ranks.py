@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
-from dianjing.run.checkpoint import checkpoints, newest, read_state
-from dianjing.train.log import read_journal
+from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.journal import read_journal
+from dianjing.run.layout import checkpoints
 from dianjing.train.loop import train
 
 TIMEOUT_SECONDS = 240

@@ -18,8 +18,9 @@ import pytest
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import CheckpointError, ConfigError
-from dianjing.run.checkpoint import checkpoints, newest, read_state
-from dianjing.train.log import read_journal
+from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.journal import read_journal
+from dianjing.run.layout import checkpoints
 from dianjing.train.loop import train
 
 STAGES = {

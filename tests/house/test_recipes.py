@@ -22,8 +22,8 @@ from dianjing.model.forward import num_tower_layers
 from dianjing.model.stage import part_of
 from dianjing.model.weights import PROJECTOR
 from dianjing.run.checkpoint import save
+from dianjing.run.journal import read_journal
 from dianjing.run.state import TrainState
-from dianjing.train.log import read_journal
 from dianjing.train.loop import train
 from tests.house.source import PACKAGE
 from tests.recipe_models import write_family, write_siglip

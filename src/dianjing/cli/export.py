@@ -12,6 +12,7 @@ from rich.console import Console
 from dianjing.cli.flags import parse
 from dianjing.config.load import load_recipe
 from dianjing.errors import DataError
+from dianjing.run.layout import RECIPE
 
 if TYPE_CHECKING:
     from dianjing.export.receipt import Proof
@@ -90,7 +91,7 @@ def real_conversations(given: Arguments, notices: Console) -> list[Conversation]
     from dianjing.infer.questions import questions_of
 
     data, images = given.data, given.images
-    recipe = Path(given.run).expanduser() / "recipe.toml"
+    recipe = Path(given.run).expanduser() / RECIPE
     if not data and recipe.is_file():
         config = load_recipe(recipe).data
         data, images = config.path if isinstance(config.path, str) else config.path[0], config.images

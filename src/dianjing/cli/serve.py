@@ -15,6 +15,7 @@ from rich.console import Console
 
 from dianjing.cli.flags import parse
 from dianjing.errors import ConfigError, ModelError
+from dianjing.run.layout import is_run
 
 NAME = "serve"
 SUMMARY = "answer over HTTP as OpenAI's API does, on this machine"
@@ -71,7 +72,7 @@ def servable(model: str, port: int, console: Console) -> Path:
         ConfigError: it is a folder of GGUF files, which llama.cpp serves.
     """
     folder = Path(model).expanduser().resolve()
-    if (folder / "recipe.toml").is_file():
+    if is_run(folder):
         return _exported(folder, console)
     if (folder / "text.gguf").is_file():
         command = (

@@ -16,6 +16,9 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 from dianjing.config import schema
 from dianjing.errors import ConfigError
 
+RETIRED = {("train.engine", "deepspeed_zero3"): 'use "fsdp2", which shards the same'}
+"""Values of an earlier version -> what to do instead."""
+
 KINDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -124,6 +127,8 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
 def _choice(field: RecipeField, value: str, choices: tuple[str, ...], where: str) -> str:
     if value not in choices:
+        if instead := RETIRED.get((field.name, value)):
+            raise ConfigError(f'{where}: {field.name} = "{value}": it has been removed; {instead}')
         offer = "".join(f'; did you mean "{choice}"?' for choice in nearest(value, choices))
         raise ConfigError(f'{where}: {field.name} = "{value}": {field.wanted} is needed{offer}')
     return value

@@ -12,8 +12,8 @@ Quantization = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
 Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
-EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
-SHARDS_WEIGHTS = ("fsdp2", "deepspeed_zero3")
+EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2"]
+SHARDS_WEIGHTS = ("fsdp2",)
 """Engines with which no rank holds a whole model."""
 
 
@@ -143,8 +143,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; "auto" = bf16 on a GPU that has it, fp32 elsewhere."""
     engine: EngineName = "ddp"
-    """How several GPUs share the work: "ddp" = a whole model on each; "fsdp2", "deepspeed_zero3" = a shard on each;
-    "deepspeed_zero2" = whole weights, sharded gradients and optimizer. Needs of memory differ, results do not."""
+    """How several GPUs share the work: "ddp" = a whole model on each; "fsdp2" = a shard on each; "deepspeed_zero2" =
+    whole weights, sharded gradients and optimizer state. Memory needed differs, results do not."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Keep only each layer's input and compute the rest again: less memory, a third more time, the same result.
     "auto" = when the run would not fit the GPU's free memory without; off on a CPU."""

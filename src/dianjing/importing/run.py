@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dianjing.config.fields import check, known_field
-from dianjing.config.load import flatten, load_recipe, make_recipe, save_recipe
+from dianjing.config.load import load_recipe, make_recipe, save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.errors import ConfigError, DataError, ModelError
@@ -24,12 +24,14 @@ from dianjing.formats.weights import name_some
 from dianjing.formats.xtuner import Translation, live_parts, require_two_layers, to_live
 from dianjing.formats.xtuner_config import XTunerConfig, read_xtuner_config
 from dianjing.model.build import Built, build
-from dianjing.model.folders import TINYWORLD
+from dianjing.model.folders import TINYWORLD, base_folders
 from dianjing.model.forward import num_tower_layers
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import trainable_state
 from dianjing.run.checkpoint import save
-from dianjing.run.state import FREE_TO_CHANGE, TrainState, state_at, total_steps
+from dianjing.run.fingerprints import fingerprints
+from dianjing.run.layout import RECIPE
+from dianjing.run.state import TrainState, state_at, total_steps
 
 SECTIONS = {"llm": "language_model", "visual_encoder": "vision_tower"}
 """XTuner's name of a part -> the recipe's section."""
@@ -103,9 +105,9 @@ def _write(
         with TemporaryDirectory(prefix="unfinished-", dir=out.parent, ignore_cleanup_errors=True) as place:
             unfinished = Path(place, out.name)
             unfinished.mkdir()
-            save_recipe(recipe, unfinished / "recipe.toml")
-            recipe = load_recipe(unfinished / "recipe.toml")
-            state = state_at(step, recipe, dataset) if dataset else _state_without_data(step, recipe)
+            save_recipe(recipe, unfinished / RECIPE)
+            recipe = load_recipe(unfinished / RECIPE)
+            state = state_at(step, recipe, dataset, fingerprints(*base_folders(recipe), dataset))
             trained = {name: weight.float().contiguous() for name, weight in learned.items()}
             save(unfinished, trained, memory, state, keep=1)
             unfinished.rename(out)
@@ -330,11 +332,6 @@ def _dataset(
             "asked, but not trained on"
         )
     return dataset, ""
-
-
-def _state_without_data(step: int, recipe: Recipe) -> TrainState:
-    matters = {name: value for name, value in flatten(recipe).items() if name not in FREE_TO_CHANGE}
-    return TrainState(step=step, epoch=0, samples_seen=0, total_steps=step, recipe=matters, data={"fingerprint": ""})
 
 
 def _report(foreign: Foreign, found: Translation, memory: Mapping[str, Tensor], fresh: bool) -> list[str]:

@@ -26,7 +26,8 @@ from dianjing.model.stage import apply_stage
 from dianjing.model.vision import num_image_tokens
 from dianjing.model.weights import load_trainable_state
 from dianjing.pictures.image import ImageProcessor
-from dianjing.run.checkpoint import TRAINABLE, newest
+from dianjing.run.checkpoint import newest
+from dianjing.run.layout import RECIPE, TRAINABLE, is_run
 
 TEMPLATE_KEY = "dianjing_template"
 """Where an exported config.json names the chat template."""
@@ -49,11 +50,11 @@ def load_for_use(path: str, device: str | None = None) -> LoadedModel:
             f'or "{TINYWORLD}"'
         )
     folder = resolve(path, "language_model")
-    if (folder / "recipe.toml").is_file():
+    if is_run(folder):
         loaded = _load_run(folder, device)
     elif not (folder / "config.json").is_file():
         raise ModelError(
-            f"{path}: neither recipe.toml (a run) nor config.json (a model) is in it; "
+            f"{path}: neither {RECIPE} (a run) nor config.json (a model) is in it; "
             "give the folder of a run, of an export, or of a text LLM"
         )
     elif read_config(folder).get("model_type") == "llava":
@@ -64,7 +65,7 @@ def load_for_use(path: str, device: str | None = None) -> LoadedModel:
 
 
 def _load_run(run: Path, device: str) -> LoadedModel:
-    recipe = load_recipe(run / "recipe.toml")
+    recipe = load_recipe(run / RECIPE)
     if device == "cpu":
         recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
     _require_bases(recipe, run)
@@ -93,7 +94,7 @@ def _require_bases(recipe: Recipe, run: Path) -> None:
         except ModelError as error:
             raise ModelError(
                 f"{run}: its {part.replace('_', ' ')} is not there any more ({error}); put it back, or write where it "
-                f"is now to {part}.folder in {run / 'recipe.toml'}"
+                f"is now to {part}.folder in {run / RECIPE}"
             ) from None
     if is_adapter(run):
         require_bases(recipe, run)

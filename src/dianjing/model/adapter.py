@@ -12,7 +12,6 @@ A part that has no adapter has no folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +31,8 @@ from dianjing.formats.weights import name_some
 from dianjing.model.folders import TINYWORLD, Part, resolve
 from dianjing.model.stage import part_of
 from dianjing.model.weights import PROJECTOR, trainable_state
+from dianjing.run.fingerprints import HASHED, base_fingerprint
+from dianjing.run.layout import RECIPE
 
 PROJECTOR_FILE = "projector.safetensors"
 BASES_FILE = "bases.json"
@@ -42,8 +43,6 @@ _PREFIXES = {
     "model.vision_tower.": "base_model.model.",
 }
 """Live names -> names in peft's file, whose root is the causal LM, or the tower."""
-HASHED = "config.json and tokenizer.json whole; of each weight file its size and 256 blocks of 4 KiB spread over it"
-_BLOCKS, _BLOCK_BYTES = 256, 4096
 
 
 def is_adapter(folder: Path) -> bool:
@@ -59,7 +58,7 @@ def save_adapter(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     bases: dict[str, Any] = {"hashed": HASHED}
     for part in PARTS:
         config = getattr(recipe, part)
-        bases[part] = {"folder": _absolute(config.folder), "sha256": fingerprint(resolve(config.folder, part))}
+        bases[part] = {"folder": _absolute(config.folder), "sha256": base_fingerprint(resolve(config.folder, part))}
         # A shared lora_A stands under each name that uses it: peft's file has no sharing.
         adapter = {
             _peft_name(name): weight.float().clone()
@@ -72,7 +71,7 @@ def save_adapter(model: nn.Module, recipe: Recipe, folder: Path) -> None:
             settings = json.dumps(_lora_config(part, config, adapter), indent=2) + "\n"
             (folder / part / "adapter_config.json").write_text(settings, encoding="utf-8")
     (folder / BASES_FILE).write_text(json.dumps(bases, indent=2) + "\n", encoding="utf-8")
-    save_recipe(_portable(recipe), folder / "recipe.toml")
+    save_recipe(_portable(recipe), folder / RECIPE)
 
 
 @torch.no_grad()
@@ -95,7 +94,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     learned = {name for name in state if ".lora_" in name} | trainable_state(model).keys()
     wrong = learned ^ read.keys() or {name for name in learned if state[name].shape != read[name].shape}
     if wrong:
-        raise ModelError(f"{folder}: {name_some(wrong)} are not those of recipe.toml; export the run again")
+        raise ModelError(f"{folder}: {name_some(wrong)} are not those of {RECIPE}; export the run again")
     for name in learned:
         state[name].copy_(read[name])
     if torn := {name for name in learned if not torch.equal(state[name].float(), read[name])}:
@@ -111,28 +110,11 @@ def require_bases(recipe: Recipe, folder: Path) -> None:
     bases: Mapping[str, Any] = json.loads((folder / BASES_FILE).read_text(encoding="utf-8"))
     for part in PARTS:
         base = getattr(recipe, part).folder
-        if fingerprint(resolve(base, part)) != bases[part]["sha256"]:
+        if base_fingerprint(resolve(base, part)) != bases[part]["sha256"]:
             raise ModelError(
                 f"{folder}: {base} is not the {part.replace('_', ' ')} that the adapter was trained on (its files "
-                f"differ from what {BASES_FILE} says); write the right folder to {part}.folder in recipe.toml"
+                f"differ from what {BASES_FILE} says); write the right folder to {part}.folder in {RECIPE}"
             )
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a SHA-256 over what HASHED says: cheap, and another for other weights."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    for path in weights:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(_BLOCKS):
-                file.seek(block * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def _peft_name(live: str) -> str:

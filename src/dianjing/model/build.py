@@ -24,7 +24,7 @@ from dianjing.errors import ModelError
 from dianjing.layers.attention import PACKED, UNREAD_MASK
 from dianjing.layers.fp8 import quantize_layers_to_fp8, require_fp8
 from dianjing.layers.nf4 import quantize_layers, require_bitsandbytes
-from dianjing.model.folders import resolve
+from dianjing.model.folders import base_folders
 from dianjing.model.language import LoadReport, count, load_language_model
 from dianjing.model.vision import load_vision_tower, num_image_tokens, select_strategy
 from dianjing.model.weights import load_projector
@@ -64,8 +64,7 @@ def build(
         require_bitsandbytes()
     elif quantization == "fp8":
         require_fp8(device, dtype)
-    llm_folder = resolve(recipe.language_model.folder, "language_model")
-    tower_folder = resolve(recipe.vision_tower.folder, "vision_tower")
+    llm_folder, tower_folder = base_folders(recipe)
     tokenizer = load_tokenizer(llm_folder)
     template, chosen = template_for(tokenizer, recipe.language_model.template)
     check_template(template, tokenizer)
@@ -82,10 +81,10 @@ def build(
     if move:
         model.to(device)
     prove_isolation(llm)
-    source = f"new, seed {recipe.seed}"
+    source, passed_over = f"new, seed {recipe.seed}", list[str]()
     if recipe.projector.init_from and not fresh_projector:
-        source = f"from {load_projector(model, recipe.projector.init_from)}"
-    projector = LoadReport((f"projector: {count(model.model.multi_modal_projector)}, {source}",))
+        source = f"from {load_projector(model, recipe.projector.init_from, passed_over.append)}"
+    projector = LoadReport((*passed_over, f"projector: {count(model.model.multi_modal_projector)}, {source}"))
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template,

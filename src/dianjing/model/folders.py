@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from dianjing.config.schema import Recipe
 from dianjing.errors import ModelError
 from dianjing.model.hub import hub_folder, is_hub_name
 
@@ -31,3 +32,13 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
             f'or "{TINYWORLD}"'
         )
     return path
+
+
+def base_folders(recipe: Recipe) -> tuple[Path, Path]:
+    """Return the folders of a recipe's base LLM and vision tower.
+
+    Raises:
+        ModelError: a folder does not exist.
+    """
+    llm, tower = recipe.language_model.folder, recipe.vision_tower.folder
+    return resolve(llm, "language_model"), resolve(tower, "vision_tower")

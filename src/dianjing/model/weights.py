@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os.path
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,8 +16,9 @@ from dianjing.formats.source import open_foreign
 from dianjing.formats.weights import name_some
 from dianjing.formats.xtuner import PROJECTOR as FOREIGN_PROJECTOR
 from dianjing.formats.xtuner import live_parts, require_two_layers
+from dianjing.run.checkpoint import find_checkpoint
+from dianjing.run.layout import TRAINABLE
 
-TRAINABLE = "trainable.safetensors"
 PROJECTOR = "model.multi_modal_projector."
 
 
@@ -50,20 +49,22 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_projector(model: LlavaForConditionalGeneration, source: str | Path) -> Path:
-    """Put the projector that another run has learned last into the model; return the file or folder it was in.
+def load_projector(
+    model: LlavaForConditionalGeneration, source: str | Path, notify: Callable[[str], object] | None = None
+) -> Path:
+    """Put the projector of another run's newest whole checkpoint into the model; return the file or folder it was in.
 
     `source` is the folder of a run or of one of its checkpoints, or a checkpoint of XTuner or LLaVA in any form that
-    `dianjing import` reads.
+    `dianjing import` reads. `notify` (default: stderr) gets a line for each checkpoint that was passed over.
 
     Raises:
-        ModelError: there is no checkpoint, it is damaged, or its projector joins another vision tower or LLM, or holds
-            what are no weights.
+        CheckpointError: there is no checkpoint in the run, or none that is whole.
+        ModelError: nothing is there; or its projector joins another vision tower or LLM, or does not hold weights.
     """
     path = Path(source).expanduser()
     if not os.path.exists(path):
         raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
-    checkpoint = _newest(path)
+    checkpoint = find_checkpoint(path, notify)
     learned = _own_projector(checkpoint) if checkpoint else _foreign_projector(path)
     own = model.model.multi_modal_projector.state_dict()
     _require_projector(learned, own, checkpoint or path)
@@ -112,11 +113,8 @@ def _require_projector(learned: Mapping[str, Tensor], own: Mapping[str, Tensor],
 
 
 def _own_projector(checkpoint: Path) -> dict[str, Tensor]:
-    path = checkpoint / TRAINABLE
-    if fault := _damage(path):
-        raise ModelError(f"{path}: damaged: {fault}; name an earlier checkpoint in projector.init_from")
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(PROJECTOR)]  # noqa: SIM118 (it is no dict)
+    with safe_open(checkpoint / TRAINABLE, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(PROJECTOR)]  # noqa: SIM118 (not a dict)
         return {name.removeprefix(PROJECTOR): file.get_tensor(name) for name in names}
 
 
@@ -125,27 +123,6 @@ def _foreign_projector(path: Path) -> dict[str, Tensor]:
     require_two_layers(weights, path)
     parts = [live_parts(name, weight, None) for name, weight in weights.items() if name.startswith(FOREIGN_PROJECTOR)]
     return {name.removeprefix(PROJECTOR): weight for part in parts for name, weight in part.items()}
-
-
-def _newest(run: Path) -> Path | None:
-    """Return a checkpoint of ours, or the last one of a run; None when it is neither."""
-    if (run / TRAINABLE).is_file():
-        return run
-    found = sorted(run.glob(f"checkpoints/step-*/{TRAINABLE}"))
-    if not found and (run / "recipe.toml").is_file():
-        raise ModelError(f"{run}: no checkpoint of this run is there; train it first")
-    return found[-1].parent if found else None
-
-
-def _damage(path: Path) -> str:
-    """Return how a file differs from what the manifest beside it says was written, "" for not at all."""
-    try:
-        written = json.loads(path.with_name("manifest.json").read_text(encoding="utf-8"))["files"][path.name]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its manifest.json cannot be read: {error!r}"
-    return "" if found == written["sha256"] else "it is not what was written"
 
 
 def _widths(projector: Mapping[str, Tensor]) -> tuple[int, int]:

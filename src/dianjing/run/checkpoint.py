@@ -1,12 +1,7 @@
 """Checkpoints: private to training, exact, and either whole or not there.
 
-    runs/x/checkpoints/step-000100/
-        trainable.safetensors   what trains, by its names in the live model
-        optimizer.safetensors   the optimizer's memory of it
-        state.json              where the run is: TrainState
-        manifest.json           size and SHA-256 of the three; written last
-
 A checkpoint is written under another name, flushed to the disk and renamed. Whoever reads it checks the manifest.
+Its files are listed in layout.py.
 """
 
 from __future__ import annotations
@@ -17,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,12 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dianjing.errors import CheckpointError
-from dianjing.run.state import TrainState
+from dianjing.run.layout import (
+    CHECKPOINTS,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    TRAINABLE,
+    checkpoint_folder,
+    checkpoints,
+    is_run,
+    step_of,
+)
+from dianjing.run.state import TrainState, require_same_run
 
-TRAINABLE = "trainable.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
-MANIFEST = "manifest.json"
 WRITING = ".writing-"
 """How the name of a checkpoint begins until it is whole."""
 SPARE = 1.1
@@ -44,7 +47,7 @@ def save(
     Raises:
         CheckpointError: it cannot be written; the earlier ones are as they were.
     """
-    final = run / "checkpoints" / f"step-{state.step:06d}"
+    final = checkpoint_folder(run, state.step)
     writing = final.with_name(WRITING + final.name)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +104,17 @@ def newest(run: Path, notify: Callable[[str], object] | None = None) -> Path:
     raise CheckpointError(f"{run}: there is no checkpoint in it; train without --resume first, or name another run")
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first, whole or not."""
-    return sorted((run / "checkpoints").glob("step-*"), key=_step)
+def find_checkpoint(path: Path, notify: Callable[[str], object] | None = None) -> Path | None:
+    """Return the checkpoint at `path`, or the newest whole one of the run at `path`; None when it is neither.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or the run has none that is whole.
+    """
+    if (path / TRAINABLE).is_file() or (path / MANIFEST).is_file():
+        if fault := damage(path):
+            raise CheckpointError(f"{path}: damaged: {fault}; name another checkpoint, or the run's folder")
+        return path
+    return newest(path, notify) if is_run(path) or (path / CHECKPOINTS).is_dir() else None
 
 
 def damage(checkpoint: Path) -> str:
@@ -124,8 +135,23 @@ def damage(checkpoint: Path) -> str:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Return where the run was."""
+    """Return how far the run was."""
     return TrainState.from_json((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def state_to_resume(checkpoint: Path, start: TrainState, notify: Callable[[str], object]) -> TrainState:
+    """Return the state of a checkpoint, for the run that `start` is the beginning of.
+
+    `notify` gets a line when the checkpoint does not say which base models the run began with.
+
+    Raises:
+        CheckpointError: the checkpoint is of another recipe, or the data or base models have changed since.
+    """
+    saved = read_state(checkpoint)
+    require_same_run(saved, start, checkpoint)
+    if not saved.fingerprints:
+        notify(f"{checkpoint} is of an older version: whether base models or pictures have changed is not known")
+    return replace(saved, fingerprints={**start.fingerprints, **saved.fingerprints})
 
 
 def _write(folder: Path, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: TrainState) -> None:
@@ -143,7 +169,7 @@ def _write(folder: Path, trainable: Mapping[str, Tensor], optimizer: Mapping[str
 
 def _rotate(run: Path, step: int, keep: int) -> None:
     """Keep the newest up to `step`; a later one was found damaged when the run was resumed."""
-    usable = [path for path in checkpoints(run) if _step(path) <= step]
+    usable = [path for path in checkpoints(run) if step_of(path) <= step]
     for path in _others(checkpoints(run), usable[-keep:]):
         doomed = path.rename(path.with_name(WRITING + path.name))
         shutil.rmtree(doomed)
@@ -151,11 +177,6 @@ def _rotate(run: Path, step: int, keep: int) -> None:
 
 def _others(paths: list[Path], kept: list[Path]) -> Iterator[Path]:
     return (path for path in paths if path not in kept)
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
 
 
 def _digest(path: Path) -> str:

@@ -1,10 +1,10 @@
-"""Where a run is, and whether it is still the same run."""
+"""How far a run is, and what must not change under it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dianjing.config.load import RENAMED, flatten
@@ -12,6 +12,7 @@ from dianjing.config.schema import Recipe
 from dianjing.data.dataset import Dataset
 from dianjing.data.order import steps_per_epoch
 from dianjing.errors import CheckpointError
+from dianjing.run.fingerprints import SUBJECTS
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -50,6 +51,8 @@ class TrainState:
     """All fields that matter, by dotted name."""
     data: dict[str, Any]
     """What the data set holds, and its fingerprint."""
+    fingerprints: dict[str, str] = field(default_factory=dict[str, str])
+    """Of SUBJECTS, and of the projector before the first step; none in checkpoints of older versions."""
 
     def to_json(self) -> str:
         """Return the state as JSON text."""
@@ -63,18 +66,33 @@ class TrainState:
         return TrainState(**fields)
 
 
-def state_at(step: int, recipe: Recipe, dataset: Dataset) -> TrainState:
-    """Return the state of a run after `step` optimizer steps."""
+def state_at(
+    step: int, recipe: Recipe, dataset: Dataset | None, fingerprints: Mapping[str, str] | None = None
+) -> TrainState:
+    """Return the state of a run after `step` optimizer steps; without a data set it cannot be resumed."""
+    matters = {name: value for name, value in flatten(recipe).items() if name not in FREE_TO_CHANGE}
+    matters = json.loads(json.dumps(matters))  # tuples become lists, as in a state that was read
+    found = dict(fingerprints or {})
+    if dataset is None:
+        return TrainState(
+            step=step,
+            epoch=0,
+            samples_seen=0,
+            total_steps=step,
+            recipe=matters,
+            data={"fingerprint": ""},
+            fingerprints=found,
+        )
     in_epoch = steps_per_epoch(dataset.num_records, recipe.train.global_batch_size)
     epoch, steps = divmod(step, in_epoch)
-    matters = {name: value for name, value in flatten(recipe).items() if name not in FREE_TO_CHANGE}
     return TrainState(
         step=step,
         epoch=epoch,
         samples_seen=epoch * dataset.num_records + steps * recipe.train.global_batch_size,
         total_steps=total_steps(recipe, dataset.num_records),
-        recipe=json.loads(json.dumps(matters)),  # tuples become lists, as in a state that was read
+        recipe=matters,
         data={**dataset.report, "fingerprint": dataset.fingerprint},
+        fingerprints=found,
     )
 
 
@@ -85,7 +103,7 @@ def total_steps(recipe: Recipe, num_records: int) -> int:
 
 
 def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> None:
-    """Refuse to go on with another recipe or other data than before.
+    """Refuse to go on with another recipe, other data or other base models than before.
 
     Raises:
         CheckpointError: all that changed is named.
@@ -98,6 +116,11 @@ def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> 
         changed += [f"the data: {change}" for change in _changes(saved_counts, counts)] or [
             "the data: texts, answers, pictures or their order"
         ]
+    changed += [
+        subject
+        for name, subject in SUBJECTS.items()
+        if name in saved.fingerprints and saved.fingerprints[name] != now.fingerprints.get(name)
+    ]
     if changed:
         raise CheckpointError(
             "\n  ".join([f"{checkpoint}: it is of another run; undo this, or start a new run:", *changed])

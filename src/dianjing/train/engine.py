@@ -123,12 +123,12 @@ class Engine:
         """Return what trains, whole, by name; called on all ranks, of use on the main one."""
         return trainable_state(self._model)
 
-    def memory(self) -> Mapping[str, Tensor]:
-        """Return the optimizer's memory, whole, as "<parameter>/exp_avg" and so on; called like `weights`."""
+    def optimizer_state(self) -> Mapping[str, Tensor]:
+        """Return the optimizer state, whole, as "<parameter>/exp_avg" and so on; called like `weights`."""
         return optimizer_state(self.optimizer)
 
-    def load_memory(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `memory` returned, on any number of ranks and with any engine."""
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `optimizer_state` returned, on any number of ranks and with any engine."""
         load_optimizer_state(self.optimizer, state)
 
     def _norm(self, weights: Iterable[nn.Parameter]) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.console import Console, RenderableType
@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dianjing.data.dataset import Dataset
 from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.model.stage import in_units
+from dianjing.run.journal import Journal
+from dianjing.run.layout import BOARD, CURVE
 
-JOURNAL = "train.jsonl"
-CURVE = "loss.png"
 SKIPPED_SHOWN = 5
 
 
@@ -95,10 +95,9 @@ class StepLog:
     """The steps of a run: entered before the first, told of each, left after the last."""
 
     def __init__(self, log: Log, run: Path | None, first_step: int, total_steps: int, log_every: int) -> None:
-        self._console = log.console
+        self._log, self._console = log, log.console
         self._run = run
         self._first_step, self._total_steps, self._log_every = first_step, total_steps, log_every
-        self._rows = [row for row in read_journal(run) if row["step"] <= first_step] if run else []
         self._window: list[StepResult] = []
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -115,11 +114,8 @@ class StepLog:
         if self._run:
             from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
 
-            self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._first_step + 1)
-            self._journal = (self._run / JOURNAL).open("w", encoding="utf-8")
-            for row in self._rows:
-                self._journal.write(json.dumps(row) + "\n")
-            self._journal.flush()
+            self._journal = Journal(self._run, self._first_step, self._log.warn)
+            self._board = SummaryWriter(str(self._run / BOARD), purge_step=self._first_step + 1)
         self._progress.start()
         self._task = self._progress.add_task("step", total=self._total_steps, completed=self._first_step, metrics="")
         return self
@@ -152,8 +148,8 @@ class StepLog:
 
     def curve(self) -> None:
         """Draw the loss so far to loss.png."""
-        if self._run and self._rows:
-            draw_curve(self._rows, self._run / CURVE)
+        if self._run and self._journal.rows:
+            draw_curve(self._journal.rows, self._run / CURVE)
 
     def _metrics(self) -> dict[str, float]:
         """Return the last step's values, loss and speeds over all steps since the last line."""
@@ -172,22 +168,13 @@ class StepLog:
         }
 
     def _record(self, metrics: dict[str, float], notes: list[str]) -> None:
-        self._rows.append(metrics)
-        self._journal.write(json.dumps({**metrics, **({"notes": notes} if notes else {})}, ensure_ascii=False) + "\n")
-        self._journal.flush()
+        self._journal.append({**metrics, **({"notes": notes} if notes else {})})
         for name, value in metrics.items():
             if name != "step":
                 self._board.add_scalar(f"train/{name}", value, int(metrics["step"]))
 
 
-def read_journal(run: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's train.jsonl; a last line cut off by a crash is left out."""
-    path = run / JOURNAL
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
+def draw_curve(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw loss over steps, and the learning rate below it."""
     from matplotlib.figure import Figure  # slow to import
 

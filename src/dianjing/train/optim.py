@@ -66,7 +66,7 @@ def _beside(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's memory of each parameter: "<parameter>/exp_avg" and so on."""
+    """Return the optimizer state of each parameter: "<parameter>/exp_avg" and so on."""
     return {
         f"{name}/{key}": value
         for group in optimizer.param_groups
@@ -88,22 +88,21 @@ def load_optimizer_state(
         for group in optimizer.param_groups
         for name, weight in zip(group["param_names"], group["params"], strict=True)
     }
-    require_memory_of(weights, state)
+    require_state_of(weights, state)
     for key, value in state.items():
         name, _, kind = key.rpartition("/")
         optimizer.state[weights[name]][kind] = place(value, weights[name])
 
 
-def require_memory_of(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Refuse what is not AdamW's memory of these parameters: its step would read beyond what is too short.
+def require_state_of(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse what is not AdamW's state of these parameters: its step would read beyond what is too short.
 
     Raises:
         CheckpointError: one that differs is named.
     """
     expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
     for name, weight in weights.items():
-        shape = getattr(weight, "ds_shape", weight.shape)  # the whole one, where ZeRO-3 has it partitioned
-        expected |= {f"{name}/{kind}": (shape, weight.dtype) for kind in ("exp_avg", "exp_avg_sq")}
+        expected |= {f"{name}/{kind}": (weight.shape, weight.dtype) for kind in ("exp_avg", "exp_avg_sq")}
         expected[f"{name}/step"] = (torch.Size(), torch.float32)
     found = {key: (value.shape, value.dtype) for key, value in state.items()}
     if other := [key for key in {**expected, **found} if found.get(key) != expected.get(key)]:

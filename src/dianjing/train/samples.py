@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from dianjing.infer.generate import LoadedModel
 from dianjing.infer.questions import Question, questions_of
 from dianjing.model.build import Built
 from dianjing.model.compile import uncompiled
+from dianjing.run.journal import rows_to_keep, write_rows
+from dianjing.run.layout import SAMPLES, SAMPLES_PAGE
 
-JOURNAL = "samples.jsonl"
-PAGE = "samples.html"
 COLUMNS = 4
 """Times shown on the page: the first and the latest."""
 MAX_NEW_TOKENS = 128
@@ -30,7 +31,9 @@ class Samples:
         DataError: the held-out records or their pictures cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, built: Built, run: Path, first_step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, built: Built, run: Path, first_step: int, notify: Callable[[str], object]
+    ) -> None:
         self._every = recipe.train.sample_every
         self._run = run
         self._model = built.model
@@ -47,7 +50,7 @@ class Samples:
             encoder=built.encoder,
             image_processor=built.image_processor,
         )
-        self._rows = [row for row in _read(run / JOURNAL) if row["step"] <= first_step] if first_step else []
+        self._rows = rows_to_keep(run / SAMPLES, first_step, notify) if first_step else list[dict[str, Any]]()
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether the questions are asked after a step."""
@@ -71,16 +74,16 @@ class Samples:
             }
             for question, answer in zip(self._questions, answers, strict=True)
         ]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows]
-        (self._run / JOURNAL).write_text("".join(lines), encoding="utf-8")
+        write_rows(self._run / SAMPLES, self._rows)
         self._write_page()
 
     def _write_page(self) -> None:
-        steps = list(dict.fromkeys(row["step"] for row in self._rows))
+        answers = Counter(row["step"] for row in self._rows)
+        steps = [step for step, count in answers.items() if count == len(self._questions)]
         columns = [self._column(step) for step in [steps[0], *steps[1:][1 - COLUMNS :]]]
         pictures = load_pictures(self._questions, self._root)
         text = page(f"{self._run.name}: sample answers", self._questions, columns, pictures)
-        (self._run / PAGE).write_text(text, encoding="utf-8")
+        (self._run / SAMPLES_PAGE).write_text(text, encoding="utf-8")
 
     def _column(self, step: int) -> Column:
         answers = [row["answer"] for row in self._rows if row["step"] == step]
@@ -95,7 +98,3 @@ def sample_questions(path: str, count: int) -> list[Question]:
     """Return the first questions of `count` records spread over the file."""
     records = load_records(path).records
     return [questions_of(record)[0] for record in records[:: max(1, len(records) // count)][:count]]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

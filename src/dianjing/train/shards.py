@@ -1,9 +1,8 @@
-"""Where weights, gradients and the optimizer's memory lie: on each rank whole, or in shards.
+"""Where weights, gradients and the optimizer state lie: on each rank whole, or in shards.
 
-    ddp               each rank holds everything; gradients meet in a step's last backward pass
+    ddp               each rank holds everything; gradients are summed in a step's last backward pass
     fsdp2             all is sharded; a layer's weights are gathered while it computes        (torch)
-    deepspeed_zero2   gradients and the optimizer's memory are sharded                        (DeepSpeed)
-    deepspeed_zero3   all is sharded, as in fsdp2                                             (DeepSpeed)
+    deepspeed_zero2   gradients and the optimizer state are sharded                           (DeepSpeed)
 
 Where weights are sharded, each forward and backward pass is a conversation between the ranks: all must hold the same
 number of them, and each must use all weights, pictures or not.
@@ -30,7 +29,7 @@ from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import ConfigError
 from dianjing.train.engine import Engine, Reading, Taken, count_change
-from dianjing.train.optim import load_optimizer_state, make_optimizer, require_memory_of, steps_of
+from dianjing.train.optim import load_optimizer_state, make_optimizer, require_state_of, steps_of
 
 
 class ShardedEngine(Engine):
@@ -46,8 +45,8 @@ class ShardedEngine(Engine):
         """Gather what trains, one parameter at a time."""
         return self._on_main((name, self._whole(weight, "")) for name, weight in self._trained().items())
 
-    def memory(self) -> Mapping[str, Tensor]:
-        """Gather the optimizer's memory, one parameter at a time."""
+    def optimizer_state(self) -> Mapping[str, Tensor]:
+        """Gather the optimizer state, one parameter at a time."""
         return self._on_main(
             (f"{name}/{kind}", self._whole(weight, kind))
             for name, weight in self._trained().items()
@@ -66,7 +65,7 @@ class ShardedEngine(Engine):
         return kept
 
     def _whole(self, weight: nn.Parameter, kind: str) -> Tensor:
-        """Return a weight, or with `kind` the optimizer's memory of it."""
+        """Return a weight, or with `kind` the optimizer state of it."""
         raise NotImplementedError
 
 
@@ -94,8 +93,8 @@ class Fsdp2(ShardedEngine):
         share.backward()
         return share.detach()
 
-    def load_memory(self, state: Mapping[str, Tensor]) -> None:
-        """Put back this rank's shards of what `memory` returned."""
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back this rank's shards of what `optimizer_state` returned."""
         from torch.distributed.tensor import distribute_tensor
 
         def shard(value: Tensor, weight: Any) -> Tensor:
@@ -113,10 +112,8 @@ class Fsdp2(ShardedEngine):
         return _full(self.optimizer.state[weight][kind] if kind else weight)
 
 
-class Zero(ShardedEngine):
-    """DeepSpeed's ZeRO; `stage` 2 or 3."""
-
-    stage: int
+class Zero2(ShardedEngine):
+    """DeepSpeed's ZeRO, stage 2."""
 
     def _distribute(self, recipe: Recipe, losses: nn.Module) -> None:
         os.environ.setdefault("DS_ACCELERATOR", self._accelerator.device.type)
@@ -129,26 +126,18 @@ class Zero(ShardedEngine):
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.optimizer = make_optimizer(self._model, recipe)
-        self._losses, *_ = deepspeed.initialize(
-            model=losses,
-            optimizer=self.optimizer,
-            config=self._config(),
-            dist_init_required=False,
-        )
-        self._fragments = deepspeed.utils
-
-    def _config(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage}
-        if self.stage == 3:
-            zero |= {"stage3_param_persistence_threshold": 0}
         # No section names a dtype: weights stay as the recipe has them, those that train in fp32.
-        return {
+        config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._clip_norm,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": zero,
+            "zero_optimization": {"stage": 2},
         }
+        self._losses, *_ = deepspeed.initialize(
+            model=losses, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+        self._fragments = deepspeed.utils
 
     def backward(self, batch: Batch, tokens: int, *, last: bool) -> Tensor:
         """Add the gradient of a pack's share, to the partitions of it that the ranks hold."""
@@ -158,13 +147,13 @@ class Zero(ShardedEngine):
         return share.detach()
 
     def step(self, loss: Tensor, asked: nn.Module | None = None) -> Taken:
-        """Let DeepSpeed clip and step; it does not step either where the norm is no finite number.
+        """Let DeepSpeed clip and step; it does not step either where the norm is not finite.
 
         Of the module that is asked about it asks the smallest weight: the gradient has to be gathered for it.
         """
         found = torch.ones(())
         if asked is not None:
-            smallest: Any = min(asked.parameters(), key=lambda weight: math.prod(_shape(weight)))
+            smallest = min(asked.parameters(), key=lambda weight: weight.numel())
             found = self._fragments.safe_get_full_grad(smallest).count_nonzero()
         taken = Reading(loss, torch.full((), math.nan), found).taken()
         if math.isfinite(taken.loss):
@@ -174,15 +163,15 @@ class Zero(ShardedEngine):
             taken = taken._replace(norm=math.inf if overflow else float(self._losses.get_global_grad_norm()))
         return taken
 
-    def memory(self) -> Mapping[str, Tensor]:
-        """Gather the optimizer's memory, one parameter at a time."""
+    def optimizer_state(self) -> Mapping[str, Tensor]:
+        """Gather the optimizer state, one parameter at a time."""
         self._link()
-        return super().memory()
+        return super().optimizer_state()
 
-    def load_memory(self, state: Mapping[str, Tensor]) -> None:
-        """Put back this rank's partitions of what `memory` returned."""
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back this rank's partitions of what `optimizer_state` returned."""
         trained = self._trained()
-        require_memory_of(trained, state)
+        require_state_of(trained, state)
         steps = steps_of(state)
         for flat in self._flat_weights():
             self.optimizer.state[flat] = {
@@ -193,27 +182,17 @@ class Zero(ShardedEngine):
         self._link()
         for name, weight in trained.items():
             for kind in ("exp_avg", "exp_avg_sq"):
-                self._load_one(weight, kind, state[f"{name}/{kind}"].to(weight.device))
+                value = state[f"{name}/{kind}"].to(weight.device)
+                self._fragments.safe_set_full_optimizer_state(weight, value, kind)
 
     def _link(self) -> None:
-        """Let stage 2 find the memory of each weight: DeepSpeed 0.19 does so when only the first group has any."""
-        if self.stage == 2:
-            self._losses.optimizer._hp_optimizer_states_linked = False
-            self._losses.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _load_one(self, weight: nn.Parameter, kind: str, value: Tensor) -> None:
-        if self.stage == 2:
-            self._fragments.safe_set_full_optimizer_state(weight, value, kind)
-            return
-        own = self._fragments.safe_get_local_optimizer_state(weight, kind)
-        first = dist.get_rank() * own.numel()  # the last partitions are filled up with zeros
-        part = value.flatten()[first : first + own.numel()]
-        own[: part.numel()].copy_(part)
+        """Let DeepSpeed find the state of each weight: its 0.19 does so only when the first group has any."""
+        self._losses.optimizer._hp_optimizer_states_linked = False
+        self._losses.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_weights(self) -> list[Tensor]:
         """Return the fp32 partitions that the optimizer sees in place of the weights."""
-        zero = self._losses.optimizer
-        return zero.single_partition_of_fp32_groups if self.stage == 2 else zero.fp32_partitioned_groups_flat
+        return self._losses.optimizer.single_partition_of_fp32_groups
 
     def _whole(self, weight: nn.Parameter, kind: str) -> Tensor:
         if kind == "step":
@@ -223,24 +202,7 @@ class Zero(ShardedEngine):
         return self._fragments.safe_get_full_fp32_param(weight)
 
 
-class Zero2(Zero):
-    """`deepspeed_zero2`."""
-
-    stage = 2
-
-
-class Zero3(Zero):
-    """`deepspeed_zero3`."""
-
-    stage = 3
-
-
-ENGINES: dict[str, type[Engine]] = {
-    "ddp": Engine,
-    "fsdp2": Fsdp2,
-    "deepspeed_zero2": Zero2,
-    "deepspeed_zero3": Zero3,
-}
+ENGINES: dict[str, type[Engine]] = {"ddp": Engine, "fsdp2": Fsdp2, "deepspeed_zero2": Zero2}
 
 
 def require_engine(recipe: Recipe) -> None:
@@ -289,8 +251,3 @@ def layers(model: LlavaForConditionalGeneration) -> Iterator[nn.Module]:
 def _full(value: Any) -> Tensor:
     """Return a tensor whose shards lie on several ranks; another tensor as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def _shape(weight: Any) -> torch.Size:
-    """Return a weight's shape; where ZeRO-3 has it partitioned, the whole one."""
-    return getattr(weight, "ds_shape", weight.shape)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from dianjing.errors import CheckpointError
 from dianjing.run import checkpoint as module
-from dianjing.run.checkpoint import TRAINABLE, checkpoints, damage, newest, read_state, require_space, save
+from dianjing.run.checkpoint import damage, newest, read_state, require_space, save
+from dianjing.run.layout import TRAINABLE, checkpoints
 from dianjing.run.state import TrainState
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dianjing.train.log import Log, StepResult, read_journal
+from dianjing.run.journal import read_journal
+from dianjing.train.log import Log, StepResult
 
 
 def result(step: int, loss: float, tokens: int = 10) -> StepResult:
