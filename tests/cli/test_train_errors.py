@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,9 @@ from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.run import checkpoint as checkpoint_module
 from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.fingerprints import PROJECTOR_START, SUBJECTS
 from dianjing.run.layout import checkpoints
+from dianjing.run.lock import locked
 from dianjing.train.loop import train
 from tests.tiny import tiny_records, write_clip, write_images
 
@@ -165,18 +169,120 @@ def test_a_torn_checkpoint_is_passed_over_aloud(
     assert "resumed from " in said
 
 
+def sign(checkpoint: Path) -> None:
+    """Make a checkpoint whole again after one of its files was edited."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    for entry in manifest["files"]:
+        path = checkpoint / entry
+        manifest["files"][entry] = {"bytes": path.stat().st_size, "sha256": checkpoint_module._digest(path)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
 def test_a_checkpoint_of_other_weights(started: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only someone who edits a checkpoint gets here; even then nothing is loaded half."""
     last = checkpoints(tmp_path / "run")[-1]
     weights = load_file(last / "trainable.safetensors")
     name = min(weights)
     save_file({**weights, name: torch.zeros(3)}, last / "trainable.safetensors")
-    manifest = json.loads((last / "manifest.json").read_text(encoding="utf-8"))
-    for entry in manifest["files"]:
-        path = last / entry
-        manifest["files"][entry] = {"bytes": path.stat().st_size, "sha256": checkpoint_module._digest(path)}
-    (last / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    sign(last)
     assert f"{name} (3 in the checkpoint, " in complaint(capsys, tmp_path / "run.toml", "--resume")
+
+
+def test_a_second_writer_is_refused(started: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with locked(tmp_path / "run", print):
+        for arguments in ([], ["--resume"]):
+            message = complaint(capsys, tmp_path / "run.toml", *arguments)
+            assert message.startswith(f"{tmp_path / 'run'}: process {os.getpid()} on {socket.gethostname()} is writing")
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_a_torn_line_in_the_middle_of_the_journal_resumes(
+    started: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = tmp_path / "run" / "train.jsonl"
+    first, *rest = journal.read_text().splitlines(keepends=True)
+    journal.write_text(first[:20] + "\n" + first + "".join(rest))
+    assert main(["train", str(tmp_path / "run.toml"), "--resume"]) == 0
+    assert f"{journal}: damaged, and left out from here on: line 1\n" in capsys.readouterr().err
+    assert [json.loads(line)["step"] for line in journal.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def change_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight + 1 for name, weight in weights.items()}, file, metadata={"format": "pt"})
+
+
+def change_config(folder: Path) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+
+
+def change_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+
+
+def change_picture(folder: Path) -> None:
+    Image.new("RGB", (60, 20), "navy").save(folder / "wide.png", "BMP")
+
+
+OTHERS = [
+    ("language_model", change_weights, "the base LLM: its weights, config.json or tokenizer.json"),
+    ("language_model", change_config, "the base LLM: "),
+    ("language_model", change_tokenizer, "the tokenizer or its chat template (language_model.folder)"),
+    ("vision_tower", change_weights, "the vision tower: its weights or config.json (vision_tower.folder)"),
+    ("pictures", change_picture, "the pictures: other content under the same names (data.images)"),
+]
+
+
+@pytest.mark.parametrize(("part", "change", "named"), OTHERS)
+def test_other_inputs_under_the_same_names_are_refused_on_resume(
+    make_recipe: Any,
+    tiny_llm: Path,
+    tiny_clip: Path,
+    tiny_dataset: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    change: Any,
+    named: str,
+) -> None:
+    """Same sizes, same names, other content; what was changed is named, and put back it goes on."""
+    bases = {"language_model": tiny_llm, "vision_tower": tiny_clip, "pictures": tiny_dataset.images}
+    folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in bases.items()}
+    Image.new("RGB", (60, 20), "red").save(folders["pictures"] / "wide.png", "BMP")
+    recipe = make_recipe(
+        train={"epochs": 1, "save_every": 1, "keep": 9},
+        language_model={"folder": str(folders["language_model"])},
+        vision_tower={"folder": str(folders["vision_tower"])},
+        data={"images": str(folders["pictures"])},
+    )
+    save_recipe(recipe, tmp_path / "run.toml")
+    shutil.rmtree(newest(train(recipe, quiet=True)))
+    shutil.copytree(folders[part], tmp_path / "before")
+    change(folders[part])
+    message = complaint(capsys, tmp_path / "run.toml", "--resume")
+    assert "it is of another run; undo this, or start a new run:\n" in message
+    assert named in message
+    shutil.rmtree(folders[part])
+    (tmp_path / "before").rename(folders[part])
+    assert main(["train", str(tmp_path / "run.toml"), "--resume", "--quiet"]) == 0
+
+
+def test_a_checkpoint_of_an_older_version_resumes_with_a_line(
+    started: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = checkpoints(tmp_path / "run")[-1]
+    fields = json.loads((last / "state.json").read_text(encoding="utf-8"))
+    assert fields.pop("fingerprints").keys() == {*SUBJECTS, PROJECTOR_START}
+    (last / "state.json").write_text(json.dumps(fields), encoding="utf-8")
+    sign(last)
+    assert main(["train", str(tmp_path / "run.toml"), "--resume"]) == 0
+    assert (
+        "is of an older version: whether base models or pictures have changed is not known" in capsys.readouterr().err
+    )
+    assert read_state(newest(tmp_path / "run")).fingerprints.keys() >= SUBJECTS.keys()
 
 
 def test_a_run_says_what_it_does(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,21 +15,23 @@ from typing import Any, TextIO
 from dianjing.errors import CheckpointError
 from dianjing.run.layout import JOURNAL
 
-NUMBERS = ("loss", "learning_rate")
-"""Fields besides "step" that each line of train.jsonl has."""
+Fields = Mapping[str, tuple[type, ...]]
+"""Fields that each line has, and the types they may be of."""
+METRICS: Fields = {"step": (int,), "loss": (int, float), "learning_rate": (int, float)}
+SAMPLE: Fields = {"step": (int,), "id": (str,), "question": (str,), "reference": (str,), "answer": (str,)}
 SHOWN = 5
 """Damaged lines that are named."""
 
 
 def read_journal(run: Path) -> list[dict[str, Any]]:
     """Return the metrics in a run's train.jsonl, damaged lines left out."""
-    return read_rows(run / JOURNAL, NUMBERS)[0]
+    return read_rows(run / JOURNAL, METRICS)[0]
 
 
-def read_rows(path: Path, numbers: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], list[int]]:
+def read_rows(path: Path, fields: Fields) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the objects of a file of JSON lines, and the numbers of the damaged lines, counted from 1.
 
-    A line is damaged if it is not an object with a step, or one of `numbers` in it is not a number.
+    A line is damaged if it is not a whole JSON object with these fields.
     """
     rows: list[dict[str, Any]] = []
     damaged: list[int] = []
@@ -38,18 +40,16 @@ def read_rows(path: Path, numbers: tuple[str, ...] = ()) -> tuple[list[dict[str,
             row = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and type(row.get("step")) is int and all(_is_number(row.get(key)) for key in numbers):
+        if isinstance(row, dict) and all(type(row.get(name)) in kinds for name, kinds in fields.items()):
             rows.append(row)
         else:
             damaged.append(number)
     return rows, damaged
 
 
-def rows_to_keep(
-    path: Path, last_step: int, notify: Callable[[str], object], numbers: tuple[str, ...] = ()
-) -> list[dict[str, Any]]:
+def rows_to_keep(path: Path, fields: Fields, last_step: int, notify: Callable[[str], object]) -> list[dict[str, Any]]:
     """Return the rows of a file up to a step; `notify` gets a line on what was lost."""
-    found, damaged = read_rows(path, numbers)
+    found, damaged = read_rows(path, fields)
     if damaged:
         more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
         notify(f"{path}: damaged, and left out from here on: line {', '.join(map(str, damaged[:SHOWN]))}{more}")
@@ -75,7 +75,7 @@ class Journal:
 
     def __init__(self, run: Path, first_step: int, notify: Callable[[str], object]) -> None:
         self._path = run / JOURNAL
-        self.rows = rows_to_keep(self._path, first_step, notify, NUMBERS)
+        self.rows = rows_to_keep(self._path, METRICS, first_step, notify)
         """What was written up to `first_step` and since; later lines, whose steps are now repeated, are dropped."""
         write_rows(self._path, self.rows)
         self._file: TextIO = self._path.open("a", encoding="utf-8")
@@ -107,7 +107,3 @@ def _unwritable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"{path}: cannot be written: {error.strerror}; make room; --resume goes on from the newest checkpoint"
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from dianjing.data.record import with_markers
 from dianjing.errors import DataError
+from dianjing.run.layout import checkpoints
 
 if TYPE_CHECKING:
     from dianjing.infer.generate import LoadedModel
@@ -85,4 +86,4 @@ class Models:
 
 def _stamp(path: str) -> int:
     """Return when a run last got a checkpoint; 0 for what is no run."""
-    return max((one.stat().st_mtime_ns for one in Path(path).glob("checkpoints/step-*")), default=0)
+    return max((one.stat().st_mtime_ns for one in checkpoints(Path(path))), default=0)

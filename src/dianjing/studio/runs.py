@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -22,6 +21,9 @@ from PIL.Image import Image
 from dianjing.config.load import load_recipe
 from dianjing.errors import ConfigError, DataError, DianjingError
 from dianjing.pictures.picture import load_image
+from dianjing.run.journal import METRICS, SAMPLE, read_rows
+from dianjing.run.layout import JOURNAL, RECIPE, SAMPLES, checkpoints
+from dianjing.run.lock import require_no_writer
 
 DEPTH = 4
 """Folders below the first that are looked through."""
@@ -69,7 +71,7 @@ class Runs:
             DataError: there is no such one in the folder.
         """
         recipes, runs = self._found()
-        known = {self._name(path): path for path in recipes} | {self._name(run): run / "recipe.toml" for run in runs}
+        known = {self._name(path): path for path in recipes} | {self._name(run): run / RECIPE for run in runs}
         if name not in known:
             raise DataError(f'there is no recipe or run "{name[:200]}" in {self.folder}')
         return known[name]
@@ -78,7 +80,7 @@ class Runs:
         """Start a run and return its name.
 
         Raises:
-            DianjingError: the recipe cannot be used, writes outside the folder, or a run is going on.
+            DianjingError: the recipe cannot be used, writes outside the folder, or a run is going on here or elsewhere.
         """
         file = self.recipe(name)
         run = Path(load_recipe(file).output).expanduser().resolve()
@@ -87,6 +89,7 @@ class Runs:
         with self._lock:
             if any(one.process.poll() is None for one in self._started.values()):
                 raise ConfigError("a run is going on; stop it, or wait for it")
+            require_no_writer(run)
             log = file.with_name(f"{file.name}.log")
             command = [sys.executable, "-m", "dianjing", "train", str(file), *(["--resume"] if resume else [])]
             # A link that stands there is not followed.
@@ -128,31 +131,28 @@ class Runs:
         Raises:
             DataError: there is no such run.
         """
-        from dianjing.train.log import JOURNAL, read_journal  # slow to import: torch
-
         run = self.folder / name
         started = self._started.get(run)
         if not started:
             run = self.recipe(name).parent
-        try:
-            rows = [_finite(row) for row in read_journal(run)]
-            curve = [[row["step"], row["loss"]] for row in _thinned(rows)]
-            samples = self._samples(run)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{run}: its {JOURNAL} or samples.jsonl is damaged: {error!r}") from None
         journal = run / JOURNAL
+        found, damaged = read_rows(journal, METRICS)
+        rows = [_finite(row) for row in found]
+        if damaged and damaged[-1] == len(found) + len(damaged):
+            del damaged[-1]  # the last line: it may be half written
         age = time.time() - journal.stat().st_mtime if journal.is_file() else None
         code = started.process.poll() if started else None
         return {
             "name": name,
-            "curve": curve,
+            "curve": [[row["step"], row["loss"]] for row in _thinned(rows)],
+            "damaged_lines": damaged,
             "last": rows[-1] if rows else None,
             "total_steps": _total_steps(run),
             "seconds_since_last_line": age,
             "going": bool(started) and code is None,
             "exit_code": code,
             "log": _end_of(started.log) if started else "",
-            "samples": samples,
+            "samples": self._samples(run),
         }
 
     def picture(self, name: str, record: str) -> Image:
@@ -167,18 +167,11 @@ class Runs:
         return load_image(root, images[record])
 
     def _samples(self, run: Path) -> list[dict[str, Any]]:
-        path = run / "samples.jsonl"
-        if not path.is_file():
-            return []
-        rows: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            rows += [json.loads(line)] if line.endswith("\n") else []
+        rows, _ = read_rows(run / SAMPLES, SAMPLE)
         last = max((row["step"] for row in rows), default=0)
         try:
             _, images = self._sample_pictures(run)
-        except (
-            DianjingError
-        ):  # the recipe or the held-out file is not what it was; the answers can be read all the same
+        except DianjingError:  # the recipe or the held-out file has changed; the answers can still be read
             images = {}
         return [{**row, "picture": row["id"] in images} for row in rows if row["step"] == last]
 
@@ -186,7 +179,7 @@ class Runs:
         """Return the image folder of a run's sample questions and each one's first picture; none from elsewhere."""
         from dianjing.train.samples import sample_questions  # slow to import: torch
 
-        recipe = load_recipe(run / "recipe.toml")
+        recipe = load_recipe(run / RECIPE)
         root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
         if not recipe.train.sample_path or not self._may_read(recipe.train.sample_path) or not self._may_read(root):
             return root, {}
@@ -205,7 +198,7 @@ class Runs:
         """Return recipes and runs; links to elsewhere and hidden folders are left alone."""
         recipes, runs = [], []
         for folder, files in _walk(self.folder, DEPTH, Path(self._images).resolve() if self._images else None):
-            if "recipe.toml" in files and folder != self.folder:
+            if RECIPE in files and folder != self.folder:
                 runs.append(folder)
             recipes += [folder / name for name in files if name.endswith(".toml") and _is_recipe(folder / name)]
         return [path for path in recipes if path.parent not in runs], runs
@@ -233,12 +226,13 @@ def _is_recipe(path: Path) -> bool:
         return False
 
 
-def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the numbers of a row that JSON can hold; None for the others."""
-    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with None for the numbers that JSON cannot hold."""
+    numbers = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {**row, **dict.fromkeys(numbers)}
 
 
-def _thinned(rows: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
+def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return at most POINTS of the rows, evenly, the last one among them."""
     every = -(-len(rows) // POINTS) or 1
     return [row for i, row in enumerate(rows) if i % every == 0 or i == len(rows) - 1]
@@ -246,7 +240,7 @@ def _thinned(rows: list[dict[str, float | None]]) -> list[dict[str, float | None
 
 def _total_steps(run: Path) -> int | None:
     """Return how many steps a run has in all, which its checkpoints know; None before the first."""
-    from dianjing.run.checkpoint import checkpoints, read_state
+    from dianjing.run.checkpoint import read_state  # slow to import: torch
 
     for checkpoint in reversed(checkpoints(run)):
         try:

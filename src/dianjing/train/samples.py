@@ -16,7 +16,7 @@ from dianjing.infer.generate import LoadedModel
 from dianjing.infer.questions import Question, questions_of
 from dianjing.model.build import Built
 from dianjing.model.compile import uncompiled
-from dianjing.run.journal import rows_to_keep, write_rows
+from dianjing.run.journal import SAMPLE, rows_to_keep, write_rows
 from dianjing.run.layout import SAMPLES, SAMPLES_PAGE
 
 COLUMNS = 4
@@ -50,7 +50,7 @@ class Samples:
             encoder=built.encoder,
             image_processor=built.image_processor,
         )
-        self._rows = rows_to_keep(run / SAMPLES, first_step, notify) if first_step else list[dict[str, Any]]()
+        self._rows = rows_to_keep(run / SAMPLES, SAMPLE, first_step, notify) if first_step else list[dict[str, Any]]()
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether the questions are asked after a step."""

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dianjing.errors import ModelError
+from dianjing.errors import CheckpointError, ModelError
 from dianjing.formats.source import open_foreign
 from dianjing.model.build import build
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_projector, load_trainable_state, trainable_state
-from dianjing.run.checkpoint import save
+from dianjing.run.checkpoint import newest, save
 from dianjing.run.state import TrainState
 from tests.conftest import MakeRecipe
 from tests.tiny import write_clip, write_llm
@@ -105,8 +105,33 @@ def test_a_checkpoint_without_a_projector_or_damaged_is_refused(model: Any, tmp_
     with pytest.raises(ModelError, match="no projector"):
         load_projector(model, folder)
     (folder / "trainable.safetensors").write_bytes(b"torn")
-    with pytest.raises(ModelError, match="damaged"):
+    with pytest.raises(CheckpointError, match=r"damaged: trainable.safetensors has 4 bytes, not \d+; name another"):
         load_projector(model, folder)
+
+
+@pytest.mark.parametrize("steps", [(999_500, 1_000_000), (20, 1000)])
+@pytest.mark.parametrize("damaged", [None, "trainable.safetensors", "optimizer.safetensors", "state.json"])
+def test_init_from_takes_the_checkpoint_that_a_resume_takes(
+    model: Any, tmp_path: Path, steps: tuple[int, int], damaged: str | None
+) -> None:
+    states = {step: learned(model) for step in steps}
+    folders = [write_checkpoint(tmp_path, step, state) for step, state in states.items()]
+    if damaged:
+        (folders[-1] / damaged).write_bytes(b"torn")
+    told: dict[str, list[str]] = {"init_from": [], "resume": []}
+    expected = newest(tmp_path, told["resume"].append)
+    assert expected == folders[0 if damaged else 1]
+    assert load_projector(model, tmp_path, told["init_from"].append).parent == expected
+    assert told["init_from"] == told["resume"]
+    assert len(told["resume"]) == bool(damaged)
+    weight = model.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(weight, states[steps[0 if damaged else 1]]["model.multi_modal_projector.linear_1.weight"])
+
+
+def test_a_run_without_a_checkpoint_has_no_projector(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").touch()
+    with pytest.raises(CheckpointError, match="there is no checkpoint in it"):
+        load_projector(model, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, DataError
+from dianjing.run.lock import locked
 from dianjing.studio.runs import POINTS, Runs, Started
 from dianjing.studio.seen import Seen
 from tests.conftest import MakeRecipe
@@ -92,12 +94,27 @@ def test_sample_pictures_come_from_the_named_folders_only(
     assert named.picture(name, first).size
 
 
-@pytest.mark.parametrize("text", ["{}\n", "[]\n", "nonsense\n", '{"step": 1, "loss": "x"}\n'])
-def test_a_damaged_journal_is_named(recipe: Recipe, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["{}\n", "[]\n", "nonsense\n", '{"step": 1, "loss": "x"}\n', "\n"])
+def test_a_damaged_line_is_left_out_and_named(recipe: Recipe, tmp_path: Path, text: str) -> None:
     write_run(tmp_path / "project" / "one", recipe)
-    (tmp_path / "project" / "one" / "train.jsonl").write_text(text)
-    with pytest.raises(DataError, match=r"train\.jsonl"):
-        Runs(tmp_path / "project", "").run("one")
+    whole = Runs(tmp_path / "project", "").run("one")
+    assert whole["damaged_lines"] == []
+    for name in ("train.jsonl", "samples.jsonl"):
+        file = tmp_path / "project" / "one" / name
+        file.write_text(text + file.read_text())
+    run = Runs(tmp_path / "project", "").run("one")
+    assert run["damaged_lines"] == [1]
+    assert (run["curve"], run["samples"]) == (whole["curve"], whole["samples"])
+
+
+def test_a_run_that_is_written_elsewhere_is_not_started(recipe: Recipe, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    recipe = replace(recipe, output=str(project / "one"))
+    save_recipe(recipe, project / "mine.toml")
+    with locked(project / "one", print), pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* is writing"):
+        Runs(project, "").start("mine.toml", resume=False)
+    assert not (project / "mine.toml.log").exists()
 
 
 def test_what_is_no_number_is_left_out_of_the_curve(recipe: Recipe, tmp_path: Path) -> None:

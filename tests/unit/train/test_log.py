@@ -31,6 +31,7 @@ def result(step: int, loss: float, tokens: int = 10) -> StepResult:
 
 
 def take(run: Path, first: int, last: int, every: int = 2, **settings: Any) -> None:
+    run.mkdir(exist_ok=True)
     log = Log(run, **{"quiet": True, "write": True, **settings})
     with log.steps(first, 7, every) as steps:
         for step in range(first + 1, last + 1):

@@ -79,7 +79,8 @@ async function show(name) {
     $("run").dataset.name = name;
     $("run").replaceChildren(...["head", "curve", "samples", "log"].map((part) => element("div", { id: `run-${part}` })));
   }
-  redraw($("run-head"), [name, state, run.going, figures], () => [
+  const damaged = run.damaged_lines.length ? say("damaged_lines", { lines: run.damaged_lines.join(", ") }) : "";
+  redraw($("run-head"), [name, state, run.going, figures, damaged], () => [
     element("div", { class: "headline" },
       element("h1", {}, name), element("span", { class: `chip ${run.going ? "going" : ""}`, id: "run-state" }, state),
       element("span", { class: "gap" }),
@@ -90,6 +91,7 @@ async function show(name) {
     last ? element("dl", { class: "figures" }, ...figures.map(([label, text]) =>
       element("div", {}, element("dt", {}, label), element("dd", {}, text))))
       : element("p", { class: "faint" }, run.going ? say("starting") : ""),
+    damaged ? element("p", { class: "faint" }, damaged) : "",
   ]);
   redraw($("run-curve"), run.curve, () => (run.curve.length > 1 ? [curve(run.curve)] : []));
   redraw($("run-samples"), run.samples, () => samples(run));
