@@ -74,7 +74,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, *, resume: bool, quiet: boo
     if compiled := _compiles(recipe, accelerator):
         # Recorded work has been proved with one process alone.
         alone = accelerator.num_processes == 1 and recipe.train.engine == "ddp"
-        log.show(speed_up(built.model, join=recipe.train.engine not in SHARDS_WEIGHTS, record=alone))
+        log.show(speed_up(built.model, fuse=recipe.train.engine not in SHARDS_WEIGHTS, cuda_graphs=alone))
     with watched(log.console) as watch:
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor, watch)
     log.data(dataset)

@@ -148,7 +148,7 @@ def pack_of(documents: int = 4, length: int = 256, patches: int = 64) -> Batch:
         position_ids=torch.arange(length).repeat(documents),
         cu_seqlens=torch.arange(0, documents * length + 1, length, dtype=torch.int32),
         max_seqlen=length,
-        rectangle=None,
+        padded_shape=None,
         pixels=torch.randint(0, 255, (documents, 3, 112, 112), dtype=torch.uint8),
         pixel_table=torch.randn(3, 256, generator=torch.Generator().manual_seed(0)),
         image_positions=(starts[:, None] + torch.arange(patches)).flatten(),
