@@ -1,6 +1,6 @@
-"""Milliseconds of single layers, forwards and backwards: attention, decoder and tower, compiled, joined and replayed.
+"""Milliseconds of single layers, forwards and backwards: attention, decoder and tower, compiled, fused and replayed.
 
-    python benchmarks/layer_speed.py [--only attention,decoder,tower] [--kinds compiled,joined,replayed]
+    python benchmarks/layer_speed.py [--only attention,decoder,tower] [--kinds compiled,fused,replayed]
         [--dropout 0.05] [--profile] [--tiny]
 
 Shapes of InternLM2-Chat-1.8B and CLIP ViT-L/14-336, random weights, bf16, packs of train_speed.py's lengths. Prints the
@@ -25,12 +25,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dianjing.layers.attention import PACKED, UNREAD_MASK, packed_attention, rectangle
-from dianjing.layers.cuda_graphs import Recorded
+from dianjing.layers.attention import PACKED, UNREAD_MASK, packed_attention
+from dianjing.layers.cuda_graphs import CudaGraphs
 from dianjing.layers.fp8 import Fp8Linear, quantize_layers_to_fp8
-from dianjing.layers.fused import tower as joined_tower
-from dianjing.layers.fused.decoder import States, join_decoder_layers, spans_of, total
+from dianjing.layers.fused import tower as fused_tower
+from dianjing.layers.fused.decoder import States, fuse_decoder_layers, pack_layout, total
 from dianjing.layers.lora import LoraLinear
+from dianjing.layers.padded import padded_layout
 from dianjing.model.compile import compile_layers
 
 GPU = torch.cuda.is_available()
@@ -44,7 +45,7 @@ DROPOUT = 0.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="attention,decoder,tower")
-    parser.add_argument("--kinds", default="compiled,joined,replayed", help="replayed: a tower on a GPU")
+    parser.add_argument("--kinds", default="compiled,fused,replayed", help="replayed: a tower on a GPU")
     parser.add_argument("--dropout", type=float, default=0.0, help="of adapters")
     parser.add_argument("--profile", action="store_true", help="print the kernels of each, and their milliseconds")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script itself")
@@ -67,31 +68,31 @@ def packs(*, tiny: bool) -> dict[str, list[int]]:
     return {"stage 1": [592 + rng.randint(0, 12) for _ in range(26)], "stage 2": longer[40:58]}
 
 
-def places(lengths: list[int]) -> dict[str, Any]:
-    """Return what attention is told of a pack, side by side included."""
+def layout(lengths: list[int]) -> dict[str, Any]:
+    """Return the layout of a pack as attention takes it, the padded one included."""
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     position_ids = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
     shape = len(lengths), -(-max(lengths) // 64) * 64
     return {
         "cu_seqlens": cu_seqlens,
         "max_seqlen": max(lengths),
-        "rectangle": rectangle(cu_seqlens, position_ids, shape),
+        "padded": padded_layout(cu_seqlens, position_ids, shape),
         "position_ids": position_ids[None],
     }
 
 
 def attention(*, tiny: bool) -> None:
-    """Compare variable lengths with documents side by side."""
+    """Compare variable lengths with padded documents."""
     heads, kv_heads, size = (4, 2, 16) if tiny else (16, 8, 128)
     module: Any = nn.Module()
     for stage, lengths in packs(tiny=tiny).items():
-        told = places(lengths)
+        spans = layout(lengths)
         states = [random_states(1, count, sum(lengths), size) for count in (heads, kv_heads, kv_heads)]
         gradient = torch.randn(1, sum(lengths), heads, size, device=DEVICE, dtype=torch.bfloat16)
-        for kind in ("variable lengths", "side by side"):
-            spans: Any = {**told, "rectangle": told["rectangle"] if kind == "side by side" else None}
+        for kind in ("variable lengths", "padded"):
+            given: Any = {**spans, "padded": spans["padded"] if kind == "padded" else None}
 
-            def step(states: Any = states, gradient: Tensor = gradient, spans: Any = spans) -> None:
+            def step(states: Any = states, gradient: Tensor = gradient, spans: Any = given) -> None:
                 output, _ = packed_attention(module, *states, None, scaling=size**-0.5, **spans)
                 output.backward(gradient)
 
@@ -101,21 +102,21 @@ def attention(*, tiny: bool) -> None:
 def decoder(kinds: list[str], *, tiny: bool) -> None:
     """Time decoder layers: bf16 and FP8, frozen and with adapters."""
     for stage, lengths in packs(tiny=tiny).items():
-        told = places(lengths)
+        spans = layout(lengths)
         for frozen in ("bf16", "fp8") if GPU else ("bf16",):
             for kind in [kind for kind in kinds if kind != "replayed"]:
                 torch._dynamo.reset()
                 model = decoder_layers(frozen == "fp8", 512 if stage == "stage 2" else 0, tiny=tiny)
                 x = random_states(1, sum(lengths), model.config.hidden_size)
-                for laid_out in (told["rectangle"], None) if kind == "joined" else (told["rectangle"],):
-                    spans = {**told, "rectangle": laid_out}
-                    run = joined_decoder(model, spans) if kind == "joined" else compiled_decoder(model, spans)
+                for padded in (spans["padded"], None) if kind == "fused" else (spans["padded"],):
+                    given = {**spans, "padded": padded}
+                    run = fused_decoder(model, given) if kind == "fused" else compiled_decoder(model, given)
 
                     def step(run: Any = run, x: Tensor = x) -> None:
                         output = run(x)
                         output.backward(output.detach())
 
-                    how = "variable lengths" if laid_out is None else "side by side"
+                    how = "variable lengths" if padded is None else "padded"
                     name = f"decoder layer, {stage}, {sum(lengths)} tokens, {frozen}, {kind}, {how}"
                     report(name, step, model.config.num_hidden_layers)
 
@@ -126,15 +127,15 @@ def compiled_decoder(model: Any, spans: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: model(inputs_embeds=x, **settings).last_hidden_state
 
 
-def joined_decoder(model: Any, spans: Any) -> Callable[[Tensor], Tensor]:
-    layers: Any = join_decoder_layers(model.layers)
+def fused_decoder(model: Any, spans: Any) -> Callable[[Tensor], Tensor]:
+    layers: Any = fuse_decoder_layers(model.layers)
     cos, sin = model.rotary_emb(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16), spans["position_ids"])
-    told = spans_of(spans["cu_seqlens"], spans["max_seqlen"], spans["rectangle"])
+    pack = pack_layout(spans["cu_seqlens"], spans["max_seqlen"], spans["padded"])
 
     def through(x: Tensor) -> Tensor:
         states: States = x[0], None
         for layer in layers:
-            states = layer(states, cos[0], sin[0], told)
+            states = layer(states, cos[0], sin[0], pack)
         return total(states)
 
     return through
@@ -186,20 +187,20 @@ def tower(kinds: list[str], *, tiny: bool) -> None:
 
 
 def through_tower(stack: Any, kind: str) -> Callable[[Tensor], Tensor]:
-    joined: Any = None if kind == "compiled" else joined_tower.join_tower_layers(stack)
-    if joined is None:
+    fused: Any = None if kind == "compiled" else fused_tower.fuse_tower_layers(stack)
+    if fused is None:
         compile_layers(stack)
 
     def through(x: Tensor) -> Tensor:
-        if joined:
-            return joined_tower.through_tower(joined, x)
+        if fused:
+            return fused_tower.through_tower(fused, x)
         for layer in stack:
             x = layer(x, None)
         return x
 
     if kind == "replayed":
         weights = [weight for weight in stack.parameters() if weight.requires_grad]
-        return Recorded(through, weights, lambda: [layer.refresh(torch.bfloat16) for layer in joined])
+        return CudaGraphs(through, weights, lambda: [layer.refresh(torch.bfloat16) for layer in fused])
     return through
 
 

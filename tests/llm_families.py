@@ -36,8 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_family(folder: Path, family: str) -> Path:
-    """Save a random LLM of a family and a tokenizer."""
+def write_family(folder: Path, family: str, **changed: Any) -> Path:
+    """Save a random LLM of a family and a tokenizer; InternLM2 has no settings that can be changed."""
     if family.startswith("internlm2"):
         return write_internlm2(folder, dynamic=family == "internlm2.5")
     tokenizer = write_tokenizer(folder)
@@ -54,6 +54,7 @@ def write_family(folder: Path, family: str) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         **FAMILIES[family],
+        **changed,
     }
     if family == "gemma3":
         settings["layer_types"] = ["sliding_attention", "full_attention"]

@@ -1,4 +1,4 @@
-"""Joined layers are the layers: losses and gradients against the same model as transformers computes it."""
+"""Fused layers are the layers: losses and gradients against the same model as transformers computes it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, CLIPVisionConfig, SiglipVisionConfig
 
-from dianjing.layers.fused import decoder as joined
-from dianjing.layers.fused import linear as linears
-from dianjing.layers.fused import tower as joined_tower
+from dianjing.layers.fused import adapters, decoder, gradients, linear, tower
 from dianjing.model.compile import speed_up
-from dianjing.model.forward import JOINED, forward_loss
+from dianjing.model.forward import FUSED, forward_loss
 from dianjing.train.optim import set_learning_rates
 from dianjing.train.shards import start_engine
 from tests.conftest import MakeRecipe
 from tests.llm_families import write_family
-from tests.packs import assert_same, gradients, outcome, prepare
+from tests.packs import assert_same, outcome, prepare
+from tests.packs import gradients as gradients_of
 from tests.tiny import write_llm, write_siglip
 
 LORA = {"tuning": "lora", "lora_alpha": 1.0}
@@ -29,16 +28,16 @@ STEP = 2e-3
 """Of a weight, to see what it does to the loss."""
 FROZEN: dict[str, str] = {}
 ROUNDING = 3
-"""The adapters' products are made in another order than in fp32 elsewhere, which sums weights first."""
+"""The adapters' GEMMs run in another order than in fp32 elsewhere, which adds them to the weights first."""
 
 
 def both(make_recipe: MakeRecipe, stage: str = "finetune", **sections: Any) -> tuple[Any, Any, Any]:
-    """Return a model, the same one with its layers joined, and the data."""
+    """Return a model, the same one with its layers fused, and the data."""
     recipe = make_recipe(stage, **sections)
     plain, dataset = prepare(recipe)
-    joined, _ = prepare(recipe)
-    assert speed_up(joined) == "layers: language model joined, vision tower joined"
-    return plain, joined, dataset
+    fused, _ = prepare(recipe)
+    assert speed_up(fused) == "layers: language model fused, vision tower fused"
+    return plain, fused, dataset
 
 
 @pytest.mark.parametrize(
@@ -46,16 +45,16 @@ def both(make_recipe: MakeRecipe, stage: str = "finetune", **sections: Any) -> t
     [("pretrain", FROZEN, FROZEN), ("finetune", LORA, LORA), ("finetune", LORA, FROZEN), ("finetune", FROZEN, LORA)],
 )
 @pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": "on"}])
-def test_joined_layers_are_the_layers(
+def test_fused_layers_are_the_layers(
     make_recipe: MakeRecipe, stage: str, language_model: Any, vision_tower: Any, train: dict[str, Any]
 ) -> None:
-    plain, joined, dataset = both(
+    plain, fused, dataset = both(
         make_recipe, stage, language_model=language_model, vision_tower=vision_tower, train=train
     )
     # One after the other, a pack without pictures among them.
     for records in ([0, 1, 3], [2, 7], [0, 5], [0, 6, 4, 1]):
         batch = dataset.batch(records)
-        assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+        assert_same(outcome(fused, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
@@ -64,42 +63,40 @@ def test_adapters_of_large_rank_too(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dropout: float
 ) -> None:
     """Each adapter is then multiplied by itself; dropout, even of nothing, keeps them apart from the frozen weights."""
-    monkeypatch.setattr(linears, "SMALL", 0)
+    monkeypatch.setattr(adapters, "SMALL", 0)
     folder = write_family(tmp_path / family, family)
-    adapters = {**LORA, "lora_rank": 24, "lora_dropout": dropout}
-    plain, joined, dataset = both(
-        make_recipe, language_model={**adapters, "folder": str(folder)}, vision_tower=adapters
-    )
+    lora = {**LORA, "lora_rank": 24, "lora_dropout": dropout}
+    plain, fused, dataset = both(make_recipe, language_model={**lora, "folder": str(folder)}, vision_tower=lora)
     # Few rows and many: adapters are added to the gradients, or to the weights.
     for records in ([2], [0, 1, 3, 4]):
         batch = dataset.batch(records)
-        assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+        assert_same(outcome(fused, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_gradients_are_the_same_with_adapters_in_the_weights(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, merged: bool
 ) -> None:
-    monkeypatch.setattr(linears.Linears, "_is_less_work", lambda *_: merged)
-    plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
+    monkeypatch.setattr(linear.FusedLinear, "_sum_is_less_work", lambda *_: merged)
+    plain, fused, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
     batch = dataset.batch([0, 1, 2])
-    assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+    assert_same(outcome(fused, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
-def test_documents_side_by_side_too(make_recipe: MakeRecipe) -> None:
-    plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
+def test_padded_documents_too(make_recipe: MakeRecipe) -> None:
+    plain, fused, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
     batch = dataset.batch([1, 3, 1])
     for shape in ((3, batch.max_seqlen), (4, batch.max_seqlen + 3)):
-        laid_out = replace(batch, rectangle=shape)
-        assert_same(outcome(joined, [laid_out]), outcome(plain, [batch]), ROUNDING)
+        laid_out = replace(batch, padded_shape=shape)
+        assert_same(outcome(fused, [laid_out]), outcome(plain, [batch]), ROUNDING)
 
 
 def test_of_a_siglip_tower_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     for act in ("gelu_pytorch_tanh", "gelu"):
         folder = write_siglip(tmp_path / act, hidden_act=act)
-        plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower={**LORA, "folder": str(folder)})
+        plain, fused, dataset = both(make_recipe, language_model=LORA, vision_tower={**LORA, "folder": str(folder)})
         batch = dataset.batch([0, 4])
-        assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+        assert_same(outcome(fused, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -108,19 +105,19 @@ def test_of_a_siglip_tower_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 def test_patches_are_rows_of_a_product(kind: Any, side: int, patch: int) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tower = AutoModel.from_config(kind(image_size=side, patch_size=patch, **sizes))
-    module = getattr(tower, "vision_model", tower).embeddings
+    whole = AutoModel.from_config(kind(image_size=side, patch_size=patch, **sizes))
+    module = getattr(whole, "vision_model", whole).embeddings
     pictures = torch.randn(3, 3, side, side)
-    torch.testing.assert_close(joined_tower.embedded(module, pictures), module(pictures))
-    assert joined_tower.embedded(module, pictures[:0]).shape == module(pictures[:0]).shape
+    torch.testing.assert_close(tower.embedded(module, pictures), module(pictures))
+    assert tower.embedded(module, pictures[:0]).shape == module(pictures[:0]).shape
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "internlm2", "internlm3", "llama3", "smollm"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "internlm2", "internlm3", "llama3", "smollm"])
 def test_of_other_families_too(make_recipe: MakeRecipe, tmp_path: Path, family: str) -> None:
     folder = write_family(tmp_path / family, family)
-    plain, joined, dataset = both(make_recipe, language_model={**LORA, "folder": str(folder)}, vision_tower=LORA)
+    plain, fused, dataset = both(make_recipe, language_model={**LORA, "folder": str(folder)}, vision_tower=LORA)
     batch = dataset.batch([0, 1, 2])
-    assert_same(outcome(joined, [batch]), outcome(plain, [batch]), ROUNDING)
+    assert_same(outcome(fused, [batch]), outcome(plain, [batch]), ROUNDING)
 
 
 @pytest.mark.parametrize("records", [[0], [0, 4], [2]])
@@ -139,14 +136,14 @@ def test_kernels_get_rows_one_after_the_other(
 
         return run
 
-    for module in (joined, joined_tower):
-        for name in ("norm", "norm_backward", "rotate", "rotate_backward", "gated", "gated_backward", "spread"):
+    for module in (decoder, tower):
+        for name in ("norm", "norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "gather_rows"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
     siglip = str(write_siglip(tmp_path / "siglip"))
     _, model, dataset = both(make_recipe, language_model=LORA, vision_tower={**LORA, "folder": siglip})
     outcome(model, [dataset.batch(records)])
-    assert {"norm", "norm_backward", "rotate_backward"} <= set(seen)
+    assert {"norm", "norm_backward", "rope_backward"} <= set(seen)
 
 
 def test_what_an_answer_makes_first_can_change(make_recipe: MakeRecipe) -> None:
@@ -175,17 +172,17 @@ def test_a_pack_with_nothing_to_learn(make_recipe: MakeRecipe) -> None:
     _, model, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
     batch = dataset.batch([0, 1])
     nothing = replace(batch, target_rows=batch.target_rows[:0], targets=batch.targets[:0])
-    loss, gradients = outcome(model, [nothing])
+    loss, found = outcome(model, [nothing])
     assert loss == 0
-    assert all((gradient == 0).all() for gradient in gradients.values())
+    assert all((gradient == 0).all() for gradient in found.values())
 
 
 def test_in_bf16_they_are_as_near_the_truth(make_recipe: MakeRecipe) -> None:
     exact, dataset = prepare(make_recipe("finetune", language_model=LORA, vision_tower=LORA))
-    plain, joined, _ = both(make_recipe, language_model=LORA, vision_tower=LORA, train={"precision": "bf16"})
+    plain, fused, _ = both(make_recipe, language_model=LORA, vision_tower=LORA, train={"precision": "bf16"})
     batch = dataset.batch([0, 1, 3, 4])
     true = flat(outcome(exact, [batch]))
-    distances = [float((flat(outcome(model, [batch])) - true).norm()) for model in (plain, joined)]
+    distances = [float((flat(outcome(model, [batch])) - true).norm()) for model in (plain, fused)]
     assert 0 < distances[1] < 1.1 * distances[0]
 
 
@@ -194,20 +191,20 @@ def test_weights_changed_between_packs_are_read(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, merged: bool
 ) -> None:
     """Copies of the adapters, and sums with them, are kept; an optimizer's fused step leaves no mark of its own."""
-    monkeypatch.setattr(linears.Linears, "_is_less_work", lambda *_: merged)
+    monkeypatch.setattr(linear.FusedLinear, "_sum_is_less_work", lambda *_: merged)
     settings: Any = {"language_model": LORA, "vision_tower": LORA, "train": {"precision": "bf16"}}
-    _, joined, dataset = both(make_recipe, **settings)
+    _, fused, dataset = both(make_recipe, **settings)
     batch = dataset.batch([0, 1])
-    before = forward_loss(joined, batch).item()
+    before = forward_loss(fused, batch).item()
     recipe = make_recipe("finetune", **settings)
-    engine = start_engine(recipe, Accelerator(), joined)
+    engine = start_engine(recipe, Accelerator(), fused)
     set_learning_rates(engine.optimizer, 10.0)
-    outcome(joined, [batch])
+    outcome(fused, [batch])
     engine.step(torch.ones(()))
     fresh, _ = prepare(make_recipe("finetune", **settings))
-    fresh.load_state_dict(joined.state_dict())
+    fresh.load_state_dict(fused.state_dict())
     speed_up(fresh)
-    one, other = outcome(joined, [batch]), outcome(fresh, [batch])
+    one, other = outcome(fused, [batch]), outcome(fresh, [batch])
     assert one[0].item() == other[0].item() != before
     assert all(torch.equal(gradient, other[1][name]) for name, gradient in one[1].items())
 
@@ -218,20 +215,20 @@ def test_gradients_of_packs_add_up(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, small: int, dropout: float
 ) -> None:
     """Where the decoder's adapters hold them, all but those of small adapters side by side."""
-    monkeypatch.setattr(linears, "SMALL", small)
+    monkeypatch.setattr(adapters, "SMALL", small)
     added: list[int] = []
-    add = linears.add_product_over_rows
-    monkeypatch.setattr(linears, "add_product_over_rows", lambda *given: (added.append(1), add(*given)))
-    adapters = {**LORA, "lora_dropout": dropout}
-    plain, joined, dataset = both(make_recipe, language_model=adapters, vision_tower=adapters)
+    add = gradients.add_gemm_tn
+    monkeypatch.setattr(gradients, "add_gemm_tn", lambda *given: (added.append(1), add(*given)))
+    lora = {**LORA, "lora_dropout": dropout}
+    plain, fused, dataset = both(make_recipe, language_model=lora, vision_tower=lora)
     found = []
-    for model in (plain, joined):
+    for model in (plain, fused):
         model.zero_grad()
         for records in ([0, 1], [2], [3, 4]):
             forward_loss(model, dataset.batch(records)).backward()
-        found.append((torch.zeros(()), gradients(model)))
+        found.append((torch.zeros(()), gradients_of(model)))
     assert_same(found[1], found[0], ROUNDING)
-    layers = len(joined.model.language_model.layers)
+    layers = len(fused.model.language_model.layers)
     # Of q, k and v; of what they give out; of gate and up; of down: A (side by side, but for dropout) and B.
     a, b = (7 if dropout else 4), (2 if small else 7)
     assert len(added) == 2 * layers * (a + b)
@@ -240,17 +237,17 @@ def test_gradients_of_packs_add_up(
 def test_dropout_is_drawn_again_in_the_backward_pass(make_recipe: MakeRecipe) -> None:
     drops = {**LORA, "lora_dropout": 0.3}
     for train in ({}, {"gradient_checkpointing": "on"}):
-        _, joined, dataset = both(make_recipe, language_model=drops, vision_tower=drops, train=train)
-        batch, weights = dataset.batch([0, 1]), dict(joined.named_parameters())
+        _, fused, dataset = both(make_recipe, language_model=drops, vision_tower=drops, train=train)
+        batch, weights = dataset.batch([0, 1]), dict(fused.named_parameters())
 
-        def loss(model: Any = joined, batch: Any = batch) -> torch.Tensor:
+        def loss(model: Any = fused, batch: Any = batch) -> torch.Tensor:
             torch.manual_seed(7)
             return forward_loss(model, batch)
 
         assert loss() == loss()
         torch.manual_seed(8)
-        assert forward_loss(joined, batch) != loss()
-        joined.zero_grad()
+        assert forward_loss(fused, batch) != loss()
+        fused.zero_grad()
         loss().backward()
         for part in ("language_model.layers.0.self_attn.k_proj", "language_model.layers.1.mlp.down_proj", "fc1"):
             for half in ("lora_A", "lora_B"):
@@ -274,36 +271,36 @@ def test_other_layers_stay_as_they_are(make_recipe: MakeRecipe, monkeypatch: pyt
     whole, _ = prepare(make_recipe("finetune", language_model={"tuning": "full"}, vision_tower={"tuning": "full"}))
     assert speed_up(whole) == "layers: language model compiled, vision tower compiled"
     shared, _ = prepare(make_recipe("finetune", language_model={**LORA, "lora_share_qkv": True}))
-    assert speed_up(shared) == "layers: language model compiled, vision tower joined"
-    assert not hasattr(shared.model.language_model, JOINED)
+    assert speed_up(shared) == "layers: language model compiled, vision tower fused"
+    assert not hasattr(shared.model.language_model, FUSED)
     assert len(compiled) == 2 + 2 + 2
     sharded, _ = prepare(make_recipe("finetune", language_model=LORA))
-    assert speed_up(sharded, join=False) == "layers: language model compiled, vision tower compiled"
+    assert speed_up(sharded, fuse=False) == "layers: language model compiled, vision tower compiled"
 
 
-def test_joined_weights_keep_their_names_and_values(make_recipe: MakeRecipe) -> None:
-    plain, joined, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
+def test_fused_weights_keep_their_names_and_values(make_recipe: MakeRecipe) -> None:
+    plain, fused, dataset = both(make_recipe, language_model=LORA, vision_tower=LORA)
     # Engines send weights to all ranks before the first pass, and NCCL takes none that lie in pieces.
-    assert all(weight.is_contiguous() for weight in joined.parameters())
+    assert all(weight.is_contiguous() for weight in fused.parameters())
     for _ in range(2):
-        found = joined.state_dict()
+        found = fused.state_dict()
         assert list(found) == list(plain.state_dict())
         for name, weight in plain.state_dict().items():
             assert torch.equal(found[name], weight), name
-        forward_loss(joined, dataset.batch([0, 1]))
-    assert not all(weight.is_contiguous() for weight in joined.parameters())
+        forward_loss(fused, dataset.batch([0, 1]))
+    assert not all(weight.is_contiguous() for weight in fused.parameters())
 
 
-def test_b_takes_no_more_room_beside_the_weights_than_it_needs(
+def test_b_takes_no_more_room_next_to_the_weights_than_it_needs(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linears, "SMALL", 0)
+    monkeypatch.setattr(adapters, "SMALL", 0)
     rank = 24
     model, _ = prepare(make_recipe("finetune", language_model={**LORA, "lora_rank": rank}))
-    gate_up = joined.JoinedDecoderLayer(model.model.language_model.layers[0]).gate_up
-    gate_up.convert(torch.float32)
-    rows, columns = gate_up._weight.shape
-    assert gate_up._weight.untyped_storage().nbytes() == 4 * (rows * (columns + rank) + rank)
+    gate_up = decoder.FusedDecoderLayer(model.model.language_model.layers[0]).gate_up
+    gate_up.copies(torch.float32)
+    rows, columns = gate_up.weights.W.shape
+    assert gate_up.weights.W.untyped_storage().nbytes() == 4 * (rows * (columns + rank) + rank)
 
 
 def flat(found: Any) -> torch.Tensor:

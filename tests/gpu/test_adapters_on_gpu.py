@@ -1,11 +1,11 @@
-"""Adapters on a GPU: sums in parts, and products added in place."""
+"""GEMMs of adapters on a GPU: split-K sums, and products added in place."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dianjing.layers.gemm import add_product_over_rows, product_over_rows, sum_of_products, sum_with_product
+from dianjing.layers.gemm import add_gemm_tn, addmm_out, gemm_tn, two_gemms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,16 +14,16 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("shape", [(12_289, 512, 2048), (1003, 64, 1024), (100, 16, 16)])
-def test_a_sum_in_parts_is_the_sum(shape: tuple[int, int, int]) -> None:
+def test_a_split_sum_is_the_sum(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     rows, left, right = shape
     a, b = (torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for columns in (left, right))
-    found, exact = product_over_rows(a, b, 0.5), 0.5 * a.double().T @ b.double()
+    found, exact = gemm_tn(a, b, 0.5), 0.5 * a.double().T @ b.double()
     assert found.dtype == torch.float32
     assert (found - exact).norm() < 1e-5 * exact.norm()
     held = torch.randn_like(found)
     total = held.double() + exact
-    add_product_over_rows(a, b, 0.5, held)
+    add_gemm_tn(a, b, 0.5, held)
     assert (held - total).norm() < 1e-5 * total.norm()
 
 
@@ -32,7 +32,7 @@ def test_what_is_added_in_place_is_the_sum() -> None:
     a, b, c, d = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     bias = torch.randn(64, device="cuda", dtype=torch.bfloat16)
     exact = a.double() @ b.double() + bias.double() + 0.5 * c.double() @ d.double()
-    assert (sum_of_products(a, b, c, d, 0.5, bias) - exact).norm() < 0.01 * exact.norm()
+    assert (two_gemms(a, b, c, d, 0.5, bias) - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,6 @@ def test_a_product_is_added_to_part_of_something_wider(rows: int, inner: int, co
     wide = torch.randn(rows, columns + 10, device="cuda", dtype=torch.bfloat16)
     a = torch.randn(rows, inner + 4, device="cuda", dtype=torch.bfloat16)[:, 4:]
     b, total = (torch.randn(count, columns, device="cuda", dtype=torch.bfloat16) for count in (inner, rows))
-    sum_with_product(wide[:, 3:-7], a, b, total)
+    addmm_out(wide[:, 3:-7], a, b, total)
     exact = wide[:, 3:-7].double() + a.double() @ b.double()
     assert (total - exact).norm() < 2e-3 * exact.norm()

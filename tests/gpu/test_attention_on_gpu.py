@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dianjing.layers.attention import packed_attention, rectangle
+from dianjing.layers.attention import packed_attention
+from dianjing.layers.padded import padded_layout
 from tests.conftest import MakeRecipe
 from tests.packs import outcome, prepare
 from tests.tiny import gentle
@@ -40,7 +41,7 @@ def test_the_kernel_is_the_loop(kv_heads: int) -> None:
         torch.testing.assert_close(kernel, loop, rtol=0, atol=0.02 * float(loop.abs().max()))
 
 
-def test_in_a_rectangle_it_is_the_kernel() -> None:
+def test_padded_it_is_the_kernel() -> None:
     torch.manual_seed(0)
     lengths = [300, 280, 320]
     states = [torch.randn(1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
@@ -48,9 +49,9 @@ def test_in_a_rectangle_it_is_the_kernel() -> None:
     position_ids = torch.cat([torch.arange(length) for length in lengths]).cuda()
     weights = torch.randn(1, sum(lengths), 8, 64, device="cuda")
     found = []
-    for places in (None, rectangle(cu_seqlens, position_ids, (4, 320))):
+    for layout in (None, padded_layout(cu_seqlens, position_ids, (4, 320))):
         inputs = [rows.clone().requires_grad_() for rows in states]
-        spans: Any = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "rectangle": places}
+        spans: Any = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "padded": layout}
         output, _ = packed_attention(MODULE, *inputs, None, scaling=0.125, **spans)
         gradients = torch.autograd.grad((output.float() * weights).sum(), inputs)
         found.append([output.detach().float(), *(gradient.float() for gradient in gradients)])

@@ -1,4 +1,4 @@
-"""The kernels of joined layers against torch's own operators, and a whole model's gradients, on a GPU."""
+"""The kernels of fused layers against torch's own operators, and a whole model's gradients, on a GPU."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dianjing.constants import IGNORE_INDEX
-from dianjing.layers import cuda_graphs as recorded
+from dianjing.layers import cuda_graphs
 from dianjing.layers.cross_entropy import summed_cross_entropy
-from dianjing.layers.fp8 import FP8
-from dianjing.layers.fused import ops as passes
-from dianjing.layers.fused.ops import EightBits, Heads
+from dianjing.layers.fp8 import FP8, Fp8Rows
+from dianjing.layers.fused import ops
+from dianjing.layers.fused.ops import Augmented, Heads
 from dianjing.model.compile import speed_up
 from dianjing.train.optim import set_learning_rates
 from dianjing.train.shards import start_engine
 from tests.conftest import MakeRecipe
+from tests.llm_families import write_family
 from tests.packs import outcome, prepare
 from tests.tiny import gentle, write_siglip
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: the kernels of joined layers are not tested"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: the kernels of fused layers are not tested"),
     pytest.mark.filterwarnings("ignore"),  # torch warns of itself
 ]
 ROWS = 70
@@ -32,9 +33,9 @@ ROWS = 70
 
 def same(found: Any, expected: Any) -> None:
     """Compare results of the GPU with the CPU's: bf16 to its last bits, FP8 but for numbers half-way between two."""
-    if isinstance(expected, EightBits):
+    if isinstance(expected, Fp8Rows):
         torch.testing.assert_close(found.scale.cpu(), expected.scale, rtol=1e-2, atol=1e-8)
-        one, other = (eight.rows.float() * eight.scale for eight in (EightBits(*map(Tensor.cpu, found)), expected))
+        one, other = (fp8.rows.float() * fp8.scale for fp8 in (Fp8Rows(*map(Tensor.cpu, found)), expected))
         assert (one - other).norm() < 5e-3 * other.norm()
     elif isinstance(expected, Tensor):
         assert found.dtype == expected.dtype
@@ -81,64 +82,71 @@ def test_kernels_compute_what_the_operators_do(columns: int) -> None:
     x, y, gradient, scale = rows(columns), rows(columns), rows(columns), torch.rand(columns) + 0.5
     weight, bias = rows(columns, 1)[0], rows(columns, 1)[0]
     for shift in (None, bias):
-        on_both(passes.norm, x, weight, shift, 1e-5, y=y, eight=True)
-        on_both(passes.norm, x, weight, shift, 1e-5, keep=True)
-        on_both(passes.norm, x, weight, shift, 1e-5, keep=False, eight=True)
-        centre = shift is not None
-        on_both(passes.norm_backward, gradient, x, weight, 1e-5, centre=centre)
-        on_both(passes.norm_backward, gradient, x, weight, 1e-5, centre=centre, beside=y, column_scale=scale)
+        on_both(ops.norm, x, weight, shift, 1e-5, y=y, fp8=True)
+        on_both(ops.norm, x, weight, shift, 1e-5, keep=True)
+        on_both(ops.norm, x, weight, shift, 1e-5, keep=False, fp8=True)
+        center = shift is not None
+        on_both(ops.norm_backward, gradient, x, weight, 1e-5, center=center)
+        on_both(ops.norm_backward, gradient, x, weight, 1e-5, center=center, residual=y, column_scale=scale)
     both = rows(2 * columns)
-    on_both(passes.gated, both, eight=True)
-    on_both(passes.gated_backward, gradient, both, again=True)
-    on_both(passes.gated_backward, gradient, both, keep=False, column_scale=torch.rand(2 * columns) + 0.5)
+    on_both(ops.swiglu, both, fp8=True)
+    on_both(ops.swiglu_backward, gradient, both, recompute=True)
+    on_both(ops.swiglu_backward, gradient, both, keep=False, column_scale=torch.rand(2 * columns) + 0.5)
     taken = torch.tensor([3, -1, 0, 3, 69])
-    on_both(passes.to_eight_bits, x, scale)
-    on_both(passes.to_eight_bits, x)
+    on_both(ops.quantize_rows, x, scale)
+    on_both(ops.quantize_rows, x)
     for chosen in (None, taken):
-        for keep, eight in ((True, True), (False, True), (True, False)):
-            on_both(passes.taken_rows, x, chosen, keep=keep, eight=eight)
-    for kind in passes.ACTIVATIONS:
-        on_both(passes.activation, x, kind)
-        on_both(passes.activation_backward, gradient, x, kind)
-    on_both(passes.spread, x, torch.tensor([3, -1, 0, 3]))
-    eight = x.to(FP8)
-    assert torch.equal(passes.turned(eight.cuda()).cpu().float(), eight.float())
-    assert passes.turned(eight.cuda()).stride() == (1, ROWS)
+        for keep in (True, False):
+            on_both(ops.gather_and_quantize, x, chosen, keep=keep)
+    for kind in ops.ACTIVATIONS:
+        on_both(ops.activation, x, kind)
+        on_both(ops.activation_backward, gradient, x, kind)
+    on_both(ops.gather_rows, x, torch.tensor([3, -1, 0, 3]))
+    fp8 = x.to(FP8)
+    assert torch.equal(ops.transpose_fp8(fp8.cuda()).cpu().float(), fp8.float())
+    assert ops.transpose_fp8(fp8.cuda()).stride() == (1, ROWS)
 
 
-def test_a_norm_goes_into_something_wider() -> None:
+def test_a_norm_goes_into_an_augmented_matrix() -> None:
     torch.manual_seed(0)
     x, weight = rows(48).cuda(), rows(48, 1)[0].cuda()
     whole = torch.full((ROWS, 4 + 48 + 10), 7.0, dtype=torch.bfloat16, device="cuda")
-    found = passes.norm(x, weight, None, 1e-5, wide=passes.Wide(whole, 4, 48)).rows
+    found = ops.norm(x, weight, None, 1e-5, augmented=Augmented(whole, 4, 48)).rows
     assert found is not None
     assert found.data_ptr() == whole[:, 4:].data_ptr()
-    assert torch.equal(found, cast(Tensor, passes.norm(x, weight, None, 1e-5).rows))
+    assert torch.equal(found, cast(Tensor, ops.norm(x, weight, None, 1e-5).rows))
     assert (whole[:, :4] == 7).all()
     assert (whole[:, 52:] == 7).all()
 
 
 @pytest.mark.parametrize("heads", [Heads(4, 2, 6), Heads(16, 8, 128), Heads(7, 1, 64)])
-def test_kernels_turn_as_the_operators_do(heads: Heads) -> None:
+def test_kernels_rotate_as_the_operators_do(heads: Heads) -> None:
     torch.manual_seed(0)
     qkv, angle = rows((heads.query + 2 * heads.key_value) * heads.size), torch.rand(ROWS, heads.size // 2)
     cos, sin = (torch.cat([part, part], dim=1).bfloat16() for part in (angle.cos(), angle.sin()))
-    places = torch.randperm(ROWS + 5)[:ROWS]
-    source = torch.full((ROWS + 5,), -1).index_copy(0, places, torch.arange(ROWS))
-    for number, from_, to in ((ROWS, None, None), (ROWS + 5, source, places)):
-        on_both(passes.rotate, qkv, cos, sin, heads, from_)
+    permuted = torch.randperm(ROWS + 5)[:ROWS]
+    source = torch.full((ROWS + 5,), -1).index_copy(0, permuted, torch.arange(ROWS))
+    for number, tokens, slots in ((ROWS, None, None), (ROWS + 5, source, permuted)):
+        on_both(ops.rope, qkv, cos, sin, heads, tokens)
         counts = (heads.query, heads.key_value, heads.key_value)
         gradients = [torch.randn(number, count, heads.size, dtype=torch.bfloat16) for count in counts]
-        on_both(passes.rotate_backward, *gradients, cos, sin, to)
-        on_both(
-            passes.rotate_backward, *gradients, cos, sin, to, keep=False, column_scale=torch.rand(qkv.shape[1]) + 0.5
-        )
+        on_both(ops.rope_backward, *gradients, cos, sin, slots)
+        on_both(ops.rope_backward, *gradients, cos, sin, slots, keep=False, column_scale=torch.rand(qkv.shape[1]) + 0.5)
+
+
+@pytest.mark.parametrize("heads", [Heads(4, 2, 6), Heads(16, 8, 128), Heads(7, 1, 64)])
+def test_kernels_norm_queries_and_keys_as_the_operators_do(heads: Heads) -> None:
+    torch.manual_seed(0)
+    qkv, gradient = (rows(heads.number * heads.size) for _ in range(2))
+    q_weight, k_weight = (1 + 0.2 * rows(heads.size, 1)[0] for _ in range(2))
+    on_both(ops.qk_norm, qkv, q_weight, k_weight, heads, 1e-6)
+    on_both(ops.qk_norm_backward, gradient, qkv, q_weight, k_weight, heads, 1e-6)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25])
 def test_dropout_drops_its_share_and_the_same_again(share: float) -> None:
     x, seeds = torch.ones(1000, 513, device="cuda", dtype=torch.bfloat16), torch.tensor([5, 6, 7], device="cuda")
-    found = passes.dropped(x, seeds, share)
+    found = ops.dropout(x, seeds, share)
     gone = (found == 0).float()
     for one in range(3):
         assert float(gone[one].mean()) == pytest.approx(share, abs=0.002)
@@ -148,16 +156,16 @@ def test_dropout_drops_its_share_and_the_same_again(share: float) -> None:
         for far in (1, 2, 4, 8):
             alike = gone[one].flatten()[far:] * gone[one].flatten()[:-far]
             assert float(alike.mean()) == pytest.approx(share**2, abs=0.002)
-    assert torch.equal(found[1:2], passes.dropped(x, seeds[1:2], share))
+    assert torch.equal(found[1:2], ops.dropout(x, seeds[1:2], share))
     parts, into = torch.randn(3, 1000, 513, device="cuda").bfloat16(), torch.randn(1000, 513, device="cuda").bfloat16()
     expected = into.float() + (parts.float() * (1 - gone) / (1 - share)).sum(0)
-    passes.add_dropped(into, parts, seeds, share)
+    ops.add_dropout(into, parts, seeds, share)
     assert (into.float() - expected).norm() < 5e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("frozen", ["", "fp8"])
 @pytest.mark.parametrize("tuning", [{}, {"tuning": "lora"}, {"tuning": "lora", "lora_dropout": 0.1}])
-def test_a_joined_model_is_as_near_the_truth_as_the_plain_one(
+def test_a_fused_model_is_as_near_the_truth_as_the_plain_one(
     make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory, tuning: Any, frozen: str
 ) -> None:
     recipe = make_recipe(
@@ -171,17 +179,40 @@ def test_a_joined_model_is_as_near_the_truth_as_the_plain_one(
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout) and not fast:
                 module.p = 0.0
-        # A rectangle, records of unlike length, and no picture.
+        # Padded, records of different lengths, and no picture.
         batches = [dataset.batch(records).to("cuda") for records in ([1, 3, 1, 3], [0, 4, 6], [2, 7])]
         found.append(outcome(model, batches))
-    plain, joined = found
-    assert joined[0].item() == pytest.approx(plain[0].item(), rel=0.05 if "lora_dropout" in tuning else 0.01)
-    assert joined[1].keys() == plain[1].keys()
+    plain, fused = found
+    assert fused[0].item() == pytest.approx(plain[0].item(), rel=0.05 if "lora_dropout" in tuning else 0.01)
+    assert fused[1].keys() == plain[1].keys()
     if "lora_dropout" in tuning:
-        assert all(bool(gradient.isfinite().all()) for gradient in joined[1].values())
+        assert all(bool(gradient.isfinite().all()) for gradient in fused[1].values())
         return
     one, other = (torch.cat([gradient.flatten() for gradient in part[1].values()]) for part in found)
     assert (one - other).norm() < (0.1 if frozen else 0.03) * one.norm()
+
+
+@pytest.mark.parametrize("frozen", ["", "fp8"])
+@pytest.mark.parametrize("tuning", [{}, {"tuning": "lora"}])
+def test_a_fused_qwen3_too(
+    make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory, tuning: Any, frozen: str
+) -> None:
+    """Its queries and keys are normed, head by head."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    sections = gentle(folder, frozen, tuning)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "initializer_range": 0.05}
+    sections["language_model"]["folder"] = str(write_family(folder / "qwen3", "qwen3", **sizes))
+    found = []
+    for fast in (False, True):
+        model, dataset = prepare(make_recipe("finetune" if tuning else "pretrain", **sections), "cuda")
+        if fast:
+            assert "language model fused" in speed_up(model)
+        batches = [dataset.batch(records).to("cuda") for records in ([1, 3, 1, 3], [0, 4, 6], [2, 7])]
+        found.append(outcome(model, batches))
+    plain, fused = found
+    assert fused[0].item() == pytest.approx(plain[0].item(), rel=0.01)
+    one, other = (torch.cat([gradient.flatten() for gradient in part[1].values()]) for part in found)
+    assert (one - other).norm() < (0.15 if frozen else 0.05) * one.norm()
 
 
 @pytest.mark.parametrize("records", [[0], [0, 4]])
@@ -202,27 +233,27 @@ def test_a_siglip_tower_of_one_picture_too(
     assert (one - other).norm() < 0.03 * one.norm()
 
 
-@pytest.mark.parametrize("room", [1, 8])
+@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_replayed_tower_is_the_tower(
     make_recipe: MakeRecipe,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     dropout: float,
-    room: int,
+    multiple: int,
 ) -> None:
-    monkeypatch.setattr(recorded, "ROOM", room)
+    monkeypatch.setattr(cuda_graphs, "MULTIPLE", multiple)
     tuning = {"tuning": "lora", "lora_dropout": dropout}
     recipe = make_recipe("finetune", **gentle(tmp_path_factory.mktemp("gentle"), tuning=tuning))
     plain, dataset = prepare(recipe, "cuda")
     replayed, _ = prepare(recipe, "cuda")
     speed_up(plain)
-    assert speed_up(replayed, record=True) == "layers: language model joined, vision tower joined and replayed"
-    # Of one, two and three pictures, and the first again: recordings share their memory.
+    assert speed_up(replayed, cuda_graphs=True) == "layers: language model fused, vision tower fused and in CUDA graphs"
+    # Of one, two and three pictures, and the first again: graphs share their memory.
     batches = [dataset.batch(records).to("cuda") for records in ([0], [0, 1], [0, 1, 3], [0])]
     for again in range(2):
         for batch in batches:
-            # Replayed or not, the same is dropped, and a recording that is made on the way changes nothing.
+            # Replayed or not, the same is dropped, and a capture on the way changes nothing.
             torch.manual_seed(again)
             one = outcome(plain, [batch])
             torch.manual_seed(again)
@@ -238,16 +269,16 @@ def test_a_replayed_tower_is_the_tower(
             engine.step(one[0])
 
 
-def test_an_error_while_recording_stays_what_it_is() -> None:
+def test_an_error_during_a_capture_is_passed_on() -> None:
     weight, calls = torch.nn.Parameter(torch.tensor(2.0, device="cuda")), [0]
 
     def run(images: Tensor) -> Tensor:
         calls[0] += 1
-        if calls[0] == recorded.WARM_UP + 1:  # the first that is recorded
+        if calls[0] == cuda_graphs.WARM_UP + 1:  # the first that is captured
             raise torch.OutOfMemoryError("made up")
         return images * weight
 
-    tower = recorded.Recorded(run, [weight], lambda: None)
+    tower = cuda_graphs.CudaGraphs(run, [weight], lambda: None)
     images = torch.arange(6.0, device="cuda").view(3, 2)
     with pytest.raises(torch.OutOfMemoryError, match="made up"):
         tower(images)

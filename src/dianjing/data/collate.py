@@ -14,9 +14,9 @@ from dianjing.data.encode import Example
 from dianjing.pictures.image import ImageProcessor, pixel_values
 
 ROUND = (1, 64)
-"""What the sides of a rectangle are multiples of: kernels are planned anew for each size."""
+"""A padded shape is a multiple of this: kernels are chosen for each new size."""
 FULL_ENOUGH = 0.75
-"""Share of a rectangle's attention that must be of use: its kernels take 0.65 of the others' time (one H200)."""
+"""Share of padded attention that must not be padding: its kernels take 0.65 of the others' time (one H200)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class Batch:
     cu_seqlens: Int32[Tensor, " documents_and_one"]
     """Where each record begins, and the end of the last."""
     max_seqlen: int
-    rectangle: tuple[int, int] | None
-    """Documents and their length, where attention is cheaper over documents filled up to one length."""
+    padded_shape: tuple[int, int] | None
+    """Documents and the length they are padded to (layers/padded.py), if attention is faster so."""
     pixels: UInt8[Tensor, "images 3 height width"]
     """Pictures as bytes: a quarter of what the tower reads, which is made where the tower is."""
     pixel_table: Float[Tensor, "3 256"]
@@ -79,8 +79,8 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def rectangle_of(lengths: Sequence[int]) -> tuple[int, int] | None:
-    """Return the rectangle that holds the documents, its sides round; None where it would be too empty."""
+def padded_shape_of(lengths: Sequence[int]) -> tuple[int, int] | None:
+    """Return the padded shape for documents of these lengths; None if too much of it would be padding."""
     sides = zip((len(lengths), max(lengths)), ROUND, strict=True)
     documents, longest = (-(-number // side) * side for number, side in sides)
     full = sum(length * length for length in lengths) / (documents * longest * longest)
@@ -108,7 +108,7 @@ def collate(
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         max_seqlen=max(lengths),
-        rectangle=rectangle_of(lengths),
+        padded_shape=padded_shape_of(lengths),
         pixels=torch.stack(list(pixels)) if pixels else nothing,
         pixel_table=image_processor.table(),
         image_positions=(input_ids == image_token_id).nonzero()[:, 0],

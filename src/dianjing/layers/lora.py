@@ -1,4 +1,10 @@
-"""A LoRA layer that computes what peft's does, in fewer passes over memory."""
+"""LoRA on one linear layer: what peft computes, in fewer passes over memory. fused/linear.py fuses several.
+
+Y  = X W' + b + s (D A') B'         D is X after dropout, or X itself
+dX = dY W + s (dY B) A              without dropout; with it the second part is the gradient of D
+dA = s (dY B)' D                    in fp32, summed over all rows
+dB = s dY' (D A')
+"""
 
 from __future__ import annotations
 
@@ -10,44 +16,44 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dianjing.layers.fp8 import Fp8Linear, by_columns, quantized
-from dianjing.layers.gemm import product_over_rows, sum_of_fp8_products, sum_of_products
+from dianjing.layers.fp8 import Fp8Linear, column_major, quantize
+from dianjing.layers.gemm import gemm_tn, two_gemms, two_gemms_fp8
 
 ADAPTER = "default"
 
 
 class LoraLinear(PeftLinear):
-    """peft's LoRA on a frozen linear layer of any storage; adapters are fp32 and compute in the input's precision.
+    """peft's LoRA layer on a frozen linear layer in any storage; A and B are fp32 and compute in the input's precision.
 
-    In fp32 and without dropout it multiplies many rows with weight + scale * B @ A: one product instead of three.
-    In bf16 that sum would round the adapter away (a new adapter is far smaller than the weight).
+    In fp32 and without dropout many rows are multiplied by W + s B A: one GEMM instead of three. In bf16 that sum would
+    round the adapter away (a new adapter is far smaller than the weight).
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output for inputs of any leading shape."""
         base, dropout = self.base_layer, self.lora_dropout[ADAPTER]
-        down: Any = self.lora_A[ADAPTER].weight
-        up: Any = self.lora_B[ADAPTER].weight
+        A: Any = self.lora_A[ADAPTER].weight
+        B: Any = self.lora_B[ADAPTER].weight
         scale = self.scaling[ADAPTER]
-        partitioned = hasattr(down, "ds_id")  # by ZeRO-3, which gathers a weight when its own module is called
+        partitioned = hasattr(A, "ds_id")  # by ZeRO-3, which gathers a weight when its own module is called
         if partitioned or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        if self._may_sum(x):
-            return _Summed.apply(x, base.weight, base.bias, down, up, scale)
+        if self._may_merge(x):
+            return _MergedLora.apply(x, base.weight, base.bias, A, B, scale)
         dropped = dropout(x) if self._drops() else None
         if held := _held(base, x):
-            return adapted(x, dropped, *held, down, up, scale)
-        result = base(x)
-        inner = linear((x if dropped is None else dropped).to(result.dtype), down.to(result.dtype))
-        # One pass over the result: the product is added where it is made.
-        rows, inner_rows = result.reshape(-1, result.shape[-1]), inner.reshape(-1, inner.shape[-1])
-        return torch.addmm(rows, inner_rows, up.to(result.dtype).T, alpha=scale).view(result.shape)
+            return lora_linear(x, dropped, *held, A, B, scale)
+        y = base(x)
+        XA = linear((x if dropped is None else dropped).to(y.dtype), A.to(y.dtype))
+        # One pass over y: the product is added where it is made.
+        rows, xa_rows = y.reshape(-1, y.shape[-1]), XA.reshape(-1, XA.shape[-1])
+        return torch.addmm(rows, xa_rows, B.to(y.dtype).T, alpha=scale).view(y.shape)
 
     def _drops(self) -> bool:
         return self.training and getattr(self.lora_dropout[ADAPTER], "p", 0.0) > 0
 
-    def _may_sum(self, x: Tensor) -> bool:
-        """Whether one fp32 product will do; a few words of an answer do not pay for the sum of the weights."""
+    def _may_merge(self, x: Tensor) -> bool:
+        """Return whether one fp32 GEMM will do; merging the weights does not pay for the few rows of an answer."""
         weight = getattr(self.base_layer, "weight", None)
         if weight is None or not weight.dtype == x.dtype == torch.float32 or torch.is_autocast_enabled(x.device.type):
             return False
@@ -55,7 +61,7 @@ class LoraLinear(PeftLinear):
 
 
 def _held(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """Return a layer's weight, the scales of its rows if it is FP8, and its bias; None if it must be called."""
+    """Return W, the scales of its rows if it is FP8, and the bias; None if the layer must be called as a module."""
     if torch.is_autocast_enabled(x.device.type):
         return None
     if type(base) is Fp8Linear:
@@ -63,25 +69,28 @@ def _held(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] |
     return (base.weight, None, base.bias) if type(base) is nn.Linear and base.weight.dtype == x.dtype else None
 
 
-def adapted(
+def lora_linear(
     x: Float[Tensor, "*rows inputs"],
     dropped: Float[Tensor, "*rows inputs"] | None,
     weight: Float[Tensor, "outputs inputs"],
     row_scale: Float[Tensor, "outputs 1"] | None,
     bias: Float[Tensor, " outputs"] | None,
-    down: Float[Tensor, "rank inputs"],
-    up: Float[Tensor, "outputs rank"],
+    A: Float[Tensor, "rank inputs"],
+    B: Float[Tensor, "outputs rank"],
     scale: float,
 ) -> Float[Tensor, "*rows outputs"]:
-    """Return x @ weight.T + bias + scale * (dropped @ down.T) @ up.T, where only down and up learn.
+    """Return x @ weight.T + bias + scale * (dropped @ A.T) @ B.T; only A and B get gradients, and x.
 
-    `dropped` is what dropout has left of x, None without dropout; with `row_scale`, `weight` is FP8.
+    `dropped` is x after dropout, None without dropout; with `row_scale`, `weight` is FP8.
     """
-    return cast(Tensor, _Adapted.apply(x, dropped, weight, row_scale, bias, down, up, scale))
+    return cast(Tensor, _LoraLinear.apply(x, dropped, weight, row_scale, bias, A, B, scale))
 
 
-class _Adapted(torch.autograd.Function):
-    """`adapted`."""
+class _LoraLinear(torch.autograd.Function):
+    """Y = X W' + b + s (D A') B'; dX = dY W, dD = s (dY B) A (added to dX if D is X); dA = s (dY B)' D, dB = s dY' XA.
+
+    Keeps D, XA = D A' and the converted A and B. FP8 weights: both GEMMs with W round X, or dY, to FP8.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -91,49 +100,50 @@ class _Adapted(torch.autograd.Function):
         weight: Tensor,
         row_scale: Tensor | None,
         bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
+        A: Tensor,
+        B: Tensor,
         scale: float,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        entering = rows if dropped is None else dropped.reshape(rows.shape)
-        down, up = down.to(x.dtype), up.to(x.dtype)
-        inner = entering @ down.T
-        ctx.save_for_backward(entering, inner, weight, row_scale, down, up)
+        X = x.reshape(-1, x.shape[-1])
+        D = X if dropped is None else dropped.reshape(X.shape)
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        XA = D @ A.T
+        ctx.save_for_backward(D, XA, weight, row_scale, A, B)
         ctx.scale, ctx.drops = scale, dropped is not None
         if row_scale is None:
-            result = sum_of_products(rows, weight.T, inner, up.T, scale, bias)
+            Y = two_gemms(X, weight.T, XA, B.T, scale, bias)
         else:
-            eight_bits, scales = quantized(rows)
-            columns = row_scale.T.contiguous()
-            result = sum_of_fp8_products(eight_bits, scales, weight.T, columns, inner, up.T, scale)
-            result = result if bias is None else result + bias
-        return result.view(*x.shape[:-1], -1)
+            Y = two_gemms_fp8(*quantize(X), weight.T, row_scale.T.contiguous(), XA, B.T, scale)
+            Y = Y if bias is None else Y + bias
+        return Y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        entering, inner, weight, row_scale, down, up = ctx.saved_tensors
-        shape = *gradient.shape[:-1], down.shape[1]
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        to_inner = rows @ up
-        to_down = product_over_rows(to_inner, entering, ctx.scale)
-        to_up = product_over_rows(rows, inner, ctx.scale)
+        D, XA, weight, row_scale, A, B = ctx.saved_tensors
+        shape = *gradient.shape[:-1], A.shape[1]
+        dY = gradient.reshape(-1, gradient.shape[-1])
+        dXA = dY @ B
+        dA = gemm_tn(dXA, D, ctx.scale)
+        dB = gemm_tn(dY, XA, ctx.scale)
         if not any(ctx.needs_input_grad[:2]):
-            return None, None, None, None, None, to_down, to_up, None
-        to_dropped = (to_inner @ down * ctx.scale).view(shape) if ctx.drops else None
-        # With dropout, what comes back through the adapter is another tensor's.
-        beside = (to_inner[:, :0], down[:0]) if ctx.drops else (to_inner, down)
+            return None, None, None, None, None, dA, dB, None
+        dD = (dXA @ A * ctx.scale).view(shape) if ctx.drops else None
+        # With dropout the adapter's part belongs to D: nothing of it is added to dX.
+        added = (dXA[:, :0], A[:0]) if ctx.drops else (dXA, A)
         if row_scale is None:
-            to_x = sum_of_products(rows, weight, *beside, ctx.scale)
+            dX = two_gemms(dY, weight, *added, ctx.scale)
         else:
-            eight_bits, scales = quantized(rows * row_scale.T)
             ones = torch.ones_like(weight[:1], dtype=torch.float32)
-            to_x = sum_of_fp8_products(eight_bits, scales, by_columns(weight), ones, *beside, ctx.scale)
-        return to_x.view(shape), to_dropped, None, None, None, to_down, to_up, None
+            dX = two_gemms_fp8(*quantize(dY * row_scale.T), column_major(weight), ones, *added, ctx.scale)
+        return dX.view(shape), dD, None, None, None, dA, dB, None
 
 
-class _Summed(torch.autograd.Function):
-    """x @ (weight + scale * up @ down).T + bias, where down and up learn and weight and bias do not."""
+class _MergedLora(torch.autograd.Function):
+    """Y = X (W + s B A)' + b; dX = dY (W + s B A), dA = (s dY B)' X, dB = dY' (s X A').
+
+    Keeps X; the merged weight is made again in the backward pass: keeping it would hold a second copy of all weights.
+    Without this form, a step on a CPU in fp32 took 6 % longer (benchmarks/cpu_step.py, rounds of both in turns).
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -141,20 +151,19 @@ class _Summed(torch.autograd.Function):
         x: Float[Tensor, "*rows inputs"],
         weight: Float[Tensor, "outputs inputs"],
         bias: Float[Tensor, " outputs"] | None,
-        down: Float[Tensor, "rank inputs"],
-        up: Float[Tensor, "outputs rank"],
+        A: Float[Tensor, "rank inputs"],
+        B: Float[Tensor, "outputs rank"],
         scale: float,
     ) -> Float[Tensor, "*rows outputs"]:
-        ctx.save_for_backward(x, weight, down, up)
+        ctx.save_for_backward(x, weight, A, B)
         ctx.scale = scale
-        return linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+        return linear(x, torch.addmm(weight, B, A, alpha=scale), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Float[Tensor, "*rows outputs"]) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, down, up = ctx.saved_tensors
-        flat, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        # The sum is made again: keeping it would hold a second copy of all weights.
-        to_x = gradient @ torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
-        to_down = ((flat @ up) * ctx.scale).T @ inputs
-        to_up = flat.T @ ((inputs @ down.T) * ctx.scale)
-        return to_x, None, None, to_down, to_up, None
+        x, weight, A, B = ctx.saved_tensors
+        dY, X = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        dX = gradient @ torch.addmm(weight, B, A, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        dA = ((dY @ B) * ctx.scale).T @ X
+        dB = dY.T @ ((X @ A.T) * ctx.scale)
+        return dX, None, None, dA, dB, None

@@ -1,4 +1,4 @@
-"""What makes a model's layers fast before a run: joined where they are of a known kind, compiled elsewhere."""
+"""Speeds up a model's layers before a run: fuses those of known families and compiles the others."""
 
 from __future__ import annotations
 
@@ -11,71 +11,71 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from dianjing.layers.attention import into_rectangle, out_of_rectangle
-from dianjing.layers.cuda_graphs import Recorded
-from dianjing.layers.fp8 import fp8_product
-from dianjing.layers.fused.decoder import join_decoder_layers
-from dianjing.layers.fused.tower import join_tower_layers
-from dianjing.layers.lora import adapted
-from dianjing.model.forward import JOINED, RECORDED, num_tower_layers, tower_states
+from dianjing.layers.cuda_graphs import CudaGraphs
+from dianjing.layers.fp8 import fp8_gemm
+from dianjing.layers.fused.decoder import fuse_decoder_layers
+from dianjing.layers.fused.tower import fuse_tower_layers
+from dianjing.layers.lora import lora_linear
+from dianjing.layers.padded import pad_tokens, unpad_tokens
+from dianjing.model.forward import CUDA_GRAPHS, FUSED, num_tower_layers, tower_states
 
 VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
 
 
-def speed_up(model: LlavaForConditionalGeneration, *, join: bool = True, record: bool = False) -> str:
-    """Let layers be computed by joined.py, or else compiled from their next call on; return a line that says which.
+def speed_up(model: LlavaForConditionalGeneration, *, fuse: bool = True, cuda_graphs: bool = False) -> str:
+    """Fuse the layers of the decoder and of the tower, or compile them at their next call; return a line about it.
 
-    Without `join`, all are compiled: weights that ranks share are not where joined layers would look for them. With
-    `record`, a tower whose adapters learn is recorded on a GPU and replayed (see recorded.py).
+    Without `fuse`, all are compiled: fused layers do not find weights that ranks share. With `cuda_graphs`, a tower
+    whose adapters train is captured on a GPU.
     """
     tower: Any = model.model.vision_tower
     decoder: Any = model.model.language_model
     said = []
-    for part, name, layers, join_layers in (
-        (decoder, "language model", decoder.layers, join_decoder_layers),
-        (tower, "vision tower", tower.encoder.layers[: num_tower_layers(model)], join_tower_layers),
+    for part, name, layers, fuse_layers in (
+        (decoder, "language model", decoder.layers, fuse_decoder_layers),
+        (tower, "vision tower", tower.encoder.layers[: num_tower_layers(model)], fuse_tower_layers),
     ):
-        if joined := join and join_layers(layers):
-            setattr(part, JOINED, joined)
+        if fused := fuse and fuse_layers(layers):
+            setattr(part, FUSED, fused)
         else:
             compile_layers(layers)
-        said.append(f"{name} {'joined' if joined else 'compiled'}")
-    if record and model.device.type == "cuda" and may_record(model):
+        said.append(f"{name} {'fused' if fused else 'compiled'}")
+    if cuda_graphs and model.device.type == "cuda" and _can_capture(model):
         weights = [weight for weight in tower.parameters() if weight.requires_grad]
-        layers = getattr(tower, JOINED)
+        layers = getattr(tower, FUSED)
 
         def refresh() -> None:
             for layer in layers:
                 layer.refresh(model.config.dtype)
 
-        setattr(tower, RECORDED, Recorded(partial(tower_states, model), weights, refresh))
-        said[-1] += " and replayed"
+        setattr(tower, CUDA_GRAPHS, CudaGraphs(partial(tower_states, model), weights, refresh))
+        said[-1] += " and in CUDA graphs"
     return f"layers: {', '.join(said)}"
 
 
-def may_record(model: LlavaForConditionalGeneration) -> bool:
-    """Return whether the tower's work can be replayed: adapters alone learn, and nothing is made again."""
+def _can_capture(model: LlavaForConditionalGeneration) -> bool:
+    """Return whether the tower's work can be replayed: only adapters train, and no layer is checkpointed."""
     tower: Any = model.model.vision_tower
-    joined = getattr(tower, JOINED, None)
+    fused = getattr(tower, FUSED, None)
     checkpointing = getattr(tower.encoder.layers[0], "gradient_checkpointing", False)
-    return bool(joined) and joined[0].learns and not checkpointing
+    return bool(fused) and fused[0].trains and not checkpointing
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Let each layer run as compiled code from its next call on; packs may have any number of tokens."""
-    # The compiler's front end takes these as one step; within, it mistakes the scopes of their two passes.
-    for function in (fp8_product, adapted, into_rectangle, out_of_rectangle):
+    """Compile each layer at its next call; packs may have any number of tokens."""
+    # The compiler's front end takes these as one step: inside, it confuses the scopes of their two passes.
+    for function in (fp8_gemm, lora_linear, pad_tokens, unpad_tokens):
         torch.compiler.allow_in_graph(function)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for layer in layers:
-        # Whether the weights are still the same modules is not asked at each call: nobody changes them.
+        # Do not check at each call that the layer's modules are still the same: nobody replaces them.
         layer.compile(dynamic=True, options={"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe})
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Let the layers run as they are written: an answer grows word by word, and each length would be compiled."""
+    """Run the layers uncompiled: an answer grows token by token, and each length would be compiled."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         with torch.compiler.set_stance("force_eager"):
             yield

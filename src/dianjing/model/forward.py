@@ -15,22 +15,23 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch
-from dianjing.layers.attention import UNREAD_MASK, Rectangle, rectangle
+from dianjing.layers.attention import UNREAD_MASK
 from dianjing.layers.cross_entropy import summed_cross_entropy
-from dianjing.layers.fused.decoder import States, spans_of, total
+from dianjing.layers.fused.decoder import States, pack_layout, total
 from dianjing.layers.fused.tower import embedded, through_tower
+from dianjing.layers.padded import PaddedLayout, padded_layout
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""
-RECORDED = "recorded"
-"""Attribute of a tower that replays its work on a GPU (see recorded.py)."""
-JOINED = "joined"
-"""Attribute of a decoder, and of a tower, with their layers as joined.py has them; absent where they are not joined."""
+CUDA_GRAPHS = "cuda_graphs"
+"""Attribute of a tower with its CUDA graphs (layers/cuda_graphs.py)."""
+FUSED = "fused_layers"
+"""Attribute of a decoder, and of a tower, with their fused layers (layers/fused); absent where they are not fused."""
 
 
 ROUND = 64
-"""For joined layers, tokens of a pack and rows with a target are filled up to a multiple of this: a GPU's libraries
-look for the best way to multiply matrices of each new size, and memory is used again best in pieces of one size."""
+"""For fused layers, tokens of a pack and rows with a target are padded to a multiple of this: a GPU's libraries search
+for the best GEMM for each new size, and memory is best reused in pieces of one size."""
 
 
 def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Tensor, ""]:
@@ -41,10 +42,11 @@ def forward_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Float[Te
         unseen = None if batch.num_images else _unseen_picture(model, batch)
     with _arithmetic_of(model, model.model.language_model.layers):
         embeddings = embed(model, batch.input_ids, batch.image_positions, features)
-        laid_out = rectangle(batch.cu_seqlens, batch.position_ids, batch.rectangle) if batch.rectangle else None
+        shape = batch.padded_shape
+        padded = padded_layout(batch.cu_seqlens, batch.position_ids, shape) if shape else None
         if unseen is not None:
             embeddings = embeddings + unseen.to(embeddings.dtype)
-        logits = model.lm_head(_decoded(model, embeddings, batch, laid_out))  # (supervised and spare, vocab)
+        logits = model.lm_head(_decoded(model, embeddings, batch, padded))  # (supervised and spare, vocab)
     spare = len(logits) - len(batch.targets)
     return summed_cross_entropy(logits, pad(batch.targets, (0, spare), value=IGNORE_INDEX))
 
@@ -53,11 +55,11 @@ def _decoded(
     model: LlavaForConditionalGeneration,
     embeddings: Float[Tensor, "tokens hidden"],
     batch: Batch,
-    laid_out: Rectangle | None,
+    padded: PaddedLayout | None,
 ) -> Float[Tensor, "supervised_and_spare hidden"]:
     """Return what the decoder makes of a pack at the rows that have a target, and behind them at rows that do not."""
     decoder: Any = model.model.language_model
-    layers = getattr(decoder, JOINED, None)
+    layers = getattr(decoder, FUSED, None)
     if layers is None:
         with _last_layer_at(model, batch.target_rows, batch.position_ids):
             hidden = decoder(
@@ -67,20 +69,20 @@ def _decoded(
                 use_cache=False,
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
-                rectangle=laid_out,
+                padded=padded,
             ).last_hidden_state[0]  # (tokens, hidden)
         return hidden[batch.target_rows]
     spare = -len(embeddings) % ROUND
     hidden, position_ids = pad(embeddings, (0, 0, 0, spare)), pad(batch.position_ids, (0, spare))
     cos, sin = (part[0] for part in decoder.rotary_emb(hidden[None], position_ids=position_ids[None]))
-    laid_out = laid_out if all(layer.may_stand_beside(batch.max_seqlen) for layer in layers) else None
-    spans = spans_of(batch.cu_seqlens, batch.max_seqlen, laid_out, spare)
+    padded = padded if all(layer.can_pad(batch.max_seqlen) for layer in layers) else None
+    pack = pack_layout(batch.cu_seqlens, batch.max_seqlen, padded, spare)
     states: States = hidden, None
     for layer in layers[:-1]:
-        states = layer(states, cos, sin, spans)
+        states = layer(states, cos, sin, pack)
     # No other row is read after the last layer's attention.
     rows = pad(batch.target_rows, (0, -len(batch.target_rows) % ROUND), value=-1)
-    return decoder.norm(total(layers[-1](states, cos, sin, spans, rows)))
+    return decoder.norm(total(layers[-1](states, cos, sin, pack, rows)))
 
 
 def arithmetic(model: PreTrainedModel) -> torch.autocast:
@@ -106,8 +108,8 @@ def image_features(
         return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
     with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
-        recorded = getattr(tower, RECORDED, None) if learns else None
-        hidden = (recorded or partial(tower_states, model))(pixel_values.to(config.dtype))
+        graphs = getattr(tower, CUDA_GRAPHS, None) if learns else None
+        hidden = (graphs or partial(tower_states, model))(pixel_values.to(config.dtype))
     if config.vision_feature_select_strategy == "default":
         hidden = hidden[:, 1:]  # the class token is no patch
     return model.model.multi_modal_projector(hidden)
@@ -118,11 +120,11 @@ def tower_states(
 ) -> Float[Tensor, "images states width"]:
     """Return what the tower makes of pictures, class token included, after the last of its layers that matter."""
     tower: Any = model.model.vision_tower
-    hidden = (partial(embedded, tower.embeddings) if hasattr(tower, JOINED) else tower.embeddings)(pixel_values)
+    hidden = (partial(embedded, tower.embeddings) if hasattr(tower, FUSED) else tower.embeddings)(pixel_values)
     if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
         hidden = tower.pre_layrnorm(hidden)
-    if hasattr(tower, JOINED):
-        return through_tower(getattr(tower, JOINED), hidden)
+    if hasattr(tower, FUSED):
+        return through_tower(getattr(tower, FUSED), hidden)
     for layer in tower.encoder.layers[: num_tower_layers(model)]:
         hidden = layer(hidden, None)
     return hidden

@@ -20,7 +20,7 @@ from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfi
 from dianjing.layers.fp8 import Fp8Linear
 from dianjing.layers.lora import LoraLinear
 from dianjing.layers.nf4 import is_nf4, num_bytes, num_parameters
-from dianjing.model.forward import RECORDED, num_tower_layers
+from dianjing.model.forward import CUDA_GRAPHS, num_tower_layers
 
 PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
@@ -150,7 +150,7 @@ def checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
 
     Not the last decoder layer: its backward pass comes first, so that it would save no memory.
     """
-    vars(model.model.vision_tower).pop(RECORDED, None)  # what is recorded keeps everything
+    vars(model.model.vision_tower).pop(CUDA_GRAPHS, None)  # graphs keep all that they captured
     layers: Any = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers[:-1]]
     for layer in layers:
         layer.gradient_checkpointing = True

@@ -1,6 +1,6 @@
 """What a run takes of a GPU's memory, part by part, from shapes alone.
 
-What a layer keeps for its backward pass was counted in the layers themselves, plain, compiled and joined (autograd's
+What a layer keeps for its backward pass was counted in the layers themselves, plain, compiled and fused (autograd's
 saved tensors, tests/unit/plan/test_memory.py); the sums were held against the peaks measured on a GPU (docs/plan.md).
 """
 
@@ -81,7 +81,7 @@ def memory(
     seen += pack.pictures * shapes.patches * size * (shapes.tower_width + 3 * shapes.hidden)
     head = size * pack.supervised * shapes.vocabulary  # the gradient is written over the logits
     between = 2 * shapes.mlp
-    if compiled and weights.joined_decoder:
+    if compiled and weights.fused_decoder:
         # The gradients of gates lie where the gates were. Attention's: in fp32 for queries, for keys and values as many
         # as there are queries, and what arrives and leaves.
         eight = recipe.language_model.quantization == "fp8"
@@ -122,18 +122,18 @@ def _copies(weights: Weights, recipe: Recipe, checkpointing: bool, size: int) ->
         return 0
     copied = 0
     for part, section in (("language_model", recipe.language_model), ("vision_tower", recipe.vision_tower)):
-        # Autocast keeps its copies until the forward pass ends, joined layers for good; a checkpointed layer of another
+        # Autocast keeps its copies until the forward pass ends, fused layers for good; a checkpointed layer of another
         # kind makes its adapters' again.
-        joined = weights.joined_decoder if part == "language_model" else weights.joined_tower
-        if section.tuning == "full" or joined or not checkpointing:
+        fused = weights.fused_decoder if part == "language_model" else weights.fused_tower
+        if section.tuning == "full" or fused or not checkpointing:
             copied += weights.trainable[part]
     return size * (copied + weights.trainable["projector"])
 
 
 def _sums(weights: Weights, recipe: Recipe, compiled: bool, size: int) -> int:
-    """Return what a joined tower's linear layers take again, their adapters added (layers/fused/linear.py: `keep`)."""
+    """Return what the sums W + s B A of a fused tower take (layers/fused/linear.py: `for_cuda_graph`)."""
     shapes, tower = weights.shapes, recipe.vision_tower
-    if not (compiled and weights.joined_tower and tower.tuning == "lora" and not tower.lora_dropout):
+    if not (compiled and weights.fused_tower and tower.tuning == "lora" and not tower.lora_dropout):
         return 0
     return size * shapes.tower_layers * (4 * shapes.tower_width**2 + 2 * shapes.tower_width * shapes.tower_mlp)
 
@@ -145,10 +145,11 @@ def _decoder_elements(weights: Weights, recipe: Recipe, *, compiled: bool, size:
     heads = shapes.heads + shapes.kv_heads
     # Both residuals; queries, keys, values and attention's answer; gate and up.
     kept: float = 2 * hidden + 2 * heads + 2 * mlp
-    if compiled and weights.joined_decoder:
+    if compiled and weights.fused_decoder:
         # With FP8 weights, attention's answers twice: in its own order, and in that of the tokens.
         entering = 2 * hidden + shapes.heads * (recipe.language_model.quantization == "fp8")
-        return kept + (tuning != "frozen") * entering + weights.decoder.ranks
+        qkv = shapes.heads + 2 * shapes.kv_heads  # as they were before their norm
+        return kept + qkv * weights.qk_norm + (tuning != "frozen") * entering + weights.decoder.ranks
     if not compiled:
         kept += 2 * hidden + mlp  # norms take their inputs in fp32; the gate after its activation
     if tuning != "frozen":
@@ -162,7 +163,7 @@ def _decoder_elements(weights: Weights, recipe: Recipe, *, compiled: bool, size:
 def _tower_elements(weights: Weights, recipe: Recipe, compiled: bool, size: int) -> float:
     """Return how many numbers a tower layer that learns keeps for each position."""
     width, mlp = weights.shapes.tower_width, weights.shapes.tower_mlp
-    if compiled and weights.joined_tower:
+    if compiled and weights.fused_tower:
         return 8 * width + mlp + weights.tower.ranks
     kept: float = 6 * width + mlp + 2 * width + mlp + (0 if compiled else mlp)
     if recipe.vision_tower.tuning == "full" and not compiled:

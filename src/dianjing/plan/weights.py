@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
-from dianjing.layers.fused.decoder import is_decoder_layer
+from dianjing.layers.fused.families import family_of
 from dianjing.layers.fused.tower import is_tower_layer
 from dianjing.layers.nf4 import BLOCK_SIZE, num_bytes, num_parameters
 from dianjing.model.build import assemble
@@ -54,9 +54,11 @@ class Weights:
     """Of the decoder layer that takes most: what engines that shard weights gather at once."""
     decoder: Adapters
     tower: Adapters
-    joined_decoder: bool = False
-    """Whether the decoder's layers are joined on a GPU (layers/fused/decoder.py), not compiled."""
-    joined_tower: bool = False
+    fused_decoder: bool = False
+    """Whether the decoder's layers are fused on a GPU (layers/fused/families.py), not compiled."""
+    qk_norm: bool = False
+    """Whether fused decoder layers norm queries and keys."""
+    fused_tower: bool = False
 
     @property
     def num_trainable(self) -> int:
@@ -102,8 +104,8 @@ def weights_of_recipe(recipe: Recipe) -> Weights:
         plain[PRECISIONS[weight.dtype]] -= weight.nbytes
         plain[held] += _bytes_as(held, weight)
     saved = max(sum(w.nbytes - _bytes_as(held, w) for w in _quantized(layer)) for layer in layers)
-    joined = weights.joined_decoder and held != "nf4"
-    return replace(weights, frozen_bytes=dict(plain), layer_bytes=weights.layer_bytes - saved, joined_decoder=joined)
+    fused = weights.fused_decoder and held != "nf4"
+    return replace(weights, frozen_bytes=dict(plain), layer_bytes=weights.layer_bytes - saved, fused_decoder=fused)
 
 
 def weights_of(model: LlavaForConditionalGeneration) -> Weights:
@@ -121,6 +123,7 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
     decoder: Any = model.model.language_model
     tower: Any = model.model.vision_tower
     shapes = shapes_of(model)
+    families = [family_of(layer) for layer in decoder.layers]
     return Weights(
         shapes=shapes,
         parameters=dict(parameters),
@@ -129,8 +132,9 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
         layer_bytes=max(sum(map(num_bytes, layer.parameters())) for layer in decoder.layers),
         decoder=_adapters(decoder, shapes.layers),
         tower=_adapters(tower, shapes.tower_layers),
-        joined_decoder=all(map(is_decoder_layer, decoder.layers)),
-        joined_tower=all(map(is_tower_layer, tower.encoder.layers[: shapes.tower_layers])),
+        fused_decoder=all(families),
+        qk_norm=any(family.qk_norms for family in families if family),
+        fused_tower=all(map(is_tower_layer, tower.encoder.layers[: shapes.tower_layers])),
     )
 
 

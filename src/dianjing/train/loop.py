@@ -77,7 +77,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
     stage = apply_stage(built.model, recipe)
     log.show(stage)
     if strategy.compiled:
-        log.show(speed_up(built.model, join=strategy.whole, record=strategy.replayed))
+        log.show(speed_up(built.model, fuse=strategy.whole, cuda_graphs=strategy.cuda_graphs))
     with watched(log.console) as watch:
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor, watch)
     log.data(dataset)

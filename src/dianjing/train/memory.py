@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
-from dianjing.data.collate import Batch, rectangle_of
+from dianjing.data.collate import Batch, padded_shape_of
 from dianjing.data.dataset import Dataset
 from dianjing.data.pack import pack
 from dianjing.errors import TrainError
@@ -173,7 +173,7 @@ def _records(batch: Batch, bounds: Sequence[tuple[int, int]], ids: Sequence[str]
         position_ids=batch.position_ids[rows],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         max_seqlen=max(lengths),
-        rectangle=rectangle_of(lengths),
+        padded_shape=padded_shape_of(lengths),
         pixels=batch.pixels[pictures],
         pixel_table=batch.pixel_table,
         image_positions=image_rows[image_rows >= 0],

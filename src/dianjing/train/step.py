@@ -104,7 +104,7 @@ def _no_record(dataset: Dataset) -> Batch:
         position_ids=torch.arange(2),
         cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
         max_seqlen=2,
-        rectangle=None,
+        padded_shape=None,
         pixels=torch.zeros(0, 3, processor.size, processor.size, dtype=torch.uint8),
         pixel_table=processor.table(),
         image_positions=torch.zeros(0, dtype=torch.int64),

@@ -21,7 +21,7 @@ class Strategy:
     """Each rank holds all weights; else the model is loaded on the CPU, and each GPU gets its shards."""
     compiled: bool
     """Layers are fused or compiled."""
-    replayed: bool
+    cuda_graphs: bool
     """The vision tower may become a CUDA graph, which is proved with one process alone."""
     workers: int
     """Processes that make this rank's packs."""
@@ -36,7 +36,7 @@ def strategy_of(recipe: Recipe, accelerator: Accelerator) -> Strategy:
     return Strategy(
         whole=whole,
         compiled=on_gpu and whole if recipe.train.compile == "auto" else recipe.train.compile == "on",
-        replayed=accelerator.num_processes == 1 and recipe.train.engine == "ddp",
+        cuda_graphs=accelerator.num_processes == 1 and recipe.train.engine == "ddp",
         workers=recipe.data.workers if recipe.data.workers >= 0 else _workers(accelerator) if on_gpu else 0,
         pinned=on_gpu,
     )

@@ -81,9 +81,9 @@ def test_a_pack_without_pictures() -> None:
         ([64, 64], (2, 64)),
     ],
 )
-def test_a_rectangle_is_only_for_documents_of_nearly_one_length(lengths: list[int], expected: Any) -> None:
+def test_only_documents_of_nearly_one_length_are_padded(lengths: list[int], expected: Any) -> None:
     examples = [example(str(number), [1] * length, [1] * length) for number, length in enumerate(lengths)]
-    assert collate(examples, [], image_token_id=IMAGE, image_processor=processor(2)).rectangle == expected
+    assert collate(examples, [], image_token_id=IMAGE, image_processor=processor(2)).padded_shape == expected
 
 
 def test_a_picture_too_few_is_our_fault() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dianjing.errors import ModelError
-from dianjing.layers.attention import in_rectangle, packed_attention, rectangle
+from dianjing.layers.attention import packed_attention, padded_attention
+from dianjing.layers.padded import padded_layout
 
 LENGTHS = [5, 1, 9, 3]
 MODULE: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
@@ -44,10 +45,10 @@ def test_it_is_attention_within_each_document() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (6, 16)])
-def test_side_by_side_it_is_the_same(shape: tuple[int, int]) -> None:
+def test_padded_it_is_the_same(shape: tuple[int, int]) -> None:
     expected = by_hand(*(ours := states()))
     position_ids = torch.cat([torch.arange(length) for length in LENGTHS])
-    output = in_rectangle(*ours, rectangle(spans()["cu_seqlens"], position_ids, shape), 8**-0.5)
+    output = padded_attention(*ours, padded_layout(spans()["cu_seqlens"], position_ids, shape), 8**-0.5)
     torch.testing.assert_close(output, expected)
     weights = torch.randn_like(output)
     gradients = torch.autograd.grad((output * weights).sum(), ours)

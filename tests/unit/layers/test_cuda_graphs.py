@@ -1,4 +1,4 @@
-"""Gradients of replayed work, added up over packs; tests/gpu has the recordings themselves."""
+"""Gradients of CUDA graphs, added up over packs; tests/gpu has the graphs themselves."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dianjing.layers.cuda_graphs import _Gradients
+from dianjing.layers.cuda_graphs import _GradientBuffer
 
 
 def test_gradients_of_packs_add_up_where_the_weights_hold_them() -> None:
     weights = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,))]
-    gradients = _Gradients(weights)
+    gradients = _GradientBuffer(weights)
 
     class Replay(torch.autograd.Function):
         @staticmethod

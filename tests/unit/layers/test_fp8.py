@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from dianjing.errors import ConfigError, ModelError
 from dianjing.export.merge import merged_state
-from dianjing.layers.fp8 import FP8, Fp8Linear, quantize_layers_to_fp8, quantized, require_fp8
+from dianjing.layers.fp8 import FP8, Fp8Linear, quantize, quantize_layers_to_fp8, require_fp8
 from dianjing.model.build import build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage
@@ -29,14 +29,14 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 def test_no_number_moves_by_more_than_a_step() -> None:
     rows = matrix(8, 64) * torch.logspace(-6, 6, 8)[:, None]
-    eight_bits, scale = quantized(rows)
+    eight_bits, scale = quantize(rows)
     assert eight_bits.dtype == FP8
     smallest = scale * 2**-9  # below 2**-6 the steps are even
     assert ((eight_bits.float() * scale - rows).abs() <= torch.maximum(rows.abs() * STEP, smallest)).all()
 
 
 def test_a_row_of_zeros_stays_zeros() -> None:
-    eight_bits, scale = quantized(torch.zeros(2, 16))
+    eight_bits, scale = quantize(torch.zeros(2, 16))
     assert (eight_bits.float() * scale == 0).all()
 
 
@@ -80,7 +80,7 @@ def test_lora_stands_on_it_and_is_merged(make_recipe: MakeRecipe, tmp_path: Any)
 def test_a_layer_of_an_odd_size_is_named(tiny_llm: Any) -> None:
     model = load_language_model(tiny_llm, torch.bfloat16)[0]
     model.model.layers[1].mlp.gate_proj = nn.Linear(32, 50)
-    with pytest.raises(ModelError, match="gate_proj is 32 by 50, no multiples of 16"):
+    with pytest.raises(ModelError, match="gate_proj is 32 by 50, which are not both multiples of 16"):
         quantize_layers_to_fp8(model, torch.device("cpu"))
 
 

@@ -221,7 +221,7 @@ def test_all_weights_of_a_four_bit_llm_cannot_train(make_recipe: MakeRecipe, tmp
 
 def test_rows_that_are_no_whole_blocks(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     narrow = str(write_llm(tmp_path / "narrow", hidden_size=64, intermediate_size=96))
-    with pytest.raises(ModelError, match="down_proj has 96 inputs, no multiple of 64"):
+    with pytest.raises(ModelError, match="down_proj has 96 inputs, not a multiple of 64"):
         build(make_recipe(language_model={"quantization": "nf4", "folder": narrow}))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from dianjing.config.schema import DataConfig, LanguageModelConfig, Recipe, TrainConfig, VisionTowerConfig
 from dianjing.data.collate import Batch
@@ -109,20 +109,23 @@ def test_known_counts_of_internlm2(folders: dict[str, Any]) -> None:
     assert sum(weights.frozen_bytes.values()) == 2 * (1_889_110_016 + 303_507_456)
 
 
-def kept_by_layers(recipe: Recipe, layers: int, tower_layers: int, pack: Batch, joined: bool) -> tuple[int, Memory]:
+def kept_by_layers(
+    recipe: Recipe, layers: int, tower_layers: int, pack: Batch, fused: bool, family: str = "llama"
+) -> tuple[int, Memory]:
     """Return the bytes that autograd saves in a forward pass of a model in bf16, and what is predicted."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": layers}
-    llm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4)).bfloat16()
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads)).bfloat16()
     llm.config.dtype = torch.bfloat16
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": tower_layers, "num_attention_heads": 4}
     tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=112, patch_size=14)).bfloat16()
     model = assemble(llm, tower, 511, -2, 0)
     apply_stage(model, recipe)
-    if joined:
+    if fused:
         assert "compiled" not in speed_up(model)
         with torch.no_grad():
-            forward_loss(model.train(), pack)  # joined layers move their weights in the first pass
+            forward_loss(model.train(), pack)  # fused layers move their weights in the first pass
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -136,7 +139,7 @@ def kept_by_layers(recipe: Recipe, layers: int, tower_layers: int, pack: Batch, 
     lengths = records(pack.num_tokens / 4, 1, 1)
     lengths = replace(lengths, longest=pack.num_tokens, picture_share=pack.num_images / pack.num_tokens)
     recipe = replace(recipe, data=replace(recipe.data, pack_tokens=pack.num_tokens))
-    return size, memory(weights_of(model), recipe, lengths, checkpointing=False, compiled=joined)
+    return size, memory(weights_of(model), recipe, lengths, checkpointing=False, compiled=fused)
 
 
 def pack_of(documents: int = 4, length: int = 256, patches: int = 64) -> Batch:
@@ -148,7 +151,7 @@ def pack_of(documents: int = 4, length: int = 256, patches: int = 64) -> Batch:
         position_ids=torch.arange(length).repeat(documents),
         cu_seqlens=torch.arange(0, documents * length + 1, length, dtype=torch.int32),
         max_seqlen=length,
-        rectangle=None,
+        padded_shape=None,
         pixels=torch.randint(0, 255, (documents, 3, 112, 112), dtype=torch.uint8),
         pixel_table=torch.randn(3, 256, generator=torch.Generator().manual_seed(0)),
         image_positions=(starts[:, None] + torch.arange(patches)).flatten(),
@@ -159,24 +162,33 @@ def pack_of(documents: int = 4, length: int = 256, patches: int = 64) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("tuning", "dropout", "joined"),
+    ("tuning", "dropout", "fused"),
     [
-        *[(tuning, dropout, joined) for tuning, dropout in LORAS for joined in (False, True)],
+        *[(tuning, dropout, fused) for tuning, dropout in LORAS for fused in (False, True)],
         ("full", 0.0, False),
     ],
 )
 @pytest.mark.parametrize("part", ["decoder", "tower"])
-def test_what_two_more_layers_keep(tuning: str, dropout: float, joined: bool, part: str) -> None:
+def test_what_two_more_layers_keep(tuning: str, dropout: float, fused: bool, part: str) -> None:
     """Uncompiled, on a CPU, where attention's answers are kept a second time, in the order of the output layer."""
     recipe, pack = recipe_of(tuning, rank=64, dropout=dropout), pack_of()
-    few = kept_by_layers(recipe, 3, 4, pack, joined)
-    many = kept_by_layers(recipe, *((5, 4) if part == "decoder" else (3, 6)), pack, joined)
+    few = kept_by_layers(recipe, 3, 4, pack, fused)
+    many = kept_by_layers(recipe, *((5, 4) if part == "decoder" else (3, 6)), pack, fused)
     names = ["activations of the LLM", "activations of tower and projector"]
-    names += ["copies of what trains, for bf16"] * (not joined)  # joined layers hold them, autograd does not
+    names += ["copies of what trains, for bf16"] * (not fused)  # fused layers hold them, autograd does not
     predicted, before = (sum(found.parts.get(name, 0) for name in names) for _, found in (many, few))
-    twice = part == "decoder" and tuning != "frozen" and (joined or not dropout)
+    twice = part == "decoder" and tuning != "frozen" and (fused or not dropout)
     again = 2 * 2 * 256 * pack.num_tokens if twice else 0
     assert predicted - before == pytest.approx(many[0] - few[0] - again, rel=0.04)
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "lora"])
+def test_what_two_more_layers_with_qk_norm_keep(tuning: str) -> None:
+    recipe, pack = recipe_of(tuning, rank=64), pack_of()
+    (few, before), (many, after) = (kept_by_layers(recipe, layers, 4, pack, True, "qwen3") for layers in (3, 5))
+    predicted = after.parts["activations of the LLM"] - before.parts["activations of the LLM"]
+    again = 2 * 2 * 256 * pack.num_tokens if tuning == "lora" else 0
+    assert predicted == pytest.approx(many - few - again, rel=0.04)
 
 
 def test_what_saves_memory(folders: dict[str, Any]) -> None:

@@ -1,11 +1,9 @@
-"""Layers of a decoder as two functions each, before attention and after it, their passes written out both ways.
+"""A decoder layer of an LLM as two autograd functions, before attention and after it, both passes written out.
 
-What transformers' layer computes, in fewer passes over memory and with fewer things kept: products of like inputs are
-one, what stands between products is one kernel, activations are computed again in the backward pass instead of kept,
-and a sum of gradients is made where one of them is. What a layer adds to its input is added by the next one's norm
-(`States`). The CPU starts a layer in a fraction of the time. Nothing but
-adapters learns here; a layer of another kind, or one that learns itself, stays as it is. joined_tower.py does the same
-for vision towers.
+It computes what transformers' layer computes, in fewer passes over memory, and keeps less for the backward pass: GEMMs
+with the same input are one, what stands between GEMMs is one kernel, activations are recomputed, and gradients that are
+added are added where one of them is made. The CPU starts such a layer in a fraction of the time. Only adapters train
+here. README.md, one folder up, has the formulas and what is kept; families.py says whose layers are fused.
 """
 
 from __future__ import annotations
@@ -16,124 +14,110 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from dianjing.layers.attention import Rectangle, packed_attention, require_supported
-from dianjing.layers.fused.linear import Linears, Seeds, joinable
+from dianjing.layers.attention import packed_attention, require_supported
+from dianjing.layers.fp8 import Fp8Rows
+from dianjing.layers.fused.families import family_of, linear_groups
+from dianjing.layers.fused.linear import FusedLinear
 from dianjing.layers.fused.ops import (
     Heads,
-    gated,
-    gated_backward,
+    gather_and_quantize,
+    gather_rows,
     norm,
     norm_backward,
-    rotate,
-    rotate_backward,
-    spread,
-    taken_rows,
-    to_eight_bits,
+    qk_norm,
+    qk_norm_backward,
+    quantize_rows,
+    rope,
+    rope_backward,
+    swiglu,
+    swiglu_backward,
 )
-
-DECODER_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
-"""Layers that `JoinedDecoderLayer` computes."""
-
+from dianjing.layers.padded import PaddedLayout, with_spare_tokens
 
 States = tuple[Float[Tensor, "rows hidden"], Float[Tensor, "rows hidden"] | None]
-"""What stands between two layers: a sum that is still to be made. The gradient of both parts is that of the sum."""
+"""What one layer hands to the next: x and y, whose sum the next norm makes. Both have the gradient of the sum."""
 
 
-class Spans(NamedTuple):
-    """Where the records of a pack are, as attention reads it."""
+class PackLayout(NamedTuple):
+    """Where the documents of a pack are, for attention."""
 
     cu_seqlens: Int32[Tensor, " documents_and_one"]
     max_seqlen: int
-    beside: Beside | None
+    padded: PaddedLayout | None
 
 
-class Beside(NamedTuple):
-    """Records side by side (see attention.py: Rectangle)."""
-
-    shape: tuple[int, int]
-    tokens: Int[Tensor, " places"]
-    """Which token is at each place, -1 where none is."""
-    places: Int[Tensor, " tokens"]
-    """At which place each token is, -1 if it is of no record."""
-
-
-def spans_of(
-    cu_seqlens: Int32[Tensor, " documents_and_one"], max_seqlen: int, rectangle: Rectangle | None, spare: int = 0
-) -> Spans:
-    """Return where the records of a pack are, for all layers; `spare` tokens behind them are of no record."""
-    if rectangle is None:
-        ends = torch.cat([cu_seqlens, cu_seqlens[-1:] + spare]) if spare else cu_seqlens
-        return Spans(ends, max(max_seqlen, spare), None)
-    rows, filled, places = rectangle
-    documents, longest = rows.shape
-    beside = Beside((documents, longest), rows.where(filled, -1).flatten(), pad(places, (0, spare), value=-1))
-    return Spans(cu_seqlens, max_seqlen, beside)
+def pack_layout(
+    cu_seqlens: Int32[Tensor, " documents_and_one"], max_seqlen: int, padded: PaddedLayout | None, spare: int = 0
+) -> PackLayout:
+    """Return the layout of a pack with `spare` tokens behind it that belong to no document."""
+    if padded is not None:
+        return PackLayout(cu_seqlens, max_seqlen, with_spare_tokens(padded, spare))
+    ends = torch.cat([cu_seqlens, cu_seqlens[-1:] + spare]) if spare else cu_seqlens
+    return PackLayout(ends, max(max_seqlen, spare), None)
 
 
-class JoinedDecoderLayer:
-    """A decoder layer on the tokens of a pack."""
+class FusedDecoderLayer:
+    """A decoder layer on the tokens of a pack.
+
+    X1 = X + Attention(RoPE(QKV(Norm(X)))) O', X2 = X1 + (silu(G) * U) D' with [G | U] = Norm(X1) [gate | up]'.
+    """
 
     def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        family = family_of(layer)
+        assert family
+        attention = layer.self_attn
         self._layer = layer
-        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True, add=True)
-        self.out = Linears([attention.o_proj], add=True)
-        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj], beside=True, add=True)
-        self.down = Linears([mlp.down_proj], add=True)
-        self.norm_before, self.norm_between = map(norm_of, (layer.input_layernorm, layer.post_attention_layernorm))
-        size = attention.head_dim
-        # Qwen2's attention has its own; a Llama's config may name one, which transformers does not apply.
-        config = attention.config if type(layer) is MistralDecoderLayer else None
-        self._window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-        self.heads = Heads(self.qkv.widths[0] // size, self.qkv.widths[1] // size, size)
+        qkv, out, gate_up, down = linear_groups(layer)
+        self.qkv, self.out = FusedLinear(qkv, augment=True), FusedLinear(out)
+        self.gate_up, self.down = FusedLinear(gate_up, augment=True), FusedLinear(down)
+        self.norm1, self.norm2 = (norm_of(getattr(layer, name)) for name in family.norms)
+        self.qk_norms = [norm_of(getattr(attention, name)) for name in family.qk_norms or ()]
+        self.window = family.window(attention)
+        size, (queries, keys, _) = attention.head_dim, self.qkv.weights.widths
+        self.heads = Heads(queries // size, keys // size, size)
 
     def __call__(
         self,
         states: States,
         cos: Float[Tensor, "tokens size"],
         sin: Float[Tensor, "tokens size"],
-        spans: Spans,
+        pack: PackLayout,
         rows: Int[Tensor, " rows"] | None = None,
     ) -> States:
-        """Return the layer's output, after its attention for some rows only if they are given.
+        """Return the layer's output; with `rows`, what follows attention is computed for these tokens only.
 
-        Where a row is -1, what is returned is of no use.
+        Where `rows` has -1, the output means nothing.
         """
         if self._layer.gradient_checkpointing and torch.is_grad_enabled():
-            return cast(
-                States, checkpoint(self._run, (total(states), None), cos, sin, spans, rows, use_reentrant=False)
-            )
-        return self._run(states, cos, sin, spans, rows)
+            return cast(States, checkpoint(self._run, (total(states), None), cos, sin, pack, rows, use_reentrant=False))
+        return self._run(states, cos, sin, pack, rows)
 
-    def may_stand_beside(self, longest: int) -> bool:
-        """Return whether records of such a length may stand side by side: each token sees all before it."""
-        return not self._window or self._window >= longest
+    def can_pad(self, longest: int) -> bool:
+        """Return whether padded attention is exact for documents this long: no sliding window cuts them."""
+        return not self.window or self.window >= longest
 
-    def _run(self, states: States, cos: Tensor, sin: Tensor, spans: Spans, rows: Tensor | None) -> States:
-        query, key, value, x = _BeforeAttention.apply(self, *states, cos, sin, spans.beside, *self.qkv.adapters)
-        attended = self._attention(query, key, value, spans)
-        tokens, places = (None, None) if spans.beside is None else spans.beside[1:]
+    def _run(self, states: States, cos: Tensor, sin: Tensor, pack: PackLayout, rows: Tensor | None) -> States:
+        query, key, value, x = _BeforeAttention.apply(self, *states, cos, sin, pack.padded, *self.qkv.parameters)
+        attended = self._attention(query, key, value, pack)
+        tokens, slots = (None, None) if pack.padded is None else (pack.padded.tokens.flatten(), pack.padded.slots)
         if rows is not None:
             taken = rows.clamp(min=0)
             x = x.index_select(0, taken)
-            places = (taken if places is None else places[taken]).where(rows >= 0, -1)
-            tokens = _inverse(places, len(attended))
-        weights = [*self.out.adapters, *self.gate_up.adapters, *self.down.adapters]
-        return cast(States, _AfterAttention.apply(self, x, attended, tokens, places, *weights))
+            slots = (taken if slots is None else slots[taken]).where(rows >= 0, -1)
+            tokens = _inverse(slots, len(attended))
+        weights = [*self.out.parameters, *self.gate_up.parameters, *self.down.parameters]
+        return cast(States, _AfterAttention.apply(self, x, attended, tokens, slots, *weights))
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, pack: PackLayout) -> Tensor:
         """Return attention's output, a row for each of the queries."""
         module = self._layer.self_attn
-        cu_seqlens, longest, beside = spans
-        if beside is not None:
-            require_supported(module, {}, longest)
-            q, k, v = (part.view(*beside.shape, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
+        if pack.padded is not None:
+            require_supported(module, {}, pack.max_seqlen)
+            shape = pack.padded.tokens.shape
+            q, k, v = (part.view(*shape, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
             grouped = q.shape[1] != k.shape[1]
             output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.scaling, enable_gqa=grouped)
             return output.transpose(1, 2).reshape(len(query), -1)
@@ -144,155 +128,170 @@ class JoinedDecoderLayer:
             k,
             v,
             None,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=longest,
+            cu_seqlens=pack.cu_seqlens,
+            max_seqlen=pack.max_seqlen,
             scaling=module.scaling,
-            sliding_window=self._window,
+            sliding_window=self.window,
         )
         return output.reshape(len(query), -1)
 
 
 class _BeforeAttention(torch.autograd.Function):
-    """x + y -> queries, keys, values, and x + y: the gradient of what goes past attention comes back here."""
+    """X = x + y; [q | k | v] = QKV(Norm(X)), q and k normed (QK-norm) and rotated (RoPE); returns q, k, v and X.
+
+    Backward: d[q | k | v] by the inverse rotation (and the backward of QK-norm), dN = d[q | k | v] W + dXA A, and
+    dx = dy = dX + the backward of Norm on dN, where dX is the gradient that comes back past attention.
+    Keeps X; with adapters Norm(X) and XA; with QK-norm [q | k | v] as QKV made it.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        layer: JoinedDecoderLayer,
+        layer: FusedDecoderLayer,
         x: Tensor,
         y: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        beside: Beside | None,
-        *weights: Tensor,
+        padded: PaddedLayout | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         qkv, seeds = layer.qkv, layer.qkv.draw_seeds()
-        wide = qkv.room_for(x)
-        summed, entering, eight = norm(x, *layer.norm_before, y=y, keep=_reads_rows(qkv), wide=wide, eight=qkv.eight)
-        states, inner = qkv.forward(entering, eight, seeds, wide)
+        augmented = qkv.augmented(x)
+        summed, N, fp8 = norm(x, *layer.norm1, y=y, keep=qkv.reads_rows, augmented=augmented, fp8=qkv.is_fp8)
+        states, XA = qkv.forward(N, fp8, seeds, augmented)
         ctx.layer, ctx.seeds = layer, seeds
-        kept, x = entering if qkv.has_adapters else None, x.view_as(x) if summed is None else summed
-        ctx.save_for_backward(x, cos, sin, None if beside is None else beside.places, kept, inner)
-        return *rotate(states, cos, sin, layer.heads, None if beside is None else beside.tokens), x
+        tokens, slots = (None, None) if padded is None else (padded.tokens.flatten(), padded.slots)
+        N, X = N if qkv.lora else None, x.view_as(x) if summed is None else summed
+        ctx.save_for_backward(X, cos, sin, slots, N, XA, states if layer.qk_norms else None)
+        if layer.qk_norms:
+            states = qk_norm(states, *_qk_weights(layer))
+        return *rope(states, cos, sin, layer.heads, tokens), X
 
     @staticmethod
-    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        layer: JoinedDecoderLayer = ctx.layer
-        x, cos, sin, places, entering, inner = ctx.saved_tensors
-        qkv, (weight, _, eps) = layer.qkv, layer.norm_before
-        query, key, value, beside = (part.contiguous() for part in (query, key, value, beside))
-        gradient, eight = rotate_backward(
-            query, key, value, cos, sin, places, keep=_reads_rows(qkv), column_scale=qkv.scale
-        )
-        to_inner = None if gradient is None else qkv.backward_inner(gradient)
-        to_rows = qkv.backward_input(gradient, eight, to_inner, ctx.seeds)
-        to_weights = to_adapters(qkv, gradient, entering, inner, to_inner, ctx.seeds)
-        to_x, _ = norm_backward(to_rows, x, weight, eps, centre=False, beside=beside)
-        return None, to_x, to_x if ctx.needs_input_grad[2] else None, None, None, None, *to_weights
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dX: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layer: FusedDecoderLayer = ctx.layer
+        X, cos, sin, slots, N, XA, states = ctx.saved_tensors
+        qkv, (weight, _, eps) = layer.qkv, layer.norm1
+        dq, dk, dv, dX = (part.contiguous() for part in (dq, dk, dv, dX))
+        if states is None:
+            scale = qkv.weights.scale
+            d_qkv, fp8 = rope_backward(dq, dk, dv, cos, sin, slots, keep=qkv.reads_rows, column_scale=scale)
+        else:
+            d_qkv, fp8 = _qk_norm_backward(layer, dq, dk, dv, cos, sin, slots, states)
+        dXA = qkv.dXA(d_qkv)
+        dN = qkv.dX(d_qkv, fp8, dXA, ctx.seeds)
+        gradients = qkv.parameter_gradients(d_qkv, N, XA, dXA, ctx.seeds)
+        dx, _ = norm_backward(dN, X, weight, eps, center=False, residual=dX)
+        return None, dx, dx if ctx.needs_input_grad[2] else None, None, None, None, *gradients
+
+
+def _qk_weights(layer: FusedDecoderLayer) -> tuple[Tensor, Tensor, Heads, float]:
+    (q_weight, _, eps), (k_weight, _, _) = layer.qk_norms
+    return q_weight, k_weight, layer.heads, eps
+
+
+def _qk_norm_backward(
+    layer: FusedDecoderLayer,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor | None,
+    states: Tensor,
+) -> tuple[Tensor, Fp8Rows | None]:
+    """Return the gradient of [q | k | v] before QK-norm, and in FP8 for weights in FP8."""
+    rotated, _ = rope_backward(dq, dk, dv, cos, sin, slots)
+    assert rotated is not None
+    d_qkv = qk_norm_backward(rotated, states, *_qk_weights(layer))
+    scale = layer.qkv.weights.scale
+    return d_qkv, None if scale is None else quantize_rows(d_qkv, scale)
 
 
 class _AfterAttention(torch.autograd.Function):
-    """x, and what attention made of it -> the layer's output, as the two parts of a sum.
+    """X1 = x + attended O'; M = swiglu([G | U]), [G | U] = GateUp(Norm(X1)); returns X1 and M D', the layer's output.
 
-    Where attention's rows are not those of x: `places` of the rows of x among them, and which row is at each place.
+    Backward, from the gradient dY of both: dM = dY D, d[G | U] and M again from dM and [G | U], dN = GateUp's dX,
+    dX1 = dY + the backward of Norm on dN, which is dx, and d attended = dX1 O. Each of O, GateUp and D also gives its
+    adapters' dA and dB.
+    Keeps X1 and [G | U]; with adapters attended, Norm(X1) and the XA of all three.
+
+    Attended may have other rows than x: `slots` is the row in it of each row of x, `tokens` the row of x of each of its
+    rows, both with -1 for none.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        layer: JoinedDecoderLayer,
+        layer: FusedDecoderLayer,
         x: Tensor,
         attended: Tensor,
         tokens: Tensor | None,
-        places: Tensor | None,
-        *weights: Tensor,
+        slots: Tensor | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         out, gate_up, down = layer.out, layer.gate_up, layer.down
-        seeds = [linears.draw_seeds() for linears in (out, gate_up, down)]
-        taken, eight = taken_rows(attended, places, keep=_reads_rows(out), eight=out.eight)
-        y, inner_out = out.forward(taken, eight, seeds[0])
-        keep, wide = _reads_rows(gate_up), gate_up.room_for(x)
-        summed, entering, eight = norm(x, *layer.norm_between, y=y, keep=keep, wide=wide, eight=gate_up.eight)
-        assert summed is not None
-        both, inner_both = gate_up.forward(entering, eight, seeds[1], wide)
-        y, inner_down = down.forward(*gated(both, keep=_reads_rows(down), eight=down.eight), seeds[2])
+        seeds = [linear.draw_seeds() for linear in (out, gate_up, down)]
+        if out.is_fp8:
+            taken, fp8 = gather_and_quantize(attended, slots, keep=out.reads_rows)
+        else:
+            taken, fp8 = attended if slots is None else gather_rows(attended, slots), None
+        y, XA_out = out.forward(taken, fp8, seeds[0])
+        keep, augmented = gate_up.reads_rows, gate_up.augmented(x)
+        X1, N, fp8 = norm(x, *layer.norm2, y=y, keep=keep, augmented=augmented, fp8=gate_up.is_fp8)
+        assert X1 is not None
+        both, XA_both = gate_up.forward(N, fp8, seeds[1], augmented)
+        y, XA_down = down.forward(*swiglu(both, keep=down.reads_rows, fp8=down.is_fp8), seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
-        again = _is_taken_again(out, places)
-        kept = (attended if again else taken) if out.has_adapters else None, entering if gate_up.has_adapters else None
-        ctx.save_for_backward(tokens, places if again else None, summed, both, *kept, inner_out, inner_both, inner_down)
-        return summed, y
+        # Rows taken from attention are taken again in the backward pass, unless FP8 weights leave room for both.
+        again = out.lora is not None and slots is not None and not out.is_fp8
+        kept = (attended if again else taken) if out.lora else None, N if gate_up.lora else None
+        ctx.save_for_backward(tokens, slots if again else None, X1, both, *kept, XA_out, XA_both, XA_down)
+        return X1, y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _same: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        layer: JoinedDecoderLayer = ctx.layer
-        tokens, places, x, both, taken, entering, inner_out, inner_both, inner_down = ctx.saved_tensors
+    def backward(ctx: Any, dY: Tensor, _same: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layer: FusedDecoderLayer = ctx.layer
+        tokens, slots, X1, both, taken, N, XA_out, XA_both, XA_down = ctx.saved_tensors
         out, gate_up, down = layer.out, layer.gate_up, layer.down
-        (weight, _, eps), gradient = layer.norm_between, gradient.contiguous()
+        (weight, _, eps), dY = layer.norm2, dY.contiguous()
 
-        to_inner = down.backward_inner(gradient)
-        eight = to_eight_bits(gradient, down.scale) if down.eight else None
-        to_gated = down.backward_input(gradient, eight, to_inner, ctx.seeds[2])
-        to_both, eight, again = gated_backward(
-            to_gated, both, keep=_reads_rows(gate_up), column_scale=gate_up.scale, again=down.has_adapters
+        dXA = down.dXA(dY)
+        fp8 = None if down.weights.scale is None else quantize_rows(dY, down.weights.scale)
+        dM = down.dX(dY, fp8, dXA, ctx.seeds[2])
+        scale = gate_up.weights.scale
+        d_both, fp8, M = swiglu_backward(
+            dM, both, keep=gate_up.reads_rows, column_scale=scale, recompute=down.lora is not None
         )
-        to_down = to_adapters(down, gradient, again, inner_down, to_inner, ctx.seeds[2])
-        del again, to_gated
+        of_down = down.parameter_gradients(dY, M, XA_down, dXA, ctx.seeds[2])
+        del M, dM
 
-        to_inner = None if to_both is None else gate_up.backward_inner(to_both)
-        to_rows = gate_up.backward_input(to_both, eight, to_inner, ctx.seeds[1])
-        to_gate_up = to_adapters(gate_up, to_both, entering, inner_both, to_inner, ctx.seeds[1])
-        del to_both
-        to_x, eight = norm_backward(to_rows, x, weight, eps, centre=False, beside=gradient, column_scale=out.scale)
+        dXA = gate_up.dXA(d_both)
+        dN = gate_up.dX(d_both, fp8, dXA, ctx.seeds[1])
+        of_gate_up = gate_up.parameter_gradients(d_both, N, XA_both, dXA, ctx.seeds[1])
+        del d_both
+        scale = out.weights.scale
+        dX1, fp8 = norm_backward(dN, X1, weight, eps, center=False, residual=dY, column_scale=scale)
 
-        to_inner = out.backward_inner(to_x)
-        to_attended = out.backward_input(to_x, eight, to_inner, ctx.seeds[0])
-        taken = taken if places is None else spread(taken, places)
-        to_out = to_adapters(out, to_x, taken, inner_out, to_inner, ctx.seeds[0])
+        dXA = out.dXA(dX1)
+        d_attended = out.dX(dX1, fp8, dXA, ctx.seeds[0])
+        taken = taken if slots is None else gather_rows(taken, slots)
+        of_out = out.parameter_gradients(dX1, taken, XA_out, dXA, ctx.seeds[0])
         if tokens is not None:
-            to_attended = spread(to_attended, tokens)
-        return None, to_x, to_attended, None, None, *to_out, *to_gate_up, *to_down
+            d_attended = gather_rows(d_attended, tokens)
+        return None, dX1, d_attended, None, None, *of_out, *of_gate_up, *of_down
 
 
-def _inverse(places: Int[Tensor, " rows"], number: int) -> Int[Tensor, " places"]:
-    """Return which row each of so many places has, -1 where none is; a row whose place is -1 has none."""
-    rows = torch.arange(len(places), device=places.device)
-    return places.new_full((number + 1,), -1).index_copy_(0, places.where(places >= 0, number), rows)[:number]
+def _inverse(slots: Int[Tensor, " rows"], number: int) -> Int[Tensor, " slots"]:
+    """Return the row in each of this many slots, -1 where none is; a row whose slot is -1 is in none."""
+    rows = torch.arange(len(slots), device=slots.device)
+    return slots.new_full((number + 1,), -1).index_copy_(0, slots.where(slots >= 0, number), rows)[:number]
 
 
 def total(states: States) -> Float[Tensor, "rows hidden"]:
-    """Return the sum that stands between two layers, or after the last one."""
+    """Return the sum that the next norm would make."""
     x, y = states
     return x if y is None else x + y
-
-
-def to_adapters(
-    linears: Linears,
-    gradient: Tensor | None,
-    entering: Tensor | None,
-    inner: Tensor | None,
-    to_inner: Tensor | None,
-    seeds: Seeds,
-) -> list[Tensor | None]:
-    """Return the gradients of the layers' adapters, if they have any, for autograd to add."""
-    if to_inner is None:
-        return []
-    assert gradient is not None
-    assert entering is not None
-    assert inner is not None
-    return linears.backward_adapters(gradient, entering, inner, to_inner, seeds)
-
-
-def _is_taken_again(out: Linears, places: Tensor | None) -> bool:
-    """Return whether attention's answers are put in order again in the backward pass, instead of kept twice.
-
-    FP8 weights leave room for both.
-    """
-    return out.has_adapters and places is not None and not out.eight
-
-
-def _reads_rows(linears: Linears) -> bool:
-    """Return whether what enters is read as it is, not in FP8 alone."""
-    return linears.has_adapters or not linears.eight
 
 
 def norm_of(module: Any) -> tuple[Tensor, Tensor | None, float]:
@@ -301,27 +300,6 @@ def norm_of(module: Any) -> tuple[Tensor, Tensor | None, float]:
     return module.weight, getattr(module, "bias", None), eps
 
 
-def join_decoder_layers(layers: Sequence[nn.Module]) -> list[JoinedDecoderLayer] | None:
-    """Return the layers joined, or None if one of them is of another kind or learns itself."""
-    return [JoinedDecoderLayer(layer) for layer in layers] if all(map(is_decoder_layer, layers)) else None
-
-
-def is_decoder_layer(layer: Any) -> bool:
-    """Return whether a layer is one that `JoinedDecoderLayer` computes."""
-    if type(layer) not in DECODER_LAYERS:
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    groups = (
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        [attention.o_proj],
-        [mlp.gate_proj, mlp.up_proj],
-        [mlp.down_proj],
-    )
-    points = torch.linspace(-3, 3, 5)
-    plain = torch.equal(mlp.act_fn(points), silu(points)) and getattr(attention, "attention_dropout", 0.0) == 0
-    return plain and all(map(joinable, groups)) and are_frozen(layer.input_layernorm, layer.post_attention_layernorm)
-
-
-def are_frozen(*modules: nn.Module) -> bool:
-    """Return whether no weight of the modules learns."""
-    return not any(weight.requires_grad for module in modules for weight in module.parameters())
+def fuse_decoder_layers(layers: Sequence[nn.Module]) -> list[FusedDecoderLayer] | None:
+    """Return the layers fused, or None if one of them cannot be (families.py)."""
+    return [FusedDecoderLayer(layer) for layer in layers] if all(map(family_of, layers)) else None

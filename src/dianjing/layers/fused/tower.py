@@ -1,4 +1,4 @@
-"""Layers of a vision tower as two functions each, before attention and after it (see joined.py)."""
+"""A layer of a vision tower as two autograd functions, before attention and after it, as decoder.py has an LLM's."""
 
 from __future__ import annotations
 
@@ -13,48 +13,52 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from dianjing.layers.fused.decoder import States, are_frozen, norm_of, to_adapters, total
-from dianjing.layers.fused.linear import Linears, joinable
+from dianjing.layers.fused.decoder import States, norm_of, total
+from dianjing.layers.fused.families import are_frozen
+from dianjing.layers.fused.linear import FusedLinear, can_fuse
 from dianjing.layers.fused.ops import ACTIVATIONS, activation, activation_backward, norm, norm_backward
 
 TOWER_LAYERS = (CLIPEncoderLayer, SiglipEncoderLayer)
-"""Layers that `JoinedTowerLayer` computes."""
+"""Layers that `FusedTowerLayer` computes."""
 ALIGNED = 8
 """A GPU multiplies rows of numbers in multiples of this fastest."""
 
 
-class JoinedTowerLayer:
-    """A layer of a vision tower on the patches of its pictures."""
+class FusedTowerLayer:
+    """A layer of a vision tower on the patches of its pictures.
+
+    X1 = X + Attention(QKV(Norm(X))) O' + o, X2 = X1 + act(Norm(X1) F' + f) S' + s, with LayerNorm and biases.
+    """
 
     def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self._layer = layer
-        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], beside=True, keep=True)
-        self.out = Linears([attention.out_proj], keep=True)
-        self.first, self.second = Linears([mlp.fc1], beside=True, keep=True), Linears([mlp.fc2], keep=True)
-        self.norm_before, self.norm_between = map(norm_of, (layer.layer_norm1, layer.layer_norm2))
+        qkv, out, fc1, fc2 = _linear_groups(layer)
+        self.qkv, self.fc1 = (FusedLinear(group, augment=True, for_cuda_graph=True) for group in (qkv, fc1))
+        self.out, self.fc2 = (FusedLinear(group, for_cuda_graph=True) for group in (out, fc2))
+        self.norm1, self.norm2 = map(norm_of, (layer.layer_norm1, layer.layer_norm2))
         self.activation = attention.config.hidden_act
         self.size = attention.head_dim
-        self._linears = (self.qkv, self.out, self.first, self.second)
-        self.learns = any(linears.has_adapters for linears in self._linears)
+        self._linears = (self.qkv, self.out, self.fc1, self.fc2)
+        self.trains = any(linear.lora for linear in self._linears)
 
     def refresh(self, dtype: torch.dtype) -> None:
-        """Make all that is made of the adapters, as they are now, where recorded work reads it."""
-        for linears in self._linears:
-            linears.refresh(dtype)
+        """Make all copies of the adapters as they are now, where a CUDA graph reads them."""
+        for part in self._linears:
+            part.refresh(dtype)
 
     def __call__(self, states: States, images: int) -> States:
-        """Return the layer's output; the rows of so many pictures follow each other."""
+        """Return the layer's output; the rows of each of `images` pictures follow each other."""
         if self._layer.gradient_checkpointing and torch.is_grad_enabled():
             return cast(States, checkpoint(self._run, (total(states), None), images, use_reentrant=False))
         return self._run(states, images)
 
     def _run(self, states: States, images: int) -> States:
-        query, key, value, x = _TowerBeforeAttention.apply(self, *states, *self.qkv.adapters)
+        query, key, value, x = _TowerBeforeAttention.apply(self, *states, *self.qkv.parameters)
         heads = (part.view(images, -1, x.shape[1] // self.size, self.size) for part in (query, key, value))
         attended = scaled_dot_product_attention(*(part.transpose(1, 2) for part in heads))
         attended = attended.transpose(1, 2).reshape(x.shape)
-        weights = [*self.out.adapters, *self.first.adapters, *self.second.adapters]
+        weights = [*self.out.parameters, *self.fc1.parameters, *self.fc2.parameters]
         return cast(States, _TowerAfterAttention.apply(self, x, attended, *weights))
 
 
@@ -79,7 +83,7 @@ def embedded(
 
 
 def through_tower(
-    layers: Sequence[JoinedTowerLayer], x: Float[Tensor, "images states width"]
+    layers: Sequence[FusedTowerLayer], x: Float[Tensor, "images states width"]
 ) -> Float[Tensor, "images states width"]:
     """Return what the layers make of embedded pictures, one after the other."""
     # SigLIP's embeddings of one picture lie column by column.
@@ -90,92 +94,103 @@ def through_tower(
 
 
 class _TowerBeforeAttention(torch.autograd.Function):
-    """x + y -> queries, keys, values side by side, and x + y."""
+    """X = x + y; [q | k | v] = QKV(Norm(X)); returns q, k, v and X.
+
+    Backward: dN = d[q | k | v] W + dXA A, and dx = dy = dX + the backward of Norm on dN, where dX is the gradient that
+    comes back past attention. The first layer has no dx: pictures do not train.
+    Keeps X; with adapters Norm(X) and XA.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, layer: JoinedTowerLayer, x: Tensor, y: Tensor | None, *weights: Tensor
+        ctx: Any, layer: FusedTowerLayer, x: Tensor, y: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         seeds = layer.qkv.draw_seeds()
-        wide = layer.qkv.room_for(x)
-        summed, entering, _ = norm(x, *layer.norm_before, y=y, wide=wide)
-        states, inner = layer.qkv.forward(entering, None, seeds, wide)
-        ctx.layer, ctx.seeds, x = layer, seeds, x.view_as(x) if summed is None else summed
-        ctx.save_for_backward(x, entering if layer.qkv.has_adapters else None, inner)
-        return *states.split(layer.qkv.widths, dim=1), x
+        augmented = layer.qkv.augmented(x)
+        summed, N, _ = norm(x, *layer.norm1, y=y, augmented=augmented)
+        states, XA = layer.qkv.forward(N, None, seeds, augmented)
+        ctx.layer, ctx.seeds, X = layer, seeds, x.view_as(x) if summed is None else summed
+        ctx.save_for_backward(X, N if layer.qkv.lora else None, XA)
+        return *states.split(layer.qkv.weights.widths, dim=1), X
 
     @staticmethod
-    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        layer: JoinedTowerLayer = ctx.layer
-        x, entering, inner = ctx.saved_tensors
-        qkv, (weight, _, eps), beside = layer.qkv, layer.norm_before, beside.contiguous()
-        gradient = torch.cat([query, key, value], dim=1)
-        to_inner = qkv.backward_inner(gradient)
-        to_rows = qkv.backward_input(gradient, None, to_inner, ctx.seeds) if ctx.needs_input_grad[1] else None
-        to_weights = to_adapters(qkv, gradient, entering, inner, to_inner, ctx.seeds)
-        if to_rows is None:
-            return None, None, None, *to_weights
-        to_x, _ = norm_backward(to_rows, x, weight, eps, centre=True, beside=beside)
-        return None, to_x, to_x if ctx.needs_input_grad[2] else None, *to_weights
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dX: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layer: FusedTowerLayer = ctx.layer
+        X, N, XA = ctx.saved_tensors
+        qkv, (weight, _, eps), dX = layer.qkv, layer.norm1, dX.contiguous()
+        d_qkv = torch.cat([dq, dk, dv], dim=1)
+        dXA = qkv.dXA(d_qkv)
+        dN = qkv.dX(d_qkv, None, dXA, ctx.seeds) if ctx.needs_input_grad[1] else None
+        gradients = qkv.parameter_gradients(d_qkv, N, XA, dXA, ctx.seeds)
+        if dN is None:
+            return None, None, None, *gradients
+        dx, _ = norm_backward(dN, X, weight, eps, center=True, residual=dX)
+        return None, dx, dx if ctx.needs_input_grad[2] else None, *gradients
 
 
 class _TowerAfterAttention(torch.autograd.Function):
-    """x, and what attention made of it -> the layer's output, as the two parts of a sum."""
+    """X1 = x + attended O' + o; H = Norm(X1) F' + f; returns X1 and act(H) S' + s, the layer's output.
+
+    Backward, from the gradient dY of both: dM = dY S, dH and act(H) again from dM and H, dN = dH F,
+    dX1 = dY + the backward of Norm on dN, which is dx, and d attended = dX1 O. Each linear layer also gives its
+    adapters' dA and dB.
+    Keeps X1 and H; with adapters attended, Norm(X1) and the XA of all three.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, layer: JoinedTowerLayer, x: Tensor, attended: Tensor, *weights: Tensor
+        ctx: Any, layer: FusedTowerLayer, x: Tensor, attended: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        seeds = [linears.draw_seeds() for linears in (layer.out, layer.first, layer.second)]
-        y, inner_out = layer.out.forward(attended, None, seeds[0])
-        wide = layer.first.room_for(x)
-        summed, entering, _ = norm(x, *layer.norm_between, y=y, wide=wide)
-        assert summed is not None
-        middle, inner_first = layer.first.forward(entering, None, seeds[1], wide)
-        y, inner_second = layer.second.forward(activation(middle, layer.activation), None, seeds[2])
+        seeds = [part.draw_seeds() for part in (layer.out, layer.fc1, layer.fc2)]
+        y, XA_out = layer.out.forward(attended, None, seeds[0])
+        augmented = layer.fc1.augmented(x)
+        X1, N, _ = norm(x, *layer.norm2, y=y, augmented=augmented)
+        assert X1 is not None
+        H, XA_fc1 = layer.fc1.forward(N, None, seeds[1], augmented)
+        y, XA_fc2 = layer.fc2.forward(activation(H, layer.activation), None, seeds[2])
         ctx.layer, ctx.seeds = layer, seeds
-        kept = (attended if layer.out.has_adapters else None, entering if layer.first.has_adapters else None)
-        ctx.save_for_backward(*kept, summed, middle, inner_out, inner_first, inner_second)
-        return summed, y
+        kept = (attended if layer.out.lora else None, N if layer.fc1.lora else None)
+        ctx.save_for_backward(*kept, X1, H, XA_out, XA_fc1, XA_fc2)
+        return X1, y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _same: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        layer: JoinedTowerLayer = ctx.layer
-        attended, entering, x, middle, inner_out, inner_first, inner_second = ctx.saved_tensors
-        out, first, second = layer.out, layer.first, layer.second
-        (weight, _, eps), gradient = layer.norm_between, gradient.contiguous()
+    def backward(ctx: Any, dY: Tensor, _same: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layer: FusedTowerLayer = ctx.layer
+        attended, N, X1, H, XA_out, XA_fc1, XA_fc2 = ctx.saved_tensors
+        out, fc1, fc2 = layer.out, layer.fc1, layer.fc2
+        (weight, _, eps), dY = layer.norm2, dY.contiguous()
 
-        to_inner = second.backward_inner(gradient)
-        to_active = second.backward_input(gradient, None, to_inner, ctx.seeds[2])
-        to_middle, active = activation_backward(to_active, middle, layer.activation)
-        to_second = to_adapters(second, gradient, active, inner_second, to_inner, ctx.seeds[2])
+        dXA = fc2.dXA(dY)
+        dM = fc2.dX(dY, None, dXA, ctx.seeds[2])
+        dH, M = activation_backward(dM, H, layer.activation)
+        of_fc2 = fc2.parameter_gradients(dY, M, XA_fc2, dXA, ctx.seeds[2])
 
-        to_inner = first.backward_inner(to_middle)
-        to_rows = first.backward_input(to_middle, None, to_inner, ctx.seeds[1])
-        to_first = to_adapters(first, to_middle, entering, inner_first, to_inner, ctx.seeds[1])
-        to_x, _ = norm_backward(to_rows, x, weight, eps, centre=True, beside=gradient)
+        dXA = fc1.dXA(dH)
+        dN = fc1.dX(dH, None, dXA, ctx.seeds[1])
+        of_fc1 = fc1.parameter_gradients(dH, N, XA_fc1, dXA, ctx.seeds[1])
+        dX1, _ = norm_backward(dN, X1, weight, eps, center=True, residual=dY)
 
-        to_inner = out.backward_inner(to_x)
-        to_attended = out.backward_input(to_x, None, to_inner, ctx.seeds[0])
-        to_out = to_adapters(out, to_x, attended, inner_out, to_inner, ctx.seeds[0])
-        return None, to_x, to_attended, *to_out, *to_first, *to_second
+        dXA = out.dXA(dX1)
+        d_attended = out.dX(dX1, None, dXA, ctx.seeds[0])
+        of_out = out.parameter_gradients(dX1, attended, XA_out, dXA, ctx.seeds[0])
+        return None, dX1, d_attended, *of_out, *of_fc1, *of_fc2
 
 
-def join_tower_layers(layers: Sequence[nn.Module]) -> list[JoinedTowerLayer] | None:
-    """Return the layers joined, or None if one of them is of another kind or learns itself."""
-    return [JoinedTowerLayer(layer) for layer in layers] if all(map(is_tower_layer, layers)) else None
+def fuse_tower_layers(layers: Sequence[nn.Module]) -> list[FusedTowerLayer] | None:
+    """Return the layers fused, or None if one of them is of another kind or trains itself."""
+    return [FusedTowerLayer(layer) for layer in layers] if all(map(is_tower_layer, layers)) else None
 
 
 def is_tower_layer(layer: Any) -> bool:
-    """Return whether a layer is one that `JoinedTowerLayer` computes."""
+    """Return whether a layer is one that `FusedTowerLayer` computes."""
     if type(layer) not in TOWER_LAYERS:
         return False
-    attention, mlp = layer.self_attn, layer.mlp
-    groups = (
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        [attention.out_proj],
-        [mlp.fc1],
-        [mlp.fc2],
-    )
+    attention = layer.self_attn
     plain = attention.config.hidden_act in ACTIVATIONS and attention.dropout == 0
-    return plain and all(map(joinable, groups)) and are_frozen(layer.layer_norm1, layer.layer_norm2)
+    return plain and all(map(can_fuse, _linear_groups(layer))) and are_frozen(layer.layer_norm1, layer.layer_norm2)
+
+
+def _linear_groups(layer: Any) -> list[list[Any]]:
+    """Return the linear layers of a tower layer, those with the same input together: qkv, out, fc1, fc2."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [mlp.fc1], [mlp.fc2]]

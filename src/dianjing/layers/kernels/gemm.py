@@ -1,7 +1,4 @@
-"""Kernels beside matrix products: the sum of their parts, a matrix and a product.
-
-`products.py` says what each of them computes.
-"""
+"""Kernels of GEMMs: the sum of a split-K product, and a product added to a matrix. See layers/gemm.py."""
 
 from __future__ import annotations
 
@@ -12,55 +9,55 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from dianjing.layers.kernels.heads import FLAT
+from dianjing.layers.kernels.launch import FLAT, flat_programs
 
 TILE = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
-"""Of a sum with a product. Two programs fit on a processor: one is at its product, the other at its sum."""
+"""Of `addmm_out`. Two programs fit on a processor: one multiplies while the other adds."""
 
 
-@triton.jit(do_not_specialize=["number_of_parts", "left_over"])
-def _sum_of_parts(
-    parts,
+@triton.jit(do_not_specialize=["num_splits", "left_over"])
+def _sum_splits(
+    products,
     a,
     b,
-    total,
+    out,
     scale,
     number,
     columns,
     a_stride,
     b_stride,
-    number_of_parts,
+    num_splits,
     left_over,
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < number
-    values = tl.load(parts + at, mask=inside, other=0.0)
-    for part in range(1, number_of_parts):
-        values += tl.load(parts + part * number + at, mask=inside, other=0.0)
+    values = tl.load(products + at, mask=inside, other=0.0)
+    for split in range(1, num_splits):
+        values += tl.load(products + split * number + at, mask=inside, other=0.0)
     for row in range(left_over):
         left = tl.load(a + row * a_stride + at // columns, mask=inside, other=0.0).to(tl.float32)
         values += left * tl.load(b + row * b_stride + at % columns, mask=inside, other=0.0).to(tl.float32)
     values = values * scale
     if ADD:
-        values += tl.load(total + at, mask=inside, other=0.0)
-    tl.store(total + at, values, mask=inside)
+        values += tl.load(out + at, mask=inside, other=0.0)
+    tl.store(out + at, values, mask=inside)
 
 
 @triton.jit
-def _sum_with_product(
+def _addmm_out(
     base,
     a,
     b,
-    total,
+    out,
     rows,
     columns,
     inner,
     base_stride,
     a_stride,
     b_stride,
-    total_stride,
+    out_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -81,22 +78,25 @@ def _sum_with_product(
         right += INNER * b_stride
     inside = (row < rows) & (column < columns)
     values = sums + tl.load(base + row.to(tl.int64) * base_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total + row.to(tl.int64) * total_stride + column, values.to(total.dtype.element_ty), mask=inside)
+    tl.store(out + row.to(tl.int64) * out_stride + column, values.to(out.dtype.element_ty), mask=inside)
 
 
-def sum_of_parts(parts: Tensor, a: Tensor, b: Tensor, scale: float, into: Tensor | None) -> Tensor:
-    """Return scale times (the sum over the first dimension + a.T @ b), where a and b have few rows; added to `into`."""
-    total = torch.empty_like(parts[0]) if into is None else into
-    sizes = total.numel(), total.shape[1], a.stride(0), b.stride(0), len(parts), len(a)
-    kernel: Any = _sum_of_parts  # a and b may be columns of something wider
-    kernel[(triton.cdiv(sizes[0], FLAT),)](parts, a, b, total, scale, *sizes, ADD=into is not None, SIZE=FLAT)
+def sum_splits(products: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor | None) -> Tensor:
+    """See gemm.sum_splits; a and b may be columns of wider matrices."""
+    total = torch.empty_like(products[0]) if out is None else out
+    sizes = total.numel(), total.shape[1], a.stride(0), b.stride(0), len(products), len(a)
+    kernel: Any = _sum_splits
+    kernel[(flat_programs(sizes[0]),)](products, a, b, total, scale, *sizes, ADD=out is not None, SIZE=FLAT)
     return total
 
 
-def sum_with_product(base: Tensor, a: Tensor, b: Tensor, total: Tensor) -> None:
-    """Fill `total`; each tensor's rows may be parts of something wider."""
-    (rows, columns), inner = total.shape, a.shape[1]
-    kernel: Any = _sum_with_product
+def addmm_out(base: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """See gemm.addmm_out; each matrix may be columns of a wider one."""
+    if base.dtype != torch.bfloat16:
+        torch.addmm(base, a, b, out=out)
+        return
+    (rows, columns), inner = out.shape, a.shape[1]
+    kernel: Any = _addmm_out
     programs = triton.cdiv(rows, TILE["ROWS"]) * triton.cdiv(columns, TILE["COLUMNS"])
-    strides = (tensor.stride(0) for tensor in (base, a, b, total))
-    kernel[(programs,)](base, a, b, total, rows, columns, inner, *strides, **TILE)
+    strides = (tensor.stride(0) for tensor in (base, a, b, out))
+    kernel[(programs,)](base, a, b, out, rows, columns, inner, *strides, **TILE)
