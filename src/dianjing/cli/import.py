@@ -1,4 +1,4 @@
-"""`dianjing import SOURCE OUT`: a checkpoint of XTuner or LLaVA becomes a run."""
+"""`dianjing import SOURCE OUT`: a checkpoint of XTuner or LLaVA becomes a run, a GGUF file an LLM's folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import tyro
 from rich.console import Console
 
 from dianjing.cli.flags import parse
+from dianjing.errors import ConfigError
 
 NAME = "import"
-SUMMARY = "make a run of a checkpoint of XTuner or LLaVA"
+SUMMARY = "make a run of a checkpoint of XTuner or LLaVA, or an LLM's folder of a GGUF file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,10 @@ class Arguments:
     """What the command line gives."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """iter_N.pth (file or DeepSpeed folder), a folder XTuner converted, mm_projector.bin, or a LLaVA folder."""
+    """iter_N.pth (file or DeepSpeed folder), a folder XTuner converted, mm_projector.bin, a LLaVA folder,
+    or a GGUF file with a text LLM (which takes no flags)."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder of the run to write; it must not exist."""
+    """Folder to write, of a run or of the LLM; it must not exist."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """XTuner's config, where the checkpoint has none in it; it is read, never run."""
     llm: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
@@ -50,12 +52,22 @@ def run(arguments: list[str]) -> int:
     given = parse(Arguments, arguments, NAME, SUMMARY)
 
     # Slow to import, so a typing error is said before.
+    from dianjing.formats.gguf import is_gguf
+    from dianjing.importing.gguf import import_gguf
     from dianjing.importing.run import Wishes, import_run
 
     notices = Console(stderr=True)
+    source, out = given.source.expanduser(), given.out.expanduser()
     wishes = Wishes(**{name: value for name, value in vars(given).items() if name not in ("source", "out")})
     with notices.status("reading the checkpoint and the models"):
-        report = import_run(given.source.expanduser(), given.out.expanduser(), wishes)
+        if not is_gguf(source):
+            report = import_run(source, out, wishes)
+        elif wishes == Wishes():
+            report = import_gguf(source, out)
+        else:
+            raise ConfigError(
+                f"{source}: a GGUF file is a text LLM alone; leave out the flags, which are for checkpoints"
+            )
     for line in report:
         notices.print(line, markup=False, highlight=False, soft_wrap=True)
     print(given.out)

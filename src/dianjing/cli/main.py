@@ -19,7 +19,7 @@ VERBS = {
     "check": "find everything that is wrong with a data set, and put right what is certain",
     "recipes": "list the shipped recipes, or copy one to edit",
     "show": "show what the model sees of each record, and what it learns from it",
-    "import": "make a run of a checkpoint of XTuner or LLaVA",
+    "import": "make a run of a checkpoint of XTuner or LLaVA, or an LLM's folder of a GGUF file",
     "plan": "say before a run what it takes: memory by part, on which GPUs it fits, how long it lasts",
     "train": "train what a recipe says",
     "chat": "ask a model about pictures",

@@ -42,16 +42,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: there is no config.json; give the folder of a Hugging Face model")
     config = _read_object(path)
     for part in (config, config.get("text_config"), config.get("vision_config")):
-        if isinstance(part, dict) and (fault := _impossible(part)):
+        if isinstance(part, dict) and (fault := impossible(part)):
             raise ModelError(f"{path}: {fault}; copy it again")
     return config
 
 
-def _impossible(config: Mapping[str, Any]) -> str:
+def impossible(config: Mapping[str, Any]) -> str:
     """Return what no model has, "" when nothing is wrong; values of other types are left to transformers."""
     numbers = {name: config[name] for name in AT_LEAST_ONE if isinstance(config.get(name), int | float)}
     for name, value in numbers.items():
-        if value < 1:
+        if not value >= 1:
             return f"{name} is {value}; at least 1 is needed"
     if (layers := numbers.get("num_hidden_layers", 1)) > MOST_LAYERS:
         return f"num_hidden_layers is {layers}; no model has over {MOST_LAYERS}"

@@ -7,6 +7,7 @@ from typing import Literal
 
 from dianjing.config.schema import Recipe
 from dianjing.errors import ModelError
+from dianjing.formats.gguf import is_gguf
 from dianjing.model.hub import hub_folder, is_hub_name
 
 TINYWORLD = "tinyworld"
@@ -23,6 +24,10 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
         ModelError: the folder does not exist.
     """
     path = Path(__file__).parents[1] / TINYWORLD / "models" / part if folder == TINYWORLD else Path(folder).expanduser()
+    if is_gguf(path):
+        raise ModelError(
+            f"{folder}: a GGUF file, where a folder is needed; make one: dianjing import {folder} models/{path.stem}"
+        )
     if not path.is_dir():
         if is_hub_name(folder):
             return hub_folder(folder, weights=weights)
