@@ -16,6 +16,7 @@ from PIL.Image import Image, Resampling
 from dianjing.data.record import without_markers
 from dianjing.eval.score import Summary, exact_match, score, summarise, token_f1, tokens
 from dianjing.infer.questions import Question
+from dianjing.pictures.picture import opaque
 
 THUMBNAIL_PIXELS = 360
 """Longer side of a picture on the page."""
@@ -62,6 +63,7 @@ def page(title: str, questions: Sequence[Question], columns: Sequence[Column], p
 def thumbnail(image: Image) -> str:
     """Return a picture as a data URI, scaled down to the page's size; small ones stay exact."""
     file = io.BytesIO()
+    image = opaque(image)
     if max(image.size) <= THUMBNAIL_PIXELS:
         image.save(file, "PNG", optimize=True)
         return _data_uri("png", file)
