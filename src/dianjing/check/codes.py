@@ -142,7 +142,7 @@ picture_narrow | warning | a side more than 10 times the other | cut it
 picture_blank | warning | one colour and nothing else | replace it
 picture_rotated | note | stored lying, turned upright by EXIF: done here, not by all readers | -
 picture_16bit | note | 16-bit pixels, scaled to 8 | -
-picture_alpha | note | transparent, laid on white | -
+picture_alpha | note | transparent: laid on white, unless data.transparency says otherwise | -
 picture_animated | note | an animation, of which the first frame is read | -
 picture_suffix | note | the file is of another format than its name says | rename it
 picture_duplicate | note | the same file under two names | -

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dianjing.pictures.picture import PictureError, check_image, decode, open_picture, picture_path
+from dianjing.pictures.picture import PictureError, check_image, decode, opaque, open_picture, picture_path
 
 TINY = 16
 """Pixels of the shorter side."""
@@ -65,7 +65,7 @@ class PictureChecker:
         try:
             path = picture_path(self._root, name)
             with open_picture(path, name) as image:
-                upright = decode(image, name)
+                upright = opaque(decode(image, name))
                 notes = [*_file_notes(image, name)]
         except PictureError as error:
             return Picture(code=error.code, text=str(error), passes=self._passes(name))
@@ -100,7 +100,7 @@ def _file_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
     if image.mode.startswith("I;16"):
         yield "picture_16bit", "16-bit grey, scaled to 8 bits"
     if "A" in image.getbands() or "transparency" in image.info:
-        yield "picture_alpha", "transparent, laid on white"
+        yield "picture_alpha", "transparent: laid on white, unless data.transparency says otherwise"
     if getattr(image, "is_animated", False):
         yield "picture_animated", f"{getattr(image, 'n_frames', 2)} frames, of which the first is read"
     turned = image.getexif().get(_ORIENTATION, 1)

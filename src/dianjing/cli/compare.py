@@ -30,15 +30,16 @@ class Arguments(Asking):
 
 
 def run(arguments: list[str]) -> int:
-    """Ask every model every question and write the page."""
+    """Evaluate every model on every question and write the page."""
     given = parse(Arguments, arguments, NAME, SUMMARY)
     if not given.models:
         raise ConfigError("no model is named; write dianjing compare MODEL MODEL --data FILE --out FILE")
 
     # Slow to import, so a typing error is said before.
     from dianjing.cli.questions import read_questions
-    from dianjing.eval.compare import column, page
-    from dianjing.infer.answers import answer_questions, load_pictures
+    from dianjing.eval.compare import Column, page
+    from dianjing.eval.evaluate import evaluate, times_asked
+    from dianjing.infer.answers import load_pictures
     from dianjing.infer.load import load_for_use
 
     notices = Console(stderr=True)
@@ -47,12 +48,11 @@ def run(arguments: list[str]) -> int:
     columns = []
     with Progress(console=notices, transient=True) as progress:
         for name in given.models:
-            task = progress.add_task(name, total=len(questions))
+            task = progress.add_task(name, total=None)
             loaded = load_for_use(name)
-            answers = answer_questions(
-                loaded, questions, root, given.max_new_tokens, lambda n, task=task: progress.advance(task, n)
-            )
-            columns.append(column(name, loaded.can_see, questions, answers))
+            progress.update(task, total=times_asked(loaded, questions))
+            advance = lambda count, task=task: progress.advance(task, count)  # noqa: E731
+            columns.append(Column.of_report(evaluate(loaded, questions, root, given.max_new_tokens, advance)))
             del loaded  # before the next one is loaded
     html = page(f"{Path(given.data).name}: side by side", questions, columns, load_pictures(questions, root))
     given.out.write_text(html, encoding="utf-8")

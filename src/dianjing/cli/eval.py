@@ -1,4 +1,4 @@
-"""`dianjing eval MODEL DATA`: accuracy by question type, and how much of it is sight."""
+"""`dianjing eval MODEL DATA`: how good the answers are by question type, and how much of it is sight."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from dianjing.cli.flags import Asking, parse
+from dianjing.eval.summary import SIGHT, WAYS, Figure
 
 if TYPE_CHECKING:
     from dianjing.eval.evaluate import Report
-    from dianjing.eval.score import Summary
 
 NAME = "eval"
 SUMMARY = "score a model with the right picture, with another one, and with none"
@@ -58,20 +60,31 @@ def run(arguments: list[str]) -> int:
 
 
 def table(report: Report) -> Table:
-    """Return the scores as a table, one row a question type."""
+    """Return the scores as a table, a block a question type."""
     caption = "" if report.can_see else "It cannot see: a text-only model, asked without pictures."
-    shown = Table(title=report.model, caption=caption, title_justify="left", caption_justify="left")
-    shown.add_column("question type")
-    for name in ("n", "exact", "token F1", "other picture", "no picture", "sight"):
+    shown = Table(
+        title=f"{report.model}: means with 95 % intervals",
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+    )
+    shown.add_column("type (questions)")
+    for name in (*WAYS.values(), SIGHT):
         shown.add_column(name, justify="right")
-    for name, summary in report.by_type.items():
-        shown.add_row(name, *_cells(summary))
-    shown.add_section()
-    shown.add_row("all", *_cells(report.overall), style="bold")
+    for name, summary in {**report.by_type, "all": report.overall}.items():
+        style = "bold" if name == "all" else ""
+        shown.add_section()
+        shown.add_row(Text(f"{name} ({summary.n:,})", style))
+        for label, figures in summary.table():
+            if any(figures):
+                shown.add_row(f"  {label}", *map(_cell, figures, (False, False, False, True)), style=style)
     return shown
 
 
-def _cells(summary: Summary) -> list[str]:
-    shares = (summary.accuracy, summary.f1, summary.accuracy_other_picture, summary.accuracy_no_picture)
-    sight = "-" if summary.sight is None else f"{summary.sight:+.3f}"
-    return [str(summary.n), *("-" if share is None else f"{share:.3f}" for share in shares), sight]
+def _cell(figure: Figure | None, signed: bool) -> str:
+    if figure is None:
+        return "-"
+    mean = f"{figure.mean:+.3f}" if signed else f"{figure.mean:.3f}"
+    return f"{mean} \\[{figure.low:.2f},{figure.high:.2f}]"

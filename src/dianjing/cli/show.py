@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jinja2
 import tyro
@@ -50,6 +50,8 @@ class Arguments:
     template: Annotated[str, tyro.conf.arg(help=f"Chat template: {', '.join((*TEMPLATES, OWN))}.")] = ""
     vision_tower: str = ""
     """Folder of the vision tower, or "tinyworld"; without it a picture is one image token."""
+    transparency: Literal["white", "drop"] = DataConfig.transparency
+    """Transparent pictures are laid on white, or their alpha channel is ignored (as in imported runs)."""
     max_tokens: int = DataConfig.max_tokens
     """Longer records are cut here, a picture counted as one token."""
     limit: int | None = None
@@ -100,7 +102,7 @@ def open_records(chosen: Arguments, notices: Console) -> tuple[Dataset, str]:
         image_token_id=image_token_id(tokenizer),
     )
     config = DataConfig(path=chosen.data, images=chosen.images, max_tokens=chosen.max_tokens, pack_tokens=sys.maxsize)
-    image_processor = ImageProcessor.from_folder(tower) if tower else None
+    image_processor = ImageProcessor.from_folder(tower, transparency=chosen.transparency) if tower else None
     with watched(notices) as watch:
         return open_dataset(config, encoder, image_processor, watch), how
 

@@ -102,6 +102,8 @@ class DataConfig:
     """Folder that the records' `image` paths are relative to; "" = the folder of the data file."""
     aspect: Literal["pad", "crop"] = "pad"
     """"pad" to a square first (LLaVA's finetune), or "crop" the centre (LLaVA's pretrain)."""
+    transparency: Literal["white", "drop"] = "white"
+    """Transparent pictures: "white" lays them on white; "drop" ignores the alpha channel (XTuner and LLaVA)."""
     turns: Literal["together", "both"] = "together"
     """"together": each conversation as it is; "both": also each turn alone, so that any question can come first."""
     max_tokens: AtLeastOne = 1472

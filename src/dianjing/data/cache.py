@@ -56,7 +56,14 @@ def key_of(files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> s
         "splits specials": bool(getattr(encoder.tokenizer, "split_special_tokens", False)),
         "template": asdict(encoder.template),
         "encoder": [encoder.num_image_tokens, encoder.max_tokens, encoder.on_long_record, encoder.image_token_id],
-        "data": [config.images, config.turns, config.on_bad_record, config.on_long_record, config.pack_tokens],
+        "data": [
+            config.images,
+            config.transparency,
+            config.turns,
+            config.on_bad_record,
+            config.on_long_record,
+            config.pack_tokens,
+        ],
     }
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 

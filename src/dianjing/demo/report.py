@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from dianjing.data.record import without_markers
 from dianjing.demo.run import STAGES, Results
-from dianjing.eval.compare import column, page, thumbnail
+from dianjing.eval.compare import Column, page, thumbnail
 from dianjing.infer.answers import load_pictures
 from dianjing.tinyworld.grammar import QUESTION_TYPES
 from dianjing.train.log import CURVE
@@ -27,15 +27,7 @@ def write_report(out: Path, results: Results) -> Path:
     root = str(out / "data" / "images")
     pictures = load_pictures(questions[:COMPARED], root)
 
-    columns = [
-        column(
-            name,
-            results.stages[name].report.can_see,
-            questions[:COMPARED],
-            [one.answer for one in answered[name][:COMPARED]],
-        )
-        for name in STAGES
-    ]
+    columns = [Column.of_report(results.stages[name].report, name, COMPARED) for name in STAGES]
     compared = page("Before and after: the tiny world's held-out scenes", questions[:COMPARED], columns, pictures)
     (out / "compare.html").write_text(compared, encoding="utf-8")
 
@@ -46,7 +38,11 @@ def write_report(out: Path, results: Results) -> Path:
             "question": without_markers(question.text),
             "reference": question.reference,
             "answers": [
-                {"stage": name, "text": answered[name][i].answer, "right": answered[name][i].scored.exact}
+                {
+                    "stage": name,
+                    "text": answered[name][i].answer,
+                    "right": bool(answered[name][i].scored.values["accuracy"]),
+                }
                 for name in STAGES
             ],
             "other": answered["finetune"][i].answer_other_picture,

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -68,13 +68,12 @@ class Results:
 
 
 def _stage_json(stage: Stage) -> dict[str, object]:
-    overall = asdict(stage.report.overall)
     return {
-        **{name: overall[name] for name in ("n", "accuracy", "accuracy_other_picture", "accuracy_no_picture", "sight")},
+        **stage.report.overall.to_json(),
         "accuracy_held_out_pairs": stage.held_out_pairs,
         "caption_f1": stage.caption_f1,
         "captions_instead_of_answers": stage.captions_instead,
-        "by_type": {name: asdict(summary) for name, summary in stage.report.by_type.items()},
+        "by_type": {name: summary.to_json() for name, summary in stage.report.by_type.items()},
     }
 
 
@@ -115,9 +114,9 @@ def score_table(results: Results) -> Table:
     stages = [results.stages[name] for name in STAGES]
     overall = [stage.report.overall for stage in stages]
     rows: list[tuple[str, Sequence[float | None]]] = [
-        ("right picture", [one.accuracy for one in overall]),
-        ("another picture", [one.accuracy_other_picture for one in overall]),
-        ("no picture", [one.accuracy_no_picture for one in overall]),
+        ("right picture", [one.mean("accuracy") for one in overall]),
+        ("another picture", [one.mean("accuracy_other_picture") for one in overall]),
+        ("no picture", [one.mean("accuracy_no_picture") for one in overall]),
         ("colour-shape pairs never drawn in training", [stage.held_out_pairs for stage in stages]),
         ("captions on request: objects right (F1)", [stage.caption_f1 for stage in stages]),
         ("questions answered with a caption", [stage.captions_instead for stage in stages]),

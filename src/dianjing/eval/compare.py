@@ -8,14 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 from PIL.Image import Image, Resampling
 
 from dianjing.data.record import without_markers
-from dianjing.eval.score import Summary, exact_match, score, summarise, token_f1, tokens
+from dianjing.eval.score import exact_match, token_f1, tokens
+from dianjing.eval.summary import RIGHT, SIGHT, WAYS, Summary, score, summarise, summarise_by_type
 from dianjing.infer.questions import Question
+from dianjing.pictures.picture import opaque
+
+if TYPE_CHECKING:
+    from dianjing.eval.evaluate import Report
 
 THUMBNAIL_PIXELS = 360
 """Longer side of a picture on the page."""
@@ -27,18 +32,35 @@ LONG_REFERENCE = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One model: its answers, one a question, and their summary."""
+    """One model: its answers, one a question, and what they are worth."""
 
     name: str
     can_see: bool
     answers: Sequence[str]
     summary: Summary
+    by_type: Mapping[str, Summary]
 
+    @classmethod
+    def of_answers(cls, name: str, questions: Sequence[Question], answers: Sequence[str]) -> Column:
+        """Return the column of a model that can see and was asked with the right pictures only."""
+        scored = [
+            score(one.type, one.reference, {RIGHT: answer}) for one, answer in zip(questions, answers, strict=True)
+        ]
+        by_type = summarise_by_type(scored)
+        return cls(name=name, can_see=True, answers=answers, summary=summarise(scored), by_type=by_type)
 
-def column(name: str, can_see: bool, questions: Sequence[Question], answers: Sequence[str]) -> Column:
-    """Return the column of a model that gave these answers."""
-    scored = [score(one.type, answer, one.reference) for one, answer in zip(questions, answers, strict=True)]
-    return Column(name=name, can_see=can_see, answers=answers, summary=summarise(scored))
+    @classmethod
+    def of_report(cls, report: Report, name: str = "", first: int | None = None) -> Column:
+        """Return the column of an evaluated model, or of its `first` answers."""
+        answered = report.answers[:first]
+        scored = [one.scored for one in answered]
+        return cls(
+            name=name or report.model,
+            can_see=report.can_see,
+            answers=[one.answer for one in answered],
+            summary=summarise(scored),
+            by_type=summarise_by_type(scored),
+        )
 
 
 def page(title: str, questions: Sequence[Question], columns: Sequence[Column], pictures: Mapping[str, Image]) -> str:
@@ -56,12 +78,20 @@ def page(title: str, questions: Sequence[Question], columns: Sequence[Column], p
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(source)
-    return template.render(title=title, columns=columns, cards=cards, number=len(questions))
+    return template.render(
+        title=title,
+        columns=columns,
+        cards=cards,
+        number=len(questions),
+        ways=[*WAYS.values(), SIGHT],
+        types=list(dict.fromkeys(question.type for question in questions)),
+    )
 
 
 def thumbnail(image: Image) -> str:
     """Return a picture as a data URI, scaled down to the page's size; small ones stay exact."""
     file = io.BytesIO()
+    image = opaque(image)
     if max(image.size) <= THUMBNAIL_PIXELS:
         image.save(file, "PNG", optimize=True)
         return _data_uri("png", file)

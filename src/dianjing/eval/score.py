@@ -1,16 +1,16 @@
-"""Answer and reference -> right or wrong, token F1, and a summary by question type."""
+"""Answer and reference -> how good the answer is: METRICS, one line each."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 ARTICLES = {"a", "an", "the"}
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_TOKEN = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_TOKEN = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 
 
 def normalise(text: str) -> str:
@@ -59,74 +59,27 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * shared / (given.total() + wanted.total())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """One answered question: what it counts for, and how good the answers were.
-
-    `other_picture` and `no_picture` are None for a question that has no picture, or whose set has no other one.
-    """
-
-    type: str
-    exact: bool
-    f1: float
-    other_picture: bool | None = None
-    no_picture: bool | None = None
-
-
-def score(
-    type_: str,
-    answer: str,
-    reference: str,
-    *,
-    other_picture: str | None = None,
-    no_picture: str | None = None,
-) -> Scored:
-    """Return what the answers to one question are worth; the last two were given with another picture, and none."""
-    return Scored(
-        type=type_,
-        exact=exact_match(answer, reference),
-        f1=token_f1(answer, reference),
-        other_picture=None if other_picture is None else exact_match(other_picture, reference),
-        no_picture=None if no_picture is None else exact_match(no_picture, reference),
-    )
+def contains_reference(answer: str, reference: str) -> bool:
+    """Return whether the answer holds the reference's words next to each other: "It is red." holds "red"."""
+    said, wanted = tokens(answer), tokens(reference)
+    starts = range(len(said) - len(wanted) + 1) if wanted else ()
+    return any(said[start : start + len(wanted)] == wanted for start in starts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
-    """Means over the questions of one type, each between 0 and 1; None where no question has the value."""
+class Metric:
+    """One way to measure an answer: a number from 0 to 1."""
 
-    n: int
-    accuracy: float
-    f1: float
-    accuracy_other_picture: float | None
-    accuracy_no_picture: float | None
-    sight: float | None
-    """Accuracy with the right picture minus accuracy with another one, over the questions that have both."""
+    label: str
+    measure: Callable[[str, str], float]
+    """Of an answer and its reference."""
+    answer_key: str = ""
+    """Its JSON name at a single answer; "" = that of its mean."""
 
 
-def summarise(scored: Sequence[Scored]) -> Summary:
-    """Return the means over at least one question."""
-    paired = [one for one in scored if one.other_picture is not None]
-    other = _mean(one.other_picture for one in paired)
-    right = _mean(one.exact for one in paired)
-    return Summary(
-        n=len(scored),
-        accuracy=_mean(one.exact for one in scored) or 0.0,
-        f1=_mean(one.f1 for one in scored) or 0.0,
-        accuracy_other_picture=other,
-        accuracy_no_picture=_mean(one.no_picture for one in scored if one.no_picture is not None),
-        sight=None if right is None or other is None else right - other,
-    )
-
-
-def summarise_by_type(scored: Sequence[Scored]) -> dict[str, Summary]:
-    """Return one summary a question type, in order of first appearance."""
-    groups: dict[str, list[Scored]] = {}
-    for one in scored:
-        groups.setdefault(one.type, []).append(one)
-    return {name: summarise(group) for name, group in groups.items()}
-
-
-def _mean(values: Iterable[float | bool | None]) -> float | None:
-    numbers = [float(value) for value in values if value is not None]
-    return sum(numbers) / len(numbers) if numbers else None
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(label="exact", measure=exact_match, answer_key="exact"),
+    "f1": Metric(label="token F1", measure=token_f1),
+    "contains": Metric(label="has reference", measure=contains_reference),
+}
+"""By the JSON name of the mean."""

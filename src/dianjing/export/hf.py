@@ -34,7 +34,7 @@ from dianjing.export.tokenizer import save_tokenizer
 from dianjing.formats.weights import name_some
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare, stop_sequences
 from dianjing.infer.load import TEMPLATE_KEY
-from dianjing.pictures.image import ImageProcessor
+from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
 SHARD_SIZE = "5GB"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -213,6 +213,7 @@ def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
         "image_mean": list(processor.mean),
         "image_std": list(processor.std),
         "do_convert_rgb": True,
+        TRANSPARENCY_KEY: processor.transparency,
     }
 
 

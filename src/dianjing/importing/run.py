@@ -148,6 +148,7 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     }
     values: dict[str, Any] = {
         "data.path": "",
+        "data.transparency": "drop",  # as XTuner and LLaVA read pictures
         **foreign.settings,
         **(config.fields if config else {}),
         **parts["llm"],

@@ -76,4 +76,4 @@ def reader_of(recipe: Recipe) -> tuple[Encoder, ImageProcessor]:
         on_long_record=recipe.data.on_long_record,
         image_token_id=image_token_id(tokenizer),
     )
-    return encoder, ImageProcessor.from_folder(tower, recipe.data.aspect)
+    return encoder, ImageProcessor.from_folder(tower, recipe.data.aspect, recipe.data.transparency)

@@ -72,7 +72,8 @@ def quantize_layers_to_fp8(llm: PreTrainedModel, device: torch.device) -> None:
                 if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
                     raise ModelError(
                         f"{type(llm).__name__}: {name} is {linear.in_features} by {linear.out_features}, which are not "
-                        f'both multiples of {MULTIPLE}, so it cannot be held in FP8; set language_model.quantization to ""'
+                        f"both multiples of {MULTIPLE}, so it cannot be held in FP8; set "
+                        'language_model.quantization to ""'
                     )
                 setattr(module, name, Fp8Linear(linear.to(device)))
 
@@ -136,6 +137,6 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     raise ConfigError(
-        f'language_model.quantization is "fp8", but {name} has no FP8 units (Ada, Hopper and newer GPUs do); set it to "" '
-        'for bf16, or to "nf4" for the least memory'
+        f'language_model.quantization is "fp8", but {name} has no FP8 units (Ada, Hopper and newer GPUs do); set it '
+        'to "" for bf16, or to "nf4" for the least memory'
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from dianjing.errors import DataError
-from dianjing.pictures.image import load_image
+from dianjing.pictures.picture import load_image, opaque
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 JPEG_QUALITY = 92
@@ -109,7 +109,7 @@ def look_at(root: str, name: str) -> Picture | str:
     if _printable(name) != name:
         return "its name is not UTF-8, which a data file cannot hold; rename it"
     try:
-        image = load_image(root, name)
+        image = opaque(load_image(root, name))
         with open(os.path.join(root, name), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (DataError, OSError) as error:
@@ -180,7 +180,7 @@ def data_uri(root: str, name: str, long_edge: int) -> str:
     Raises:
         DataError: the picture can no longer be opened.
     """
-    image = load_image(root, name)
+    image = opaque(load_image(root, name))
     size = sent_size(image.size, long_edge)
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)

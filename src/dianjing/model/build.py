@@ -68,7 +68,7 @@ def build(
     tokenizer = load_tokenizer(llm_folder)
     template, chosen = template_for(tokenizer, recipe.language_model.template)
     check_template(template, tokenizer)
-    image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect)
+    image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect, recipe.data.transparency)
 
     llm, llm_report = load_language_model(llm_folder, dtype)
     if quantization:

@@ -16,10 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from dianjing.errors import ModelError
+from dianjing.pictures.picture import Transparency, opaque
 from dianjing.pictures.picture import check_image as check_image
 from dianjing.pictures.picture import load_image as load_image
 
 Aspect = Literal["pad", "crop"]
+TRANSPARENCY_KEY = "dianjing_transparency"
+"""Where an export's preprocessor_config.json names `transparency`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,16 @@ class ImageProcessor:
     std: tuple[float, float, float]
     aspect: Aspect
     """"pad": first make it a square on the mean colour, as XTuner's pad_image_to_square."""
+    transparency: Transparency = "white"
+    """"white": lay transparent pictures on white; "drop": ignore the alpha channel."""
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], aspect: Aspect | None = None) -> ImageProcessor:
+    def from_folder(
+        cls, folder: str | os.PathLike[str], aspect: Aspect | None = None, transparency: Transparency | None = None
+    ) -> ImageProcessor:
         """Read the preprocessing of a vision tower, or of an export, from its folder.
 
-        `aspect` None is what the folder says (do_pad), "pad" if it says nothing.
+        None is what the folder says (do_pad, dianjing_transparency); "pad" and "white" if it says nothing.
 
         Raises:
             ModelError: the folder has none, or one that is not CLIP's or SigLIP's.
@@ -66,17 +73,19 @@ class ImageProcessor:
                 mean=_colour(config["image_mean"]),
                 std=_colour(config["image_std"]),
                 aspect=aspect or ("pad" if config.get("do_pad", True) else "crop"),
+                transparency=transparency or _transparency(config.get(TRANSPARENCY_KEY, "white")),
             )
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ModelError(f"{path}: not the preprocessing of a CLIP or SigLIP tower: {reason}") from None
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
-        """Return the pixel values of an RGB picture."""
+        """Return the pixel values of an RGB or RGBA picture."""
         return pixel_values(self.pixels(image)[None], self.table())[0]
 
     def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
-        """Return an RGB picture padded, resized and cropped, its colours still bytes."""
+        """Return an RGB or RGBA picture made opaque, padded, resized and cropped, its colours still bytes."""
+        image = opaque(image, self.transparency)
         if self.aspect == "pad":
             image = self._padded(image)
         return torch.tensor(np.asarray(self._resized(image))).permute(2, 0, 1).contiguous()
@@ -140,6 +149,12 @@ def _side(value: Any) -> int:
             raise ValueError(f"size {lengths}")
         value = next(iter(lengths.values()))
     return int(value)
+
+
+def _transparency(value: Any) -> Transparency:
+    if value not in ("white", "drop"):
+        raise ValueError(f'{TRANSPARENCY_KEY} is {json.dumps(value)}, not "white" or "drop"')
+    return value
 
 
 def _colour(values: Any) -> tuple[float, float, float]:

@@ -1,14 +1,17 @@
-"""Path -> RGB picture, safely: no way out of the folder, no bomb, nothing broken; and nothing slow to import."""
+"""Path -> upright picture, safely: no way out of the folder, no bomb, nothing broken; and nothing slow to import."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dianjing.errors import DataError
+
+Transparency = Literal["white", "drop"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -31,7 +34,7 @@ class PictureError(DataError):
 
 
 def load_image(root: str, name: str) -> Image.Image:
-    """Return the picture `name` of the folder `root` as RGB, upright, transparency on white.
+    """Return the picture `name` of the folder `root`, upright, as RGB; as RGBA if it has transparency.
 
     Raises:
         PictureError: the name leads out of the folder, or the file is missing, broken, too large or no picture.
@@ -41,19 +44,28 @@ def load_image(root: str, name: str) -> Image.Image:
 
 
 def decode(image: Image.Image, name: str) -> Image.Image:
-    """Return an opened picture as RGB, upright, transparency on white.
+    """Return an opened picture, upright, as RGB; as RGBA if it has transparency.
 
     Raises:
         PictureError: its file is broken.
     """
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+        return _to_rgb_or_rgba(ImageOps.exif_transpose(image), name)
     except PictureError:
         raise
     except Exception as error:  # what Pillow raises for a broken file depends on where it is broken
         code = "picture_truncated" if "truncated" in str(error).lower() else "picture_broken"
         raise PictureError(code, name, f"the file is broken ({error}); replace it") from error
+
+
+def opaque(image: Image.Image, transparency: Transparency = "white") -> Image.Image:
+    """Return an RGB or RGBA picture as RGB, laid on white or with its alpha channel dropped."""
+    if image.mode == "RGB":
+        return image
+    if transparency == "white":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
 
 
 def check_image(root: str, name: str) -> int:
@@ -126,15 +138,12 @@ def _too_large(name: str, size: tuple[int, int] | None = None) -> PictureError:
     )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb_or_rgba(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F"):
         raise PictureError("picture_32bit", name, "32-bit pixels have no known white; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         # Pillow would clip all above 255 to white.
         wide = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    return image.convert("RGBA" if transparent else "RGB")

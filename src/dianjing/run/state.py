@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any
 
+from dianjing.config.fields import recipe_fields
 from dianjing.config.load import RENAMED, flatten
 from dianjing.config.schema import Recipe
 from dianjing.data.dataset import Dataset
@@ -110,7 +111,10 @@ def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> 
     """
     if not saved.data["fingerprint"]:
         raise CheckpointError(f"{checkpoint}: it was imported without its data; import it again with --data FILE")
-    changed = [*_changes(saved.recipe, now.recipe)]
+    # A field that a later version added had its default in this run.
+    defaults = {name: field.default for name, field in recipe_fields().items() if field.default is not MISSING}
+    added = {name: defaults[name] for name in now.recipe.keys() - saved.recipe.keys() if name in defaults}
+    changed = [*_changes({**saved.recipe, **added}, now.recipe)]
     if saved.data["fingerprint"] != now.data["fingerprint"]:
         saved_counts, counts = ({**state.data, "fingerprint": None} for state in (saved, now))
         changed += [f"the data: {change}" for change in _changes(saved_counts, counts)] or [

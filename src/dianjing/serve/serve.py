@@ -26,7 +26,8 @@ from jinja2 import TemplateError
 from dianjing.constants import IMAGE_MARKER
 from dianjing.errors import ConfigError, DataError, ModelError
 from dianjing.model.vision import num_image_tokens
-from dianjing.pictures.picture import load_image
+from dianjing.pictures.image import ImageProcessor
+from dianjing.pictures.picture import Transparency, load_image, opaque
 
 HOST = "127.0.0.1"
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
@@ -61,6 +62,7 @@ class Room:
     """Positions of one picture."""
     processor: Any
     """Its chat template and its tokenizer, as transformers has them."""
+    transparency: Transparency = "white"
 
     def taken(self, messages: Sequence[Mapping[str, Any]]) -> int:
         """Return how many positions a prompt takes, its pictures included.
@@ -197,7 +199,7 @@ def safe_request(body: bytes, model: str, room: Room) -> bytes:
     if not isinstance(messages, list) or not messages:
         raise Refusal(400, "messages must be a list of messages")
     pictures = [0]
-    safe = [_safe_message(number, message, pictures) for number, message in enumerate(messages)]
+    safe = [_safe_message(number, message, pictures, room.transparency) for number, message in enumerate(messages)]
     if safe[-1]["role"] != "user":
         raise Refusal(400, "the last message must be the user's")
     asked = request.pop("max_completion_tokens", request.get("max_tokens"))
@@ -223,7 +225,7 @@ def _template_parts(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str
     return [{"type": "text", "text": part["text"]} if "text" in part else {"type": "image"} for part in parts]
 
 
-def _safe_message(number: int, message: Any, pictures: list[int]) -> dict[str, Any]:
+def _safe_message(number: int, message: Any, pictures: list[int], transparency: Transparency) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, dict) or set(message) - {"role", "content"}:
         raise Refusal(400, f"{where}: a message holds role and content, nothing else")
@@ -234,11 +236,11 @@ def _safe_message(number: int, message: Any, pictures: list[int]) -> dict[str, A
         return {"role": message["role"], "content": _safe_text(where, content)}
     if not isinstance(content, list) or not content:
         raise Refusal(400, f"{where}: content must be text or a list of parts")
-    parts = [_safe_part(f"{where}.content[{i}]", part, pictures) for i, part in enumerate(content)]
+    parts = [_safe_part(f"{where}.content[{i}]", part, pictures, transparency) for i, part in enumerate(content)]
     return {"role": message["role"], "content": parts}
 
 
-def _safe_part(where: str, part: Any, pictures: list[int]) -> dict[str, Any]:
+def _safe_part(where: str, part: Any, pictures: list[int], transparency: Transparency) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": _safe_text(where, part["text"])}
@@ -255,7 +257,7 @@ def _safe_part(where: str, part: Any, pictures: list[int]) -> dict[str, Any]:
     pictures[0] += 1
     if pictures[0] > MAX_PICTURES:
         raise Refusal(400, f"{where}: more than {MAX_PICTURES} pictures in one request")
-    return {"type": "image_url", "image_url": {"url": _written_anew(where, url[found.end() :])}}
+    return {"type": "image_url", "image_url": {"url": _written_anew(where, url[found.end() :], transparency)}}
 
 
 def _safe_text(where: str, text: str) -> str:
@@ -266,12 +268,12 @@ def _safe_text(where: str, text: str) -> str:
     return text
 
 
-def _written_anew(where: str, encoded: str) -> str:
+def _written_anew(where: str, encoded: str, transparency: Transparency) -> str:
     """Return a picture as a data URI of a plain RGB PNG, read with the same care as a training picture."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             Path(folder, "picture").write_bytes(base64.b64decode(encoded, validate=True))
-            image = load_image(folder, "picture")
+            image = opaque(load_image(folder, "picture"), transparency)
         except (ValueError, DataError) as error:  # what is not ASCII is no base64 either
             raise Refusal(400, f"{where}: {error}") from None
     file = io.BytesIO()
@@ -344,6 +346,7 @@ def transformers_app(folder: Path) -> tuple[App, Room]:
         positions=model.config.get_text_config().max_position_embeddings,
         picture=num_image_tokens(model.config.vision_config, model.config.vision_feature_select_strategy),
         processor=processor,
+        transparency=ImageProcessor.from_folder(folder).transparency,
     )
 
 

@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 
 from dianjing.errors import DataError, DianjingError
 from dianjing.make.prompts import shipped_prompts
-from dianjing.pictures.picture import load_image
+from dianjing.pictures.picture import load_image, opaque
 from dianjing.studio.desk import FILTERS, Desk
 from dianjing.studio.review import OPS, Stale, Unusable
 from dianjing.studio.studio import Studio
@@ -154,7 +154,7 @@ def _index(request: Request) -> int:
 
 def _png(image: Image.Image) -> Response:
     """Return a picture written anew: of the file itself nothing is sent."""
-    shown = image.copy()
+    shown = opaque(image).copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     file = io.BytesIO()
     small = shown.width * shown.height <= LOSSLESS_PIXELS

@@ -10,7 +10,6 @@ from typing import Any
 from dianjing.config.schema import Recipe
 from dianjing.data.record import load_records, without_markers
 from dianjing.eval.compare import Column, page
-from dianjing.eval.score import score, summarise
 from dianjing.infer.answers import answer_questions, check_pictures, load_pictures
 from dianjing.infer.generate import LoadedModel
 from dianjing.infer.questions import Question, questions_of
@@ -87,11 +86,7 @@ class Samples:
 
     def _column(self, step: int) -> Column:
         answers = [row["answer"] for row in self._rows if row["step"] == step]
-        scored = [
-            score(question.type, answer, question.reference)
-            for question, answer in zip(self._questions, answers, strict=True)
-        ]
-        return Column(name=f"step {step}", can_see=True, answers=answers, summary=summarise(scored))
+        return Column.of_answers(f"step {step}", self._questions, answers)
 
 
 def sample_questions(path: str, count: int) -> list[Question]:

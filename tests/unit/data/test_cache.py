@@ -109,7 +109,7 @@ def test_records_are_not_kept_in_memory(config: DataConfig, opened: Open) -> Non
 
 
 ROOMS: dict[str, Any] = {"max_tokens": 149, "on_long_record": "truncate", "num_image_tokens": NUM_IMAGE_TOKENS + 1}
-FIELDS: dict[str, Any] = {"pack_tokens": 199, "turns": "together", "on_bad_record": "skip"}
+FIELDS: dict[str, Any] = {"pack_tokens": 199, "turns": "together", "on_bad_record": "skip", "transparency": "drop"}
 
 
 @pytest.mark.parametrize("field", FIELDS)

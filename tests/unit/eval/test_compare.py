@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 from PIL import Image, ImageChops
 
 from dianjing.eval.compare import THUMBNAIL_PIXELS, Column, page, thumbnail, verdict
-from dianjing.eval.score import score, summarise
+from dianjing.eval.evaluate import Answered, Report
+from dianjing.eval.summary import summarise, summarise_by_type
 from dianjing.infer.questions import Question
 from tests.loaded_models import picture
 
@@ -48,8 +50,7 @@ PICTURES = {"a.png": picture(60, 20)}
 
 
 def column(name: str, *answers: str, can_see: bool = True) -> Column:
-    scored = [score(one.type, text, one.reference) for one, text in zip(QUESTIONS, answers, strict=True)]
-    return Column(name=name, can_see=can_see, answers=answers, summary=summarise(scored))
+    return replace(Column.of_answers(name, QUESTIONS, answers), can_see=can_see)
 
 
 COLUMNS = [
@@ -87,6 +88,47 @@ def test_every_answer_is_there_with_its_verdict() -> None:
         "1",
         "1",
     ]
+
+
+def evaluated(*right: str) -> Report:
+    """Return a report of QUESTIONS, of which those with a picture got another answer with another one."""
+    answered = tuple(
+        Answered(
+            question=replace(question, type=type_),
+            answer=answer,
+            answer_other_picture="It is blue." if question.images else None,
+            answer_no_picture="It is red." if question.images else None,
+        )
+        for question, answer, type_ in zip(QUESTIONS, right, ("colour", "yes_no", "count"), strict=True)
+    )
+    scored = [one.scored for one in answered]
+    by_type = summarise_by_type(scored)
+    return Report(model="run", can_see=True, overall=summarise(scored), by_type=by_type, answers=answered)
+
+
+def test_the_page_shows_the_figures_of_eval() -> None:
+    report = evaluated("It is red.", "Yes.", "no")
+    shown = Page(page("Title", QUESTIONS, [Column.of_report(report)], PICTURES)).text
+    for label, figures in report.overall.table():
+        if any(figures):
+            assert label in shown
+        for figure in filter(None, figures):
+            assert f"{figure.mean:.3f} {figure.low:.2f}–{figure.high:.2f}" in shown
+    assert all(name in shown for name in ("right picture", "other picture", "no picture", "sight"))
+
+
+def test_the_page_shows_accuracy_by_type() -> None:
+    report = evaluated("It is red.", "No.", "no")
+    questions = [one.question for one in report.answers]
+    html = page("Title", questions, [Column.of_report(report, "a"), Column.of_report(report, "b")], PICTURES)
+    assert "colour (1)" in Page(html).text
+    assert html.count("<td>1.000 <small>1.00–1.00</small></td>") >= 2
+    assert "right, by type" not in page("Title", QUESTIONS, COLUMNS, PICTURES)
+
+
+def test_a_column_may_hold_the_first_answers_only() -> None:
+    column = Column.of_report(evaluated("It is red.", "No.", "no"), first=1)
+    assert (column.name, column.answers, column.summary.n) == ("run", ["It is red."], 1)
 
 
 def test_a_short_answer_with_one_wrong_word_is_wrong() -> None:

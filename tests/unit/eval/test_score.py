@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dianjing.eval.score import exact_match, normalise, score, summarise, summarise_by_type, token_f1, tokens
+from dianjing.eval.score import METRICS, contains_reference, exact_match, normalise, token_f1, tokens
 
 
 @pytest.mark.parametrize(
@@ -74,27 +74,36 @@ def test_f1_is_a_share_that_is_one_for_equal_words(one: str, other: str) -> None
         assert token_f1(one, other) == 1
 
 
-def test_summary_pairs_sight_over_the_same_questions() -> None:
-    summary = summarise(
-        [
-            score("colour", "red", "red", other_picture="blue", no_picture="red"),
-            score("colour", "blue", "red", other_picture="blue", no_picture="blue"),
-            score("colour", "red", "red"),
-        ]
-    )
-    assert summary.n == 3
-    assert summary.accuracy == pytest.approx(2 / 3)
-    assert summary.accuracy_other_picture == 0
-    assert summary.accuracy_no_picture == 0.5
-    assert summary.sight == 0.5  # 1 of the 2 questions that have another picture, minus 0
+@pytest.mark.parametrize(
+    ("answer", "reference", "held"),
+    [
+        ("It is red.", "Red", True),
+        ("It is dark red.", "dark red", True),
+        ("It is red and dark.", "dark red", False),
+        ("There are 12.", "2", False),
+        ("It is coloured.", "red", False),
+        ("Nothing is left.", "no", False),
+        ("A ball on the table", "ball on a table", True),
+        ("它是红色的。", "红色", True),
+        ("它是 red 色的。", "red", True),
+        ("它是色红的。", "红色", False),
+        ("red", "It is red.", False),
+        ("", "red", False),
+        ("red", "", False),
+    ],
+)
+def test_an_answer_has_the_reference_in_whole_words(answer: str, reference: str, held: bool) -> None:
+    assert contains_reference(answer, reference) is held
 
 
-def test_summary_of_text_has_no_sight() -> None:
-    summary = summarise([score("text only", "four", "four")])
-    assert (summary.accuracy, summary.sight, summary.accuracy_other_picture) == (1, None, None)
+@given(st.text(), st.text(), st.text())
+def test_what_is_put_around_a_reference_does_not_hide_it(before: str, reference: str, after: str) -> None:
+    if tokens(reference) and reference == normalise(reference):
+        assert contains_reference(f"{normalise(before)} {reference} {normalise(after)}", reference)
 
 
-def test_summaries_come_by_type_in_order() -> None:
-    by_type = summarise_by_type([score("b", "x", "x"), score("a", "x", "y"), score("b", "x", "y")])
-    assert {name: (one.n, one.accuracy) for name, one in by_type.items()} == {"b": (2, 0.5), "a": (1, 0.0)}
-    assert list(by_type) == ["b", "a"]
+@given(st.text(), st.text())
+def test_every_metric_is_between_0_and_1_and_1_for_the_reference_itself(answer: str, reference: str) -> None:
+    for metric in METRICS.values():
+        assert 0 <= metric.measure(answer, reference) <= 1
+        assert not tokens(reference) or metric.measure(reference, reference) == 1

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import TrainConfig
 from dianjing.errors import CheckpointError, ConfigError, DataError, DianjingError, ModelError
+from dianjing.export.export import Options
+from dianjing.export.hf import save
 from dianjing.formats.pickle import read_checkpoint
 from dianjing.formats.xtuner import moments_by_name
 from dianjing.importing.run import Wishes, import_run
 from dianjing.infer.load import load_for_use
+from dianjing.infer.segments import reader_of
 from dianjing.model.weights import trainable_state
 from dianjing.run.checkpoint import damage, newest, read_state
 from dianjing.train.loop import train
@@ -290,6 +293,19 @@ def test_an_error_in_the_config_inside_is_said_with_the_checkpoint(tmp_path: Pat
     )
     with pytest.raises(ConfigError, match=r"iter_1\.pth \(its config\): line 1: y\(...\) would have to be run"):
         import_run(source, tmp_path / "run", HERE)
+
+
+def test_transparent_pictures_are_read_as_xtuner_does_wherever_the_run_goes(tmp_path: Path) -> None:
+    import_run(PRETRAIN, tmp_path / "run", HERE)
+    recipe = load_recipe(tmp_path / "run" / "recipe.toml")
+    assert recipe.data.transparency == "drop"
+    assert reader_of(recipe)[1].transparency == "drop"
+    seer = load_for_use(str(tmp_path / "run"), "cpu")
+    assert seer.image_processor
+    assert seer.image_processor.transparency == "drop"
+    (tmp_path / "export").mkdir()
+    save(seer, tmp_path / "export", Options())
+    assert load_for_use(str(tmp_path / "export"), "cpu").image_processor == seer.image_processor
 
 
 def test_the_state_says_which_recipe(tmp_path: Path) -> None:

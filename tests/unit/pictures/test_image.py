@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from dianjing.errors import DataError, ModelError
 from dianjing.pictures.image import ImageProcessor, check_image, load_image
+from dianjing.pictures.picture import opaque
 
 SIZES = [
     (40, 40),
@@ -146,9 +148,39 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
     palette.save(tmp_path / "palette.png", transparency=0)
-    load = [load_image(str(tmp_path), f"{name}.png") for name in ("clear", "half", "palette")]
+    load = [opaque(load_image(str(tmp_path), f"{name}.png")) for name in ("clear", "half", "palette")]
     assert [image.getpixel((0, 0)) for image in load] == [(255, 255, 255), (127, 127, 127), (255, 255, 255)]
     assert load[2].getpixel((1, 0)) == (40, 50, 60)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB"])
+def test_dropped_transparency_is_pillows_conversion_to_rgb(tmp_path: Path, mode: str) -> None:
+    """XTuner and LLaVA read a picture as Image.open(path).convert("RGB")."""
+    colours = np.arange(6 * 5 * 4, dtype=np.uint8).reshape(6, 5, 4) * 2
+    image = Image.fromarray(colours).convert(mode.replace("PA", "P"))
+    options = {"P": {"transparency": 7}, "PA": {"transparency": bytes(range(256))}, "RGB": {"transparency": (0, 2, 4)}}
+    image.save(tmp_path / "a.png", **options.get(mode, {}))
+    with Image.open(tmp_path / "a.png") as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    loaded = load_image(str(tmp_path), "a.png")
+    assert loaded.mode == "RGBA"
+    assert np.array_equal(np.asarray(opaque(loaded, "drop")), expected)
+    assert not np.array_equal(np.asarray(opaque(loaded, "white")), expected)
+
+
+def test_the_processor_makes_pictures_opaque_its_way(tmp_path: Path) -> None:
+    red = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    exact = {**CLIP, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    processor = processor_from(tmp_path, exact)
+    assert processor(red).unique().tolist() == [1]
+    assert replace(processor, transparency="drop")(red)[1:].unique().tolist() == [0]
+
+
+def test_a_folder_may_say_what_becomes_of_transparency(tmp_path: Path) -> None:
+    assert processor_from(tmp_path, {**CLIP, "dianjing_transparency": "drop"}).transparency == "drop"
+    with pytest.raises(ModelError, match='dianjing_transparency is "black"'):
+        processor_from(tmp_path, {**CLIP, "dianjing_transparency": "black"})
 
 
 def test_grey_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:

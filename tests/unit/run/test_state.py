@@ -55,6 +55,15 @@ def test_another_recipe_is_refused_and_its_changes_named(recipe: Any, dataset: D
     ]
 
 
+def test_a_field_that_the_saved_run_did_not_know_had_its_default(recipe: Any, dataset: Dataset) -> None:
+    saved = state_at(1, recipe, dataset)
+    del saved.recipe["data.transparency"]
+    require_same_run(saved, state_at(0, recipe, dataset), "here")
+    other = replace(recipe, data=replace(recipe.data, transparency="drop"))
+    with pytest.raises(CheckpointError, match=r'data\.transparency was "white", is "drop"'):
+        require_same_run(saved, state_at(0, other, dataset), "here")
+
+
 def test_other_data_are_refused_and_what_changed_is_named(recipe: Any, dataset: Dataset) -> None:
     before = state_at(1, recipe, dataset)
     fewer = replace(dataset, report={**dataset.report, "records": 7}, fingerprint="x")

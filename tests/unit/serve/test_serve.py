@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,13 @@ class Application:
 
 
 def ask(
-    body: Any, *, key: str = "", path: str = CHAT, method: str = "POST", headers: dict[str, str] = JSON
+    body: Any,
+    *,
+    key: str = "",
+    path: str = CHAT,
+    method: str = "POST",
+    headers: dict[str, str] = JSON,
+    room: Room = ROOM,
 ) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """Return status, reply, and what reached the application."""
     application = Application()
@@ -82,7 +89,7 @@ def ask(
 
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": fields}
-    asyncio.run(Guard(app=application, model="mine", room=ROOM, key=key)(scope, receive, send))
+    asyncio.run(Guard(app=application, model="mine", room=room, key=key)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), application.bodies
 
 
@@ -117,16 +124,17 @@ def test_a_question_reaches_the_application_greedy_unless_it_says_otherwise() ->
 
 
 def test_a_picture_is_prepared_as_in_training() -> None:
-    """Upright, transparency on white, whatever its format: what reaches the application is a plain PNG."""
+    """Upright and opaque, whatever its format: what reaches the application is a plain PNG."""
     tall = Image.new("RGB", (2, 6), "blue")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     clear = Image.new("RGBA", (3, 3), (0, 0, 0, 0))
-    for url, size, colour in (
-        (picture(tall, "JPEG", exif=exif), (6, 2), None),
-        (picture(clear), (3, 3), (255, 255, 255)),
+    for url, size, colour, room in (
+        (picture(tall, "JPEG", exif=exif), (6, 2), None, ROOM),
+        (picture(clear), (3, 3), (255, 255, 255), ROOM),
+        (picture(clear), (3, 3), (0, 0, 0), replace(ROOM, transparency="drop")),
     ):
-        (body,) = ask(question(url))[2]
+        (body,) = ask(question(url), room=room)[2]
         passed = body["messages"][0]["content"][0]["image_url"]["url"]
         assert passed.startswith("data:image/png;base64,")
         image = Image.open(io.BytesIO(base64.b64decode(passed.partition(",")[2])))
