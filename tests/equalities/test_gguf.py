@@ -32,7 +32,7 @@ from tests.loaded_models import conversations, loaded_model, loaded_text_model
 from tests.tiny import write_clip, write_siglip, write_tokenizer
 
 pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'dianjing[gguf]'")
-from dianjing.export.gguf import file, llama, text
+from dianjing.export.gguf import file, llama, text, write
 from dianjing.export.gguf import format as module
 from dianjing.export.gguf.file import read_keys, read_tensors, read_types
 from dianjing.export.gguf.format import TEXT_FILE, VISION_FILE
@@ -215,15 +215,15 @@ def one_layer_less(config: Any, processor: Any) -> Any:
     return keys | {"clip.vision.feature_layer": [keys["clip.vision.block_count"] - 1]}
 
 
-TEXT_KEYS, VISION_KEYS = module.text_keys, module.vision_keys
+TEXT_KEYS, VISION_KEYS = write.text_keys, write.vision_keys
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
         ((text, "_permuted", unpermuted), "read back with an error"),
-        ((module, "text_keys", other_epsilon), "does not equal the run"),
-        ((module, "vision_keys", one_layer_less), "does not equal the run"),
+        ((write, "text_keys", other_epsilon), "does not equal the run"),
+        ((write, "vision_keys", one_layer_less), "does not equal the run"),
     ],
 )
 def test_a_fault_of_ours_is_seen(
