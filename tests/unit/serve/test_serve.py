@@ -16,8 +16,10 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from dianjing.errors import ConfigError
-from dianjing.serve import serve
-from dianjing.serve.serve import Guard, Room, example, open_port, vllm_command
+from dianjing.serve import api
+from dianjing.serve.api import ApiGuard
+from dianjing.serve.chat_request import ContextWindow
+from dianjing.serve.server import example, open_port, vllm_command
 
 CHAT = "/v1/chat/completions"
 JSON = {"host": "127.0.0.1:8080", "content-type": "application/json"}
@@ -48,7 +50,7 @@ class Words:
         return SimpleNamespace(input_ids=text.split())
 
 
-ROOM = Room(positions=100, picture=20, processor=Words())
+WINDOW = ContextWindow(positions=100, picture=20, processor=Words())
 
 
 class Application:
@@ -82,7 +84,7 @@ def ask(
 
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": fields}
-    asyncio.run(Guard(app=application, model="mine", room=ROOM, key=key)(scope, receive, send))
+    asyncio.run(ApiGuard(app=application, model="mine", window=WINDOW, key=key)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), application.bodies
 
 
@@ -240,7 +242,7 @@ def test_an_answer_has_the_room_that_the_prompt_leaves() -> None:
 
 
 def test_a_request_too_large_is_refused_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "MAX_REQUEST_BYTES", 2**20)
+    monkeypatch.setattr(api, "MAX_REQUEST_BYTES", 2**20)
     assert ask(b" " * (2**20 + 1))[0] == 413
     assert ask(b" " * 2**20 + b"{")[0] == 413
 
