@@ -27,9 +27,10 @@ from dianjing.config.load import load_recipe
 from dianjing.demo.run import read_questions
 from dianjing.export.export import export
 from dianjing.export.formats import Options
-from dianjing.export.gguf.format import TEXT_FILE, VISION_FILE
 from dianjing.export.gguf.llama import Request, ask_llama
 from dianjing.export.gguf.proof import prompt_text
+from dianjing.export.gguf.text import TEXT_FILE
+from dianjing.export.gguf.vision import VISION_FILE
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids
 from dianjing.infer.load import load_for_use
 from dianjing.model.folders import resolve

@@ -35,7 +35,8 @@ pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'dianjing[
 from dianjing.export.gguf import file, llama, text, write
 from dianjing.export.gguf import format as module
 from dianjing.export.gguf.file import read_keys, read_tensors, read_types
-from dianjing.export.gguf.format import TEXT_FILE, VISION_FILE
+from dianjing.export.gguf.text import TEXT_FILE
+from dianjing.export.gguf.vision import VISION_FILE
 
 needs_llama = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: pip install llama-cpp-python"

@@ -11,12 +11,11 @@ from typing import Any
 
 from dianjing.errors import ExportError
 from dianjing.export.formats import Options
-from dianjing.export.gguf.text import architecture
-from dianjing.export.gguf.vision import check_tower
+from dianjing.export.gguf.text import TEXT_FILE, architecture
+from dianjing.export.gguf.vision import VISION_FILE, check_tower
 from dianjing.export.receipt import Proof
 from dianjing.infer.generate import Conversation, LoadedModel
 
-TEXT_FILE, VISION_FILE = "text.gguf", "mmproj.gguf"
 LOADING = f"""\
 llama.cpp: `llama-server -m {TEXT_FILE} --mmproj {VISION_FILE} --jinja --no-cache-prompt`
 

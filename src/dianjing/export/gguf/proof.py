@@ -19,11 +19,10 @@ from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
 from dianjing.export.gguf.chat import MEDIA, gguf_chat_template
 from dianjing.export.gguf.file import ROUNDING, read_types, rounding
-from dianjing.export.gguf.format import TEXT_FILE, VISION_FILE
 from dianjing.export.gguf.llama import IMAGE, Reply, Request, ask_llama
 from dianjing.export.gguf.read import Pair, pair_logits, read_pair
-from dianjing.export.gguf.text import ROPE_FACTORS, architecture, text_name, text_state
-from dianjing.export.gguf.vision import preprocessing_notes, vision_tensors
+from dianjing.export.gguf.text import ROPE_FACTORS, TEXT_FILE, architecture, text_name, text_state
+from dianjing.export.gguf.vision import VISION_FILE, preprocessing_notes, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import ANSWER_TOKENS, Case, Proof, logit_difference, run_logits
 from dianjing.infer.generate import Conversation, LoadedModel, answering, generate_ids, prepare

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dianjing.export.gguf.file import read_keys, read_tensors
-from dianjing.export.gguf.format import TEXT_FILE, VISION_FILE
-from dianjing.export.gguf.text import ROPE_FACTORS
+from dianjing.export.gguf.text import ROPE_FACTORS, TEXT_FILE
+from dianjing.export.gguf.vision import VISION_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from dianjing.errors import ExportError
 if TYPE_CHECKING:
     from dianjing.export.gguf.file import Value  # needs the package gguf
 
+TEXT_FILE = "text.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """model_type -> llama.cpp's name; InternLM2 is read as Llama before it comes here."""
 PLAIN_ROPE = ("default", "dynamic")

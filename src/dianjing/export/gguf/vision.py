@@ -15,6 +15,7 @@ from dianjing.pictures.image import ImageProcessor
 if TYPE_CHECKING:
     from dianjing.export.gguf.file import Value  # needs the package gguf
 
+VISION_FILE = "mmproj.gguf"
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """model_type -> the only choice of features that llama.cpp makes for it: without the class token, or all."""
 GELU = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}

@@ -12,11 +12,10 @@ from dianjing.errors import ExportError
 from dianjing.export.formats import Options
 from dianjing.export.gguf.chat import gguf_chat_template, modelfile
 from dianjing.export.gguf.file import BLOCK_TYPES, K_TYPES, TYPES, Type, gguf, stored_type, write_gguf
-from dianjing.export.gguf.format import TEXT_FILE, VISION_FILE
 from dianjing.export.gguf.llama import quantize_llama, require_llama
-from dianjing.export.gguf.text import EMBEDDING, text_keys, text_tensors
+from dianjing.export.gguf.text import EMBEDDING, TEXT_FILE, text_keys, text_tensors
 from dianjing.export.gguf.tokenizer import tokenizer_keys
-from dianjing.export.gguf.vision import check_vision, vision_keys, vision_tensors
+from dianjing.export.gguf.vision import VISION_FILE, check_vision, vision_keys, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.infer.generate import LoadedModel, stop_sequences
 
