@@ -102,10 +102,6 @@ FORMATS: Mapping[str, Format] = {
         module="dianjing.export.gguf.format",
         options=("quantize", "verify"),
     ),
-    "plain": Format(
-        purpose="merged weights alone, for whoever writes the model around them",
-        module="dianjing.export.plain",
-    ),
 }
 
 
