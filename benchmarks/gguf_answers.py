@@ -25,10 +25,12 @@ from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from dianjing.config.load import load_recipe
 from dianjing.demo.run import read_questions
-from dianjing.export.export import Options, export
-from dianjing.export.gguf_llama import Request, ask_llama
-from dianjing.export.gguf_proof import prompt_text
-from dianjing.export.gguf_read import TEXT_FILE, VISION_FILE
+from dianjing.export.export import export
+from dianjing.export.formats import Options
+from dianjing.export.gguf.llama import Request, ask_llama
+from dianjing.export.gguf.proof import prompt_text
+from dianjing.export.gguf.text import TEXT_FILE
+from dianjing.export.gguf.vision import VISION_FILE
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids
 from dianjing.infer.load import load_for_use
 from dianjing.model.folders import resolve

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from dianjing.cli.main import main
+from dianjing.config.load import save_recipe
 from tests.conftest import MakeRecipe
 from tests.loaded_models import loaded_model, write_run
-from tests.tiny import write_llm
+from tests.tiny import write_clip, write_llm, write_siglip
 
 LORA = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -110,3 +111,20 @@ def test_a_format_that_is_not_there(run: str, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["export", run, str(tmp_path / "out"), "--format", "onnx"])
     assert "gguf" in capsys.readouterr().err
+
+
+def test_plan_and_train_say_which_formats_cannot_hold_the_model(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_recipe(make_recipe("pretrain", train={"max_steps": 1}), tmp_path / "recipe.toml")
+    given = [str(tmp_path / "recipe.toml"), "--vision-tower.folder"]
+    clip, siglip = str(write_clip(tmp_path / "clip")), str(write_siglip(tmp_path / "siglip"))
+    for tower, refusing in ((clip, []), (siglip, ["xtuner", "llava"])):
+        assert main(["plan", *given, tower, "--json"]) == 0
+        assert [*json.loads(capsys.readouterr().out)["not_exported_to"]] == refusing
+        for verb in ("plan", "train"):
+            assert main([verb, *given, tower, "--output", str(tmp_path / f"run{len(refusing)}")]) == 0
+            shown = "".join(capsys.readouterr())
+            assert re.findall("this run will not export to (.*?): ", shown) == refusing
+    assert main(["train", *given, siglip, "--output", str(tmp_path / "quiet"), "--quiet"]) == 0
+    assert "will not export" not in "".join(capsys.readouterr())

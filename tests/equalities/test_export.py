@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dianjing.errors import ExportError
 from dianjing.export import hf
-from dianjing.export.export import Options, export
+from dianjing.export.export import export
+from dianjing.export.formats import Options
 from dianjing.export.layout import EMBEDDING, HEAD
 from dianjing.export.receipt import ANSWER_TOKENS, drawn_cases
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids
@@ -212,7 +213,7 @@ def test_a_text_model_is_not_exported(tiny_llm: Path, tmp_path: Path) -> None:
 
 
 def test_large_weights_are_sharded(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dianjing.export.hf.SHARD_SIZE", "100KB")
+    monkeypatch.setattr("dianjing.export.files.SHARD_SIZE", "100KB")
     assert all(case.equal for case in export(loaded, tmp_path / "out").cases)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     shutil.rmtree(tmp_path / "out")

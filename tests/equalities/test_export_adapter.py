@@ -18,7 +18,8 @@ from dianjing.config.load import load_recipe, save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ExportError, ModelError
 from dianjing.export import adapter
-from dianjing.export.export import Options, export
+from dianjing.export.export import export
+from dianjing.export.formats import Options
 from dianjing.export.merge import merged_state
 from dianjing.infer.generate import LoadedModel, generate_ids
 from dianjing.infer.load import load_for_use
@@ -128,7 +129,7 @@ def test_what_is_no_run_has_no_adapter(tiny_llm: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_has_no_other_type(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="not in bf16"):
+    with pytest.raises(ExportError, match="--dtype: the format adapter does not take it"):
         export(loaded_model(make_recipe("pretrain")), tmp_path / "out", format="adapter", options=Options(dtype="bf16"))
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from dianjing.errors import ExportError
 from dianjing.export import hf
-from dianjing.export.export import Dtype, Options, export
+from dianjing.export.export import export
+from dianjing.export.formats import Dtype, Options
 from dianjing.export.layout import EMBEDDING, HEAD
 from dianjing.infer.load import load_for_use
 from dianjing.train.loop import train

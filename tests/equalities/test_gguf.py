@@ -24,17 +24,19 @@ from transformers import (
 )
 
 from dianjing.errors import ExportError
-from dianjing.export.export import Options, export
+from dianjing.export.export import export
+from dianjing.export.formats import Options
 from dianjing.infer.generate import LoadedModel
 from tests.conftest import MakeRecipe
 from tests.loaded_models import conversations, loaded_model, loaded_text_model
 from tests.tiny import write_clip, write_siglip, write_tokenizer
 
 pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'dianjing[gguf]'")
-from dianjing.export import gguf as module
-from dianjing.export import gguf_file, gguf_llama, gguf_text
-from dianjing.export.gguf_file import read_keys, read_tensors, read_types
-from dianjing.export.gguf_read import TEXT_FILE, VISION_FILE
+from dianjing.export.gguf import file, llama, text, write
+from dianjing.export.gguf import format as module
+from dianjing.export.gguf.file import read_keys, read_tensors, read_types
+from dianjing.export.gguf.text import TEXT_FILE
+from dianjing.export.gguf.vision import VISION_FILE
 
 needs_llama = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: pip install llama-cpp-python"
@@ -197,7 +199,7 @@ def test_wrong_features_of_a_clip_are_seen(make_loaded: Callable[..., LoadedMode
 def test_a_file_that_llama_cpp_cannot_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_bytes(b"GGUF")
     with pytest.raises(ExportError, match="cannot use the files"):
-        gguf_llama.ask_llama(tmp_path / "text.gguf", tmp_path / "mmproj.gguf", [])
+        llama.ask_llama(tmp_path / "text.gguf", tmp_path / "mmproj.gguf", [])
 
 
 def unpermuted(tensor: Tensor, name: str, config: Any) -> Tensor:
@@ -214,15 +216,15 @@ def one_layer_less(config: Any, processor: Any) -> Any:
     return keys | {"clip.vision.feature_layer": [keys["clip.vision.block_count"] - 1]}
 
 
-TEXT_KEYS, VISION_KEYS = module.text_keys, module.vision_keys
+TEXT_KEYS, VISION_KEYS = write.text_keys, write.vision_keys
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ((gguf_text, "_permuted", unpermuted), "read back with an error"),
-        ((module, "text_keys", other_epsilon), "does not equal the run"),
-        ((module, "vision_keys", one_layer_less), "does not equal the run"),
+        ((text, "_permuted", unpermuted), "read back with an error"),
+        ((write, "text_keys", other_epsilon), "does not equal the run"),
+        ((write, "vision_keys", one_layer_less), "does not equal the run"),
     ],
 )
 def test_a_fault_of_ours_is_seen(
@@ -285,14 +287,14 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 
 
 def test_a_bias_that_llama_has_no_place_for_is_refused() -> None:
-    assert gguf_text.text_name("model.language_model.layers.0.self_attn.q_proj.bias", "qwen2") == "blk.0.attn_q.bias"
+    assert text.text_name("model.language_model.layers.0.self_attn.q_proj.bias", "qwen2") == "blk.0.attn_q.bias"
     for live, kind in (
         ("model.language_model.layers.0.self_attn.q_proj.bias", "llama"),
         ("model.language_model.layers.0.self_attn.q_norm.weight", "qwen2"),
         ("model.language_model.layers.0.mlp.experts.0.weight", "llama"),
     ):
         with pytest.raises(ExportError, match="no place"):
-            gguf_text.text_name(live, kind)
+            text.text_name(live, kind)
 
 
 def test_a_text_only_model_is_refused(tiny_llm: Path, tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_a_text_only_model_is_refused(tiny_llm: Path, tmp_path: Path) -> None:
 def test_without_llama_cpp_it_is_said_before_anything_is_written(
     make_loaded: Callable[..., LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_llama.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: None)
     for options in (Options(verify=True), Options(quantize="q4_k_m")):
         with pytest.raises(ExportError, match="pip install llama-cpp-python"):
             module.save(make_loaded(), tmp_path, options)
@@ -323,9 +325,9 @@ def test_how_pictures_are_prepared_is_noted(make_loaded: Callable[..., LoadedMod
 
 def test_rounding_of_tensors() -> None:
     tensor = torch.randn(4, 64)
-    assert gguf_file.rounding(tensor, tensor) == 0
-    assert gguf_file.rounding(tensor[:2], tensor) == float("inf")
-    assert gguf_file.rounding(torch.zeros(4, 64), tensor) == pytest.approx(1)
-    assert not gguf_file.rounding(tensor / 0, tensor) <= 1
-    assert gguf_file.stored_type(torch.zeros(64), gguf_file.TYPES["q8_0"]).name == "F32"
-    assert gguf_file.stored_type(torch.zeros(64, 31), gguf_file.TYPES["q8_0"]).name == "F16"
+    assert file.rounding(tensor, tensor) == 0
+    assert file.rounding(tensor[:2], tensor) == float("inf")
+    assert file.rounding(torch.zeros(4, 64), tensor) == pytest.approx(1)
+    assert not file.rounding(tensor / 0, tensor) <= 1
+    assert file.stored_type(torch.zeros(64), file.TYPES["q8_0"]).name == "F32"
+    assert file.stored_type(torch.zeros(64, 31), file.TYPES["q8_0"]).name == "F16"

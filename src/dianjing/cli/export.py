@@ -1,4 +1,4 @@
-"""`dianjing export RUN OUT`: merge, write in the hub's layout, read back, compare."""
+"""`dianjing export RUN OUT --format NAME`: write, read back, compare, keep."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from dianjing.cli.flags import parse
 from dianjing.config.load import load_recipe
 from dianjing.errors import DataError
+from dianjing.export.formats import FORMATS, Dtype, Options, require_taken
 from dianjing.run.layout import RECIPE
 
 if TYPE_CHECKING:
@@ -19,9 +20,19 @@ if TYPE_CHECKING:
     from dianjing.infer.generate import Conversation
 
 NAME = "export"
-SUMMARY = "write a run as a Hugging Face LLaVA folder that equals it"
+SUMMARY = "write a run for other programs to load, proved to answer as the run does"
 RECORDS = 8
 """Records of the data that run and export are compared on, besides drawn pictures."""
+FORMATS_HELP = "\n".join(f"{name}: {format.purpose}" for name, format in FORMATS.items()) + "\n"
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[*FORMATS]
+
+
+def taken_by(option: str) -> str:
+    """Return the names of the formats that take an option."""
+    return ", ".join(name for name, format in FORMATS.items() if option in format.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +47,10 @@ class Arguments:
     """LLaVA JSON to compare run and export on; the run's own if not given."""
     images: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Folder of its pictures; the data file's own if not given."""
-    format: Literal["hf", "adapter", "xtuner", "llava", "gguf"] = "hf"
-    """hf: merged, for transformers, vLLM and others; adapter: only what was learned; xtuner, llava: for those
-    programs; gguf: for llama.cpp and Ollama."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the weights written."""
-    quantize: str = "f16"
-    """Type of the language model's weights in a GGUF."""
-    verify: bool = False
-    """Let llama.cpp itself answer from a GGUF, too."""
+    format: Annotated[FormatName, tyro.conf.arg(help=FORMATS_HELP)] = "hf"
+    dtype: Annotated[Dtype, tyro.conf.arg(help=f"{taken_by('dtype')}: type of the weights.")] = "fp32"
+    quantize: Annotated[str, tyro.conf.arg(help=f"{taken_by('quantize')}: type of the LLM's weights.")] = "f16"
+    verify: Annotated[bool, tyro.conf.arg(help=f"{taken_by('verify')}: let llama.cpp answer, too.")] = False
 
 
 def run(arguments: list[str]) -> int:
@@ -52,13 +58,14 @@ def run(arguments: list[str]) -> int:
     given = parse(Arguments, arguments, NAME, SUMMARY)
 
     # Slow to import, so a typing error is said before.
-    from dianjing.export.export import Options, export, require_free
+    from dianjing.export.export import export, require_free
     from dianjing.infer.load import load_for_use
 
     require_free(given.out)
+    options = Options(dtype=given.dtype, quantize=given.quantize, verify=given.verify)
+    require_taken(given.format, options)
     notices = Console(stderr=True)
     conversations = real_conversations(given, notices)
-    options = Options(dtype=given.dtype, quantize=given.quantize, verify=given.verify)
     proof = export(load_for_use(given.run, "cpu"), given.out, conversations, given.format, options)
     notices.print(said(proof), soft_wrap=True, highlight=False, markup=False)
     print(given.out)

@@ -46,15 +46,19 @@ def run(arguments: list[str]) -> int:
     given = parse_with_recipe(Arguments, arguments, NAME, f"{SUMMARY}\n{DETAILS}")
     gpus = _gpus(given)
 
+    from dianjing.export.refusals import as_lines, refusals
     from dianjing.plan.plan import make_plan  # slow to import: a typing error is said before
     from dianjing.plan.report import as_json, print_plan
 
     with Console(stderr=True).status("reading what models and records are like"):
         plan = make_plan(given.recipe, gpus or _here_or_all(), given.gpus)
     if given.json:
-        print(json.dumps(as_json(plan)))
+        print(json.dumps(as_json(plan) | {"not_exported_to": refusals(given.recipe)}))
     else:
-        print_plan(plan, given.path, Console(highlight=False))
+        console = Console(highlight=False)
+        print_plan(plan, given.path, console)
+        for line in as_lines(refusals(given.recipe)):
+            console.print(line, markup=False, soft_wrap=True)
     return 0
 
 

@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("--backend vllm: there is no program vllm; install it: pip install vllm")
 
     # Slow to import, so a typing error is said before.
-    from dianjing.serve.serve import HOST, Guard, example, open_port, run_server, transformers_app, vllm_command
+    from dianjing.serve.server import HOST, example, open_port, run_server, vllm_command
 
     key = os.environ.get(KEY, "")
     with open_port(given.port) as listening:
@@ -50,8 +50,12 @@ def run(arguments: list[str]) -> int:
         folder = servable(given.model, port, console)
         if given.backend == "transformers":
             console.print(f"loading {folder}")
-            app, room = transformers_app(folder)
-            guard = Guard(app=app, model=folder.name, room=room, key=key)
+            from dianjing.serve.transformers_server import transformers_app
+
+            app, window = transformers_app(folder)
+            from dianjing.serve.api import ApiGuard  # needs what transformers_app has found to be installed
+
+            guard = ApiGuard(app=app, model=folder.name, window=window, key=key)
             console.print(f"serving {folder.name} at http://{HOST}:{port}/v1 to this machine only; Ctrl-C ends")
             console.print(example(port, folder.name, bool(key)))
             run_server(guard, listening)

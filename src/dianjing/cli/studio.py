@@ -70,8 +70,8 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.model.hub import ONLINE
-    from dianjing.serve.guard import Guard
-    from dianjing.serve.serve import HOST, open_port, run_server
+    from dianjing.serve.page import PageGuard
+    from dianjing.serve.server import HOST, open_port, run_server
     from dianjing.studio.app import build_app
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
             if not given.no_browser:
                 threading.Timer(0.5, webbrowser.open, [address]).start()
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: runs get their checkpoint
-            app = Guard(app=build_app(studio), port=port, token=token)
+            app = PageGuard(app=build_app(studio), port=port, token=token)
             run_server(app, listening, studio.models.ending.set)
         finally:
             with console.status("stopping"):

@@ -9,6 +9,8 @@ from typing import Annotated
 import tyro
 
 from dianjing.cli.flags import RunArguments, parse_with_recipe
+from dianjing.config.schema import Recipe
+from dianjing.errors import ModelError
 
 NAME = "train"
 SUMMARY = "train what a recipe says"
@@ -41,6 +43,8 @@ def run(arguments: list[str]) -> int:
     from dianjing.train.loop import train  # slow to import: a typing error in the recipe is said before
     from dianjing.train.ranks import is_main, leave
 
+    if is_main() and not given.quiet:
+        _say_refusals(given.recipe)
     try:
         train(given.recipe, resume=given.resume, quiet=given.quiet)
     except Stopped as stopped:
@@ -50,6 +54,18 @@ def run(arguments: list[str]) -> int:
         return stopped.exit_code
     leave()
     return 0
+
+
+def _say_refusals(recipe: Recipe) -> None:
+    """Print which export formats cannot hold the model."""
+    from dianjing.export.refusals import as_lines, refusals
+
+    try:
+        lines = as_lines(refusals(recipe))
+    except ModelError:  # training says it, in its own order
+        return
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def without_gpus(arguments: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dianjing.config.schema import Recipe
 from dianjing.errors import ExportError
-from dianjing.export.export import Options
+from dianjing.export.formats import Options
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Case, Proof, compare
 from dianjing.infer.generate import Conversation, LoadedModel
@@ -55,6 +55,11 @@ print(generate(load_for_use("."), [Conversation((), "<image>\\nWhat is in the pi
 """
 
 
+def can_hold(tower: Any, llm: Any) -> str | None:
+    """Return None: it holds every model."""
+    return None
+
+
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write what was learned into an existing folder.
 
@@ -62,8 +67,6 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
         ExportError: there is no run, or it changed every weight of a part.
     """
     recipe = _recipe(loaded)
-    if options.dtype != "fp32":
-        raise ExportError(f"an adapter is written in fp32, as it was trained, not in {options.dtype}; drop --dtype")
     for part in PARTS:
         if getattr(recipe, part).tuning == "full":
             raise ExportError(

@@ -11,22 +11,21 @@ from jinja2 import Environment, StrictUndefined
 from dianjing import __version__
 from dianjing.config.schema import Recipe
 from dianjing.errors import CheckpointError
+from dianjing.export.formats import FORMATS
 from dianjing.export.receipt import Proof
 from dianjing.infer.generate import LoadedModel
 from dianjing.run.checkpoint import newest, read_state
 from dianjing.run.state import TrainState
 
 PARTS = ("language_model", "vision_tower")
-LIBRARIES = {"hf": "transformers", "adapter": "peft"}
-"""What the hub's page of a model offers to load it with."""
 
 
-def write_card(loaded: LoadedModel, folder: Path, format: str, loading: str, proof: Proof) -> None:
+def write_card(loaded: LoadedModel, folder: Path, format: str, proof: Proof) -> None:
     """Write README.md: how the model was made, how it is loaded, how far it equals its run.
 
-    In `loading`, LANGUAGE_MODEL and VISION_TOWER stand for the base models.
+    In how a format is loaded, LANGUAGE_MODEL and VISION_TOWER stand for the base models.
     """
-    recipe = loaded.recipe
+    recipe, loading = loaded.recipe, FORMATS[format].code.LOADING
     bases = {part: base_name(getattr(recipe, part).folder) for part in PARTS} if recipe else {}
     for part, name in bases.items():
         loading = loading.replace(part.upper(), name)
@@ -36,8 +35,8 @@ def write_card(loaded: LoadedModel, folder: Path, format: str, loading: str, pro
         name=Path(loaded.name).name,
         version=__version__,
         format=format,
-        what=", only what was learned" if format in ("adapter", "xtuner") else "",
-        library=LIBRARIES.get(format),
+        what=", only what was learned" if FORMATS[format].learned_only else "",
+        library=FORMATS[format].library,
         recipe=recipe,
         bases=bases,
         base_models=[name for name in bases.values() if _on_hub(name)],

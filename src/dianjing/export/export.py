@@ -1,53 +1,19 @@
-"""LoadedModel -> a folder others can load, in one of FORMATS, which is kept only if it answers as the run does.
-
-A format is a module with
-
-    LOADING: str                                            Markdown for its model card: how it is loaded
-    save(loaded, folder, options) -> None                     writes it into an existing folder
-    prove(loaded, folder, conversations, options) -> Proof    reads it back as its readers do, and compares
-
-Both raise ExportError, with the reason, for what the format cannot hold.
-"""
+"""LoadedModel -> a folder that other programs load, in one of FORMATS, kept only if it answers as the run does."""
 
 from __future__ import annotations
 
-import importlib
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 
 from dianjing.errors import DianjingError, ExportError
 from dianjing.export.card import write_card
+from dianjing.export.formats import DEFAULTS, Code, Dtype, Options, find_format, require_taken
 from dianjing.export.receipt import Proof, drawn_cases, write_receipt
 from dianjing.infer.generate import Conversation, LoadedModel
-
-FORMATS = {
-    "hf": "dianjing.export.hf",
-    "adapter": "dianjing.export.adapter",
-    "xtuner": "dianjing.export.xtuner",
-    "llava": "dianjing.export.llava",
-    "gguf": "dianjing.export.gguf",
-}
-"""Name of a format -> its module, imported only when it is asked for."""
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user can choose; a format that a choice means nothing to refuses it when it is not the default."""
-
-    dtype: Dtype = "fp32"
-    """Of the weights written."""
-    quantize: str = "f16"
-    """GGUF's type of the language model's weights."""
-    verify: bool = False
-    """Also let the format's own program answer (GGUF: llama.cpp)."""
 
 
 def export(
@@ -55,7 +21,7 @@ def export(
     out: Path,
     conversations: Sequence[Conversation] = (),
     format: str = "hf",
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> Proof:
     """Write the model to `out` with its receipt and model card, and return what was compared.
 
@@ -65,16 +31,17 @@ def export(
         ExportError: `out` exists, the model cannot be exported, or the export does not equal the run.
     """
     require_free(out)
-    module = _module(format, options)
+    code = find_format(format).code
+    _require_held(loaded, format, options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix="unproven-", dir=out.parent, ignore_cleanup_errors=True) as place:
             unproven = Path(place, out.name)
             unproven.mkdir()
-            module.save(loaded, unproven, options)
-            proof = _prove(module, loaded, unproven, [*conversations, *drawn_cases()], options)
+            code.save(loaded, unproven, options)
+            proof = _prove(code, loaded, unproven, [*conversations, *drawn_cases()], options)
             write_receipt(loaded, unproven, format, proof)
-            write_card(loaded, unproven, format, module.LOADING, proof)
+            write_card(loaded, unproven, format, proof)
             unproven.rename(out)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out}: cannot be written: {error}; make room, or choose another place") from error
@@ -99,33 +66,27 @@ def require_free(out: Path) -> None:
     raise ExportError(f"{out}: already there; remove it or give another name")
 
 
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse to begin to write what will not fit.
+def _require_held(loaded: LoadedModel, format: str, options: Options) -> None:
+    """Refuse a model or options that a format has no place for.
 
     Raises:
-        ExportError: the disk has too little room; both numbers are named.
+        ExportError: says which.
     """
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise ExportError(
-            f"{folder}: the export takes {needed_bytes:,} bytes, but only {free:,} are free on this disk; make room "
-            "or choose another place"
-        )
-
-
-def _module(format: str, options: Options) -> Any:
-    if format not in FORMATS:
-        raise ExportError(f'there is no export format "{format}"; there are {", ".join(FORMATS)}')
+    require_taken(format, options)
     if options.dtype not in get_args(Dtype):
         raise ExportError(f'dtype "{options.dtype}" is none of {", ".join(get_args(Dtype))}')
-    return importlib.import_module(FORMATS[format])
+    if not loaded.can_see:
+        raise ExportError(f"{loaded.name}: no run but a text-only model; train it, then export the run")
+    config: Any = loaded.model.config
+    if reason := find_format(format).code.can_hold(config.vision_config, config.text_config):
+        raise ExportError(reason)
 
 
 def _prove(
-    module: Any, loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options
+    code: Code, loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options
 ) -> Proof:
     try:
-        return module.prove(loaded, folder, conversations, options)
+        return code.prove(loaded, folder, conversations, options)
     except DianjingError:
         raise
     except Exception as error:  # whatever stops a stranger from reading it

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig
 
-from dianjing.constants import IMAGE_MARKER
+from dianjing.constants import IMAGE_MARKER, TEMPLATE_KEY
 from dianjing.data.record import with_markers, without_markers
 from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
-from dianjing.export.export import Options, require_space
-from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_state, with_image_row
+from dianjing.export.files import DTYPES, save_weights, write_json
+from dianjing.export.formats import Options
+from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_state, preprocessor_config, with_image_row
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import (
     ANSWER_TOKENS,
@@ -33,11 +31,7 @@ from dianjing.export.receipt import (
 from dianjing.export.tokenizer import save_tokenizer
 from dianjing.formats.weights import name_some
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare, stop_sequences
-from dianjing.infer.load import TEMPLATE_KEY
-from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
-SHARD_SIZE = "5GB"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPARED = "stock transformers reading the folder (AutoModelForImageTextToText, AutoProcessor) against the run"
 SCALED = ("gemma", "gemma2")
 """LLMs before which older readers scale picture features as if they were words."""
@@ -59,35 +53,38 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
+def can_hold(tower: Any, llm: Any) -> str | None:
+    """Return None: the layout holds every model."""
+    return None
+
+
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write weights (adapters merged), configuration, tokenizer and processor into an existing folder.
 
     Raises:
-        ExportError: the model has no eyes, its tokenizer cannot be written, or `dtype` cannot hold its weights.
+        ExportError: its tokenizer cannot be written, or `dtype` cannot hold its weights.
     """
-    model, tokenizer, encoder = loaded.model, loaded.tokenizer, loaded.encoder
-    if not isinstance(model, LlavaForConditionalGeneration) or loaded.image_processor is None:
-        raise ExportError(f"{loaded.name} is a text-only model; train it first, then export the run")
-    text_config = cast(Any, model.config.text_config)
+    tokenizer, encoder = loaded.tokenizer, loaded.encoder
+    config: Any = loaded.model.config
     weights = hub_state(_merged(loaded), DTYPES[options.dtype])
     save_weights(weights, folder)
 
     chat_template = jinja(encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
-    max_length = text_config.max_position_embeddings
+    max_length = config.text_config.max_position_embeddings
     save_tokenizer(tokenizer, encoder.image_token_id, chat_template, max_length, folder)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
-    config = hub_config(
-        model.config,
+    written = hub_config(
+        config,
         vocab_size=weights[EMBEDDING].shape[0],
         tied=HEAD not in weights,
         image_token_id=encoder.image_token_id,
         dtype=DTYPES[options.dtype],
     )
-    write_json(folder / "config.json", config | {TEMPLATE_KEY: encoder.template.name})
+    write_json(folder / "config.json", written | {TEMPLATE_KEY: encoder.template.name})
     write_json(folder / "generation_config.json", _generation_config(loaded))
-    write_json(folder / "preprocessor_config.json", preprocessor_config(loaded.image_processor))
-    write_json(folder / "processor_config.json", _processor_config(model.config))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(loaded.processor))
+    write_json(folder / "processor_config.json", _processor_config(config))
 
 
 def _merged(loaded: LoadedModel) -> dict[str, Tensor]:
@@ -191,32 +188,6 @@ def _processor_config(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
-    """Return preprocessor_config.json of the stock image processor that does what training did.
-
-    LLaVA's pads to a square on the mean colour, whatever the tower; CLIP's and SigLIP's own do not.
-    """
-    size = processor.size
-    stock = "CLIPImageProcessor" if processor.crop else "SiglipImageProcessor"
-    return {
-        "image_processor_type": "LlavaImageProcessor" if processor.aspect == "pad" else stock,
-        "processor_class": "LlavaProcessor",
-        "do_pad": processor.aspect == "pad",
-        "do_resize": True,
-        "size": {"shortest_edge": size} if processor.crop else {"height": size, "width": size},
-        "resample": processor.resample,
-        "do_center_crop": processor.crop,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": processor.rescale,
-        "do_normalize": True,
-        "image_mean": list(processor.mean),
-        "image_std": list(processor.std),
-        "do_convert_rgb": True,
-        TRANSPARENCY_KEY: processor.transparency,
-    }
-
-
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for question, answer in conversation.history:
@@ -255,19 +226,3 @@ def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
         ),
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write weights as safetensors, in several files and an index where they are large."""
-    require_space(folder, sum(weight.nbytes for weight in weights.values()))
-    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=SHARD_SIZE)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from transformers import LlavaConfig, PreTrainedConfig
 
 from dianjing.errors import ExportError
 from dianjing.model.vision import num_image_tokens
+from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
 VOCAB_MULTIPLE = 64
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -122,3 +123,29 @@ def part_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
         values["rope_theta"], values["rope_local_base_freq"] = full.pop("rope_theta"), sliding["rope_theta"]
         values["rope_scaling"] = None if full.get("rope_type", "default") == "default" else full
     return values | {"torch_dtype": dtype}
+
+
+def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
+    """Return preprocessor_config.json of the stock image processor that does what training did.
+
+    LLaVA's pads to a square on the mean colour, whatever the tower; CLIP's and SigLIP's own do not.
+    """
+    size = processor.size
+    stock = "CLIPImageProcessor" if processor.crop else "SiglipImageProcessor"
+    return {
+        "image_processor_type": "LlavaImageProcessor" if processor.aspect == "pad" else stock,
+        "processor_class": "LlavaProcessor",
+        "do_pad": processor.aspect == "pad",
+        "do_resize": True,
+        "size": {"shortest_edge": size} if processor.crop else {"height": size, "width": size},
+        "resample": processor.resample,
+        "do_center_crop": processor.crop,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": processor.rescale,
+        "do_normalize": True,
+        "image_mean": list(processor.mean),
+        "image_std": list(processor.std),
+        "do_convert_rgb": True,
+        TRANSPARENCY_KEY: processor.transparency,
+    }

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dianjing.config.schema import Recipe
 from dianjing.errors import ExportError
-from dianjing.export.export import Options
-from dianjing.export.hf import DTYPES, save_weights, write_json
+from dianjing.export.files import DTYPES, save_weights, write_json
+from dianjing.export.foreign import copy_tokenizer, no_clip, read_back, require_run
+from dianjing.export.formats import Options
 from dianjing.export.layout import LIVE_EMBEDDING, LIVE_HEAD, part_config
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Proof, compare
-from dianjing.export.xtuner import copy_tokenizer, read_back, require_clip_run
 from dianjing.formats.llava import MLP, llava_name
 from dianjing.formats.weights import read_config
 from dianjing.infer.generate import Conversation, LoadedModel
@@ -49,18 +49,21 @@ folder of the vision tower (VISION_TOWER); write there where yours is. LLaVA cho
 """
 
 
+def can_hold(tower: Any, llm: Any) -> str | None:
+    """Return why LLaVA 1.5 cannot hold a model: it knows CLIP alone, and has no class for the LLM."""
+    if llm.model_type not in LANGUAGE_MODELS:
+        kind = llm.model_type
+        return f'LLaVA 1.5 holds Llama and Mistral, not "{kind}"; export for transformers (--format hf) instead'
+    return no_clip("LLaVA", tower)
+
+
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write the projector, or the whole model, into an existing folder.
 
     Raises:
-        ExportError: there is no run, or LLaVA has no class for its LLM or its tower.
+        ExportError: there is no run, or `dtype` cannot hold its weights.
     """
-    recipe = require_clip_run(loaded, "LLaVA")
-    kind = cast(Any, loaded.model.config).text_config.model_type
-    if kind not in LANGUAGE_MODELS:
-        raise ExportError(
-            f'LLaVA 1.5 holds Llama and Mistral, not "{kind}"; export for transformers (--format hf) instead'
-        )
+    recipe = require_run(loaded, "LLaVA")
     if _projector_alone(recipe):
         learned = {llava_name(name): weight.cpu() for name, weight in trainable_state(loaded.model).items()}
         torch.save(
@@ -81,7 +84,7 @@ def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversatio
     Raises:
         ExportError: a weight is not what was to be written.
     """
-    recipe = require_clip_run(loaded, "LLaVA")
+    recipe = require_run(loaded, "LLaVA")
     other = read_back(loaded, recipe if _projector_alone(recipe) else _as_whole(recipe), folder)
     read = trainable_state(other.model)
     merged = {name: weight for name, weight in _merged(loaded, recipe).items() if name in read}

@@ -13,8 +13,6 @@ Nothing there is code: XTuner knows its projector by its model_type.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,30 +25,19 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
-from dianjing.errors import ExportError, ModelError
-from dianjing.export.export import Options
-from dianjing.export.hf import preprocessor_config, save_weights, write_json
-from dianjing.export.layout import part_config
+from dianjing.errors import ExportError
+from dianjing.export.files import save_weights, write_json
+from dianjing.export.foreign import copy_tokenizer, no_clip, read_back, require_run
+from dianjing.export.formats import Options
+from dianjing.export.layout import part_config, preprocessor_config
 from dianjing.export.receipt import Proof, compare
-from dianjing.formats.source import open_foreign
-from dianjing.formats.weights import name_some, read_config
-from dianjing.formats.xtuner import LIVE_TOWER, from_live, to_live
+from dianjing.formats.weights import read_config
+from dianjing.formats.xtuner import LIVE_TOWER, from_live
 from dianjing.infer.generate import Conversation, LoadedModel
-from dianjing.model.build import build
 from dianjing.model.folders import resolve
 from dianjing.model.forward import num_tower_layers
-from dianjing.model.stage import apply_stage
-from dianjing.model.weights import load_trainable_state, trainable_state
+from dianjing.model.weights import trainable_state
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 COMPARED = "the folder, read by Dianjing as it reads XTuner's own, against the run"
 LOADING = """\
 It stands on two base models, which XTuner must be told:
@@ -67,17 +54,18 @@ give this folder in place of the language model where it has the whole language 
 """
 
 
+def can_hold(tower: Any, llm: Any) -> str | None:
+    """Return why XTuner cannot hold a model: it knows CLIP alone."""
+    return no_clip("XTuner", tower)
+
+
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """Write what the run has learned into an existing folder.
 
     Raises:
         ExportError: there is no run, or XTuner cannot hold what it learned.
     """
-    recipe = require_clip_run(loaded, "XTuner")
-    if options.dtype != "fp32":
-        raise ExportError(
-            f"what was learned is written in fp32, as it was trained, not in {options.dtype}; drop --dtype"
-        )
+    recipe = require_run(loaded, "XTuner")
     model: Any = loaded.model
     internlm2 = _is_internlm2(recipe)
     adapted = recipe.language_model.tuning == "lora"
@@ -99,22 +87,8 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
 @torch.no_grad()
 def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
     """Return how the folder, put on its bases again, answers beside the run."""
-    recipe = require_clip_run(loaded, "XTuner")
+    recipe = require_run(loaded, "XTuner")
     return Proof(cases=compare(loaded, read_back(loaded, recipe, folder), conversations), compared=COMPARED)
-
-
-def require_clip_run(loaded: LoadedModel, program: str) -> Recipe:
-    """Return the run's recipe.
-
-    Raises:
-        ExportError: it is no run, or its vision tower is one that the program cannot use.
-    """
-    if loaded.recipe is None:
-        raise ExportError(f"{loaded.name} is no run; only what a run has learned can be exported for {program}")
-    kind = cast(Any, loaded.model.config).vision_config.model_type
-    if kind != "clip_vision_model":
-        raise ExportError(f"{program} reads CLIP towers only, not {kind}; export the whole model (--format hf)")
-    return loaded.recipe
 
 
 def learned_state(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
@@ -141,46 +115,6 @@ def learned_state(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
     return learned
 
 
-def read_back(loaded: LoadedModel, recipe: Recipe, folder: Path) -> LoadedModel:
-    """Return the run's model as one makes it from the bases and what is in the folder.
-
-    Raises:
-        ExportError: the folder does not hold exactly what the recipe says was learned.
-    """
-    foreign = open_foreign(folder)
-    for part, config in (("llm", recipe.language_model), ("visual_encoder", recipe.vision_tower)):
-        if config.tuning == "lora" and foreign.adapters[part].alpha != config.lora_alpha:
-            raise ExportError(f"the alpha of {part}'s LoRA became {foreign.adapters[part].alpha}")
-    built = build(recipe, loaded.model.device, fresh_projector=True)
-    apply_stage(built.model, recipe)
-    found = to_live(foreign.weights, built.model.config.text_config, num_tower_layers(built.model))
-    live = {name: found.live[name] for name in found.live if name not in _shared_twice(built.model, found.live)}
-    if found.unknown:
-        raise ExportError(f"{name_some(found.unknown)} cannot be told")
-    try:
-        load_trainable_state(built.model, live)
-    except ModelError as error:
-        raise ExportError(f"what was written is not what was learned: {error}") from None
-    return replace(loaded, model=built.model.eval(), recipe=recipe)
-
-
-def copy_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Copy the LLM's own tokenizer, without what would have its code run."""
-    source = resolve(recipe.language_model.folder, "language_model")
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if settings.pop("auto_map", None):
-        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _shared_twice(model: nn.Module, live: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of a shared lora_A that are not its first."""
-    return {name for name in live if name in model.state_dict() and ".lora_A." in name} - trainable_state(model).keys()
-
-
 def _is_internlm2(recipe: Recipe) -> bool:
     return read_config(resolve(recipe.language_model.folder, "language_model")).get("model_type") == "internlm2"
 
@@ -205,9 +139,8 @@ def _save_tower(loaded: LoadedModel, recipe: Recipe, weights: Mapping[str, Tenso
         save_weights(weights, out)
         config = part_config(cast(Any, loaded.model.config).vision_config, "float32")
         write_json(out / "config.json", config | {"architectures": ["CLIPVisionModel"]})
-        assert loaded.image_processor
         # XTuner pads to a square by itself.
-        preprocessing = preprocessor_config(replace(loaded.image_processor, aspect="crop"))
+        preprocessing = preprocessor_config(replace(loaded.processor, aspect="crop"))
         del preprocessing["processor_class"], preprocessing["do_pad"]
         write_json(out / "preprocessor_config.json", preprocessing)
 

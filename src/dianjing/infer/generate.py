@@ -42,6 +42,12 @@ class LoadedModel:
         """Whether pictures are fed to the model at all."""
         return self.image_processor is not None
 
+    @property
+    def processor(self) -> ImageProcessor:
+        """The image processor of a model that can see."""
+        assert self.image_processor is not None, "a text-only model is not shown pictures"
+        return self.image_processor
+
 
 class Conversation(NamedTuple):
     """What was said, what is asked now, and the pictures of both in the order of their markers."""
@@ -262,8 +268,7 @@ def left_padded(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[Float[T
 
 def _features(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Float[Tensor, "images patches hidden"]:
     """Return the features of all pictures of the batch; a picture asked about twice is looked at once."""
-    processor, model = loaded.image_processor, loaded.model
-    assert processor is not None, "a LLaVA has an image processor"
+    processor, model = loaded.processor, loaded.model
     assert isinstance(model, LlavaForConditionalGeneration), "only a LLaVA sees"
     images = [image for prompt in prompts for image in prompt.images]
     distinct = {id(image): image for image in images}

@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import Recipe
+from dianjing.constants import TEMPLATE_KEY
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.template import template_for
 from dianjing.errors import ModelError
@@ -28,9 +29,6 @@ from dianjing.model.weights import load_trainable_state
 from dianjing.pictures.image import ImageProcessor
 from dianjing.run.checkpoint import newest
 from dianjing.run.layout import RECIPE, TRAINABLE, is_run
-
-TEMPLATE_KEY = "dianjing_template"
-"""Where an exported config.json names the chat template."""
 
 
 def load_for_use(path: str, device: str | None = None) -> LoadedModel:

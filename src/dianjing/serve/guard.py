@@ -1,83 +1,67 @@
-"""Stands before the page: only this machine, only who has the address from the terminal, and no other web page."""
+"""Stands in front of a server on this machine: other machines and other web pages are not answered."""
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from dianjing.serve.serve import HOST, App, Message, Receive, Refusal, Send, check_sender
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
-    "cache-control": "no-store",
-}
-"""Of every answer: nothing is loaded from elsewhere, and nothing that a text says is run."""
+from dianjing.serve.server import HOST
+
+
+class Refusal(Exception):
+    """A request that is not let through, with its HTTP status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guard:
-    """Lets through what the page itself asks; the token in the path is known to who can read the terminal."""
+class Guard(ABC):
+    """An ASGI application in front of another one; each kind of guard says in `answer` what it lets through."""
 
-    app: App
-    port: int
-    token: str
+    app: ASGIApp
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on without the token."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        request = Request(scope, receive)
         try:
-            path = self._checked(headers, scope["path"])
+            self._check_host(request)
+            await self.answer(request, send)
         except Refusal as refusal:
-            await _refuse(send, refusal)
-            return
+            await self.refusal(refusal)(scope, receive, send)
 
-        begun = False
-
-        async def send_safely(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", []), *own]}
-            await send(message)
-
-        try:
-            await self.app({**scope, "path": path, "raw_path": path.encode()}, receive, send_safely)
-        except asyncio.CancelledError:  # Ctrl-C, and the answer took too long to be waited for
-            if not begun:
-                await _refuse(send, Refusal(503, "the studio was ended"))
-
-    def _checked(self, headers: Mapping[str, str], path: str) -> str:
-        """Return the path without its token.
+    @abstractmethod
+    async def answer(self, request: Request, send: Send) -> None:
+        """Answer a request that is meant for this machine.
 
         Raises:
-            Refusal: another page or another machine asks, or the token is not there.
+            Refusal: it is not let through.
         """
-        check_sender(headers, "")
-        origins = [f"http://{host}:{self.port}" for host in (HOST, "localhost")]
-        if headers.get("origin", origins[0]) not in origins:
-            raise Refusal(403, "another web page may not ask here")
-        token, slash, rest = path.removeprefix("/").partition("/")
-        if not slash or not hmac.compare_digest(token.encode(), self.token.encode()):
-            raise Refusal(404, "open the address that the terminal shows")
-        return f"/{rest}"
+
+    @abstractmethod
+    def refusal(self, refusal: Refusal) -> Response:
+        """Return what is sent instead of an answer."""
+
+    def _check_host(self, request: Request) -> None:
+        """Refuse a request that reached this machine under another name: that of some web page."""
+        given = request.headers.get("host", "")
+        host = given.rpartition(":")[0] or given
+        if host not in (HOST, "localhost"):
+            raise Refusal(403, f"this server answers only to {HOST} and localhost, not to the name {host!r}")
 
 
-async def _refuse(send: Send, refusal: Refusal) -> None:
-    body = json.dumps({"error": str(refusal)}).encode()
-    headers = {**HEADERS, "content-type": "application/json", "content-length": str(len(body))}
-    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a reply; unlike starlette's JSONResponse it can hold a lone surrogate out of a request."""
+    return Response(json.dumps(content), status, headers, "application/json")

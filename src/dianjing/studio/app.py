@@ -69,7 +69,7 @@ async def in_thread(function: Callable[..., Result], *given: Any) -> Result:
 
 
 def build_app(studio: Studio) -> Starlette:
-    """Return the application; `Guard` stands before it."""
+    """Return the application; `PageGuard` stands before it."""
     routes = [
         Route("/", _page),
         Mount("/static", StaticFiles(directory=str(files("dianjing.studio") / "static"))),

@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dianjing.data.record import Turn, with_markers
 from dianjing.data.template import TEMPLATES, prompt
-from dianjing.export.gguf_chat import MEDIA, gguf_chat_template, modelfile
+from dianjing.export.gguf.chat import MEDIA, gguf_chat_template, modelfile
 
 HISTORY = [("What is it?", "A dog.")]
 

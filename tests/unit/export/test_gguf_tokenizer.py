@@ -20,8 +20,8 @@ from dianjing.errors import ExportError
 from tests.tiny import SPECIALS
 
 pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'dianjing[gguf]'")
-from dianjing.export.gguf_file import TYPES, write_gguf
-from dianjing.export.gguf_tokenizer import PRE_TOKENIZERS, SPACE, tokenizer_keys
+from dianjing.export.gguf.file import TYPES, write_gguf
+from dianjing.export.gguf.tokenizer import PRE_TOKENIZERS, SPACE, tokenizer_keys
 
 needs_llama = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: pip install llama-cpp-python"

@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dianjing.errors import ExportError
 from dianjing.export import llava
-from dianjing.export.export import Options, export
+from dianjing.export.export import export
+from dianjing.export.formats import Options
 from dianjing.export.merge import merged_state
 from dianjing.importing.run import Wishes, import_run
 from dianjing.infer.load import load_for_use

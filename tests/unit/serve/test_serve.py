@@ -17,8 +17,10 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from dianjing.errors import ConfigError
-from dianjing.serve import serve
-from dianjing.serve.serve import Guard, Room, example, open_port, vllm_command
+from dianjing.serve import api
+from dianjing.serve.api import ApiGuard
+from dianjing.serve.chat_request import ContextWindow
+from dianjing.serve.server import example, open_port, vllm_command
 
 CHAT = "/v1/chat/completions"
 JSON = {"host": "127.0.0.1:8080", "content-type": "application/json"}
@@ -49,7 +51,7 @@ class Words:
         return SimpleNamespace(input_ids=text.split())
 
 
-ROOM = Room(positions=100, picture=20, processor=Words())
+WINDOW = ContextWindow(positions=100, picture=20, processor=Words())
 
 
 class Application:
@@ -73,7 +75,7 @@ def ask(
     path: str = CHAT,
     method: str = "POST",
     headers: dict[str, str] = JSON,
-    room: Room = ROOM,
+    window: ContextWindow = WINDOW,
 ) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """Return status, reply, and what reached the application."""
     application = Application()
@@ -89,7 +91,7 @@ def ask(
 
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": fields}
-    asyncio.run(Guard(app=application, model="mine", room=room, key=key)(scope, receive, send))
+    asyncio.run(ApiGuard(app=application, model="mine", window=window, key=key)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), application.bodies
 
 
@@ -129,12 +131,12 @@ def test_a_picture_is_prepared_as_in_training() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     clear = Image.new("RGBA", (3, 3), (0, 0, 0, 0))
-    for url, size, colour, room in (
-        (picture(tall, "JPEG", exif=exif), (6, 2), None, ROOM),
-        (picture(clear), (3, 3), (255, 255, 255), ROOM),
-        (picture(clear), (3, 3), (0, 0, 0), replace(ROOM, transparency="drop")),
+    for url, size, colour, window in (
+        (picture(tall, "JPEG", exif=exif), (6, 2), None, WINDOW),
+        (picture(clear), (3, 3), (255, 255, 255), WINDOW),
+        (picture(clear), (3, 3), (0, 0, 0), replace(WINDOW, transparency="drop")),
     ):
-        (body,) = ask(question(url), room=room)[2]
+        (body,) = ask(question(url), window=window)[2]
         passed = body["messages"][0]["content"][0]["image_url"]["url"]
         assert passed.startswith("data:image/png;base64,")
         image = Image.open(io.BytesIO(base64.b64decode(passed.partition(",")[2])))
@@ -248,7 +250,7 @@ def test_an_answer_has_the_room_that_the_prompt_leaves() -> None:
 
 
 def test_a_request_too_large_is_refused_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "MAX_REQUEST_BYTES", 2**20)
+    monkeypatch.setattr(api, "MAX_REQUEST_BYTES", 2**20)
     assert ask(b" " * (2**20 + 1))[0] == 413
     assert ask(b" " * 2**20 + b"{")[0] == 413
 

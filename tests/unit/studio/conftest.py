@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from dianjing.serve.guard import Guard
-from dianjing.serve.serve import open_port
+from dianjing.serve.page import PageGuard
+from dianjing.serve.server import open_port
 from dianjing.studio.app import build_app
 from dianjing.studio.desk import Desk
 from dianjing.studio.models import Models
@@ -100,7 +100,7 @@ def served(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Served]:
     studio = Studio(folder=folder, runs=Runs(folder, str(images)), models=Models(), desk=Desk(data, str(images)))
     with open_port(0) as listening:
         port = listening.getsockname()[1]
-        app = Guard(app=build_app(studio), port=port, token=TOKEN)
+        app = PageGuard(app=build_app(studio), port=port, token=TOKEN)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

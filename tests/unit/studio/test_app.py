@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dianjing.errors import DataError
-from dianjing.serve.guard import Guard
+from dianjing.serve.page import PageGuard
 from dianjing.studio.app import MAX_BYTES, Answer
 from dianjing.studio.desk import Desk
 from dianjing.studio.models import Models
@@ -302,7 +302,7 @@ def test_what_the_end_cuts_off_is_told() -> None:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     scope = {"type": "http", "method": "GET", "path": f"/{TOKEN}/state", "headers": [(b"host", b"127.0.0.1:1")]}
-    asyncio.run(Guard(app=slow, port=1, token=TOKEN)(scope, receive, send))
+    asyncio.run(PageGuard(app=slow, port=1, token=TOKEN)(scope, receive, send))
     assert (sent[0]["status"], json.loads(sent[1]["body"])) == (503, {"error": "the studio was ended"})
 
 

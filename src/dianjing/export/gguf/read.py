@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dianjing.export.gguf_file import read_keys, read_tensors
-from dianjing.export.gguf_text import ROPE_FACTORS
-
-TEXT_FILE, VISION_FILE = "text.gguf", "mmproj.gguf"
+from dianjing.export.gguf.file import read_keys, read_tensors
+from dianjing.export.gguf.text import ROPE_FACTORS, TEXT_FILE
+from dianjing.export.gguf.vision import VISION_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

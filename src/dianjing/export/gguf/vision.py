@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
 
 from dianjing.errors import ExportError
-from dianjing.export.gguf_file import Value
 from dianjing.pictures.image import ImageProcessor
 
+if TYPE_CHECKING:
+    from dianjing.export.gguf.file import Value  # needs the package gguf
+
+VISION_FILE = "mmproj.gguf"
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """model_type -> the only choice of features that llama.cpp makes for it: without the class token, or all."""
 GELU = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
@@ -41,32 +44,48 @@ _LAYER = {
 _PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
 
-def check_vision(config: Any, processor: ImageProcessor) -> None:
-    """Refuse what llama.cpp would compute otherwise.
+def check_tower(tower: Any) -> None:
+    """Refuse a tower that llama.cpp would compute otherwise.
 
     Raises:
-        ExportError: names it.
+        ExportError: says why.
     """
-    tower = config.vision_config
     if tower.model_type not in TOWERS:
         known = ", ".join(TOWERS)
         raise ExportError(f'GGUF: a vision tower of type "{tower.model_type}" cannot be written; there are {known}')
-    strategy = config.vision_feature_select_strategy
+    _refuse(
+        {
+            f"the activation {tower.hidden_act!r} of the vision tower": tower.hidden_act not in GELU,
+            "an MLP as wide as the tower, whose two halves it would swap": tower.intermediate_size == tower.hidden_size,
+        }
+    )
+
+
+def check_vision(config: Any, processor: ImageProcessor) -> None:
+    """Refuse a tower, a projector or preprocessing that llama.cpp would compute otherwise.
+
+    Raises:
+        ExportError: says why.
+    """
+    tower, strategy = config.vision_config, config.vision_feature_select_strategy
+    check_tower(tower)
     wrong = {
         f"vision_feature_select_strategy {strategy!r} (it uses {TOWERS[tower.model_type]!r})": strategy
         != TOWERS[tower.model_type],
-        f"the activation {tower.hidden_act!r} of the vision tower": tower.hidden_act not in GELU,
         f"the activation {config.projector_hidden_act!r} of the projector": config.projector_hidden_act != "gelu",
         "a projector without biases": not config.multimodal_projector_bias,
         "features of several layers": not isinstance(config.vision_feature_layer, int),
-        "an MLP as wide as the tower, whose two halves it would swap": tower.intermediate_size == tower.hidden_size,
         "another resampling than bicubic": processor.resample != Image.Resampling.BICUBIC,
     }
+    _refuse(wrong)
+    if not num_layers(config):
+        raise ExportError("GGUF: llama.cpp cannot take the features before the tower's first layer; export as hf")
+
+
+def _refuse(wrong: Mapping[str, bool]) -> None:
     for what, is_wrong in wrong.items():
         if is_wrong:
             raise ExportError(f"GGUF: llama.cpp cannot compute {what}; export as hf instead")
-    if not num_layers(config):
-        raise ExportError("GGUF: llama.cpp cannot take the features before the tower's first layer; export as hf")
 
 
 def num_layers(config: Any) -> int:

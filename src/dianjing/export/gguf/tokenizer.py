@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dianjing.errors import ExportError
-from dianjing.export.gguf_file import Value
+
+if TYPE_CHECKING:
+    from dianjing.export.gguf.file import Value  # needs the package gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's types of a token."""

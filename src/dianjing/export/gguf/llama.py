@@ -1,7 +1,7 @@
 """Prompts and pictures -> logits of llama.cpp itself, through llama-cpp-python, in a process of its own.
 
 llama.cpp ends the process it runs in where it finds a fault, hence the other process. Run as a program, this file
-is that process: `python -m dianjing.export.gguf_llama answer FOLDER WORK` or `... quantize FROM TO TYPE`.
+is that process: `python -m dianjing.export.gguf.llama answer FOLDER WORK` or `... quantize FROM TO TYPE`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def quantize_llama(source: Path, target: Path, kind: str) -> None:
 
 def _run(*arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dianjing.export.gguf_llama", *arguments],
+        [sys.executable, "-m", "dianjing.export.gguf.llama", *arguments],
         capture_output=True,
         text=True,
         errors="replace",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dianjing.errors import ExportError
-from dianjing.export.gguf_file import Value
 
+if TYPE_CHECKING:
+    from dianjing.export.gguf.file import Value  # needs the package gguf
+
+TEXT_FILE = "text.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """model_type -> llama.cpp's name; InternLM2 is read as Llama before it comes here."""
 PLAIN_ROPE = ("default", "dynamic")

@@ -17,12 +17,12 @@ from dianjing.data.record import with_markers, without_markers
 from dianjing.data.template import text_ids
 from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
-from dianjing.export.gguf_chat import MEDIA, gguf_chat_template
-from dianjing.export.gguf_file import ROUNDING, read_types, rounding
-from dianjing.export.gguf_llama import IMAGE, Reply, Request, ask_llama
-from dianjing.export.gguf_read import TEXT_FILE, VISION_FILE, Pair, pair_logits, read_pair
-from dianjing.export.gguf_text import ROPE_FACTORS, architecture, text_name, text_state
-from dianjing.export.gguf_vision import preprocessing_notes, vision_tensors
+from dianjing.export.gguf.chat import MEDIA, gguf_chat_template
+from dianjing.export.gguf.file import ROUNDING, read_types, rounding
+from dianjing.export.gguf.llama import IMAGE, Reply, Request, ask_llama
+from dianjing.export.gguf.read import Pair, pair_logits, read_pair
+from dianjing.export.gguf.text import ROPE_FACTORS, TEXT_FILE, architecture, text_name, text_state
+from dianjing.export.gguf.vision import VISION_FILE, preprocessing_notes, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import ANSWER_TOKENS, Case, Proof, logit_difference, run_logits
 from dianjing.infer.generate import Conversation, LoadedModel, answering, generate_ids, prepare
@@ -47,9 +47,8 @@ def prove_pair(
         ExportError: a tensor is not the run's, or llama.cpp computes other features than the tower.
     """
     config: Any = loaded.model.config
-    assert loaded.image_processor is not None, "checked when it was written"
     state, pair = merged_state(loaded.model), read_pair(folder)
-    notes = [_check_tensors(pair, state, config, folder), *preprocessing_notes(config, loaded.image_processor)]
+    notes = [_check_tensors(pair, state, config, folder), *preprocessing_notes(config, loaded.processor)]
     answers = generate_ids(loaded, conversations, ANSWER_TOKENS)
     asked = list(zip(conversations, answers, strict=True))
     run = [run_logits(loaded, *one).cpu() for one in asked]
@@ -144,8 +143,7 @@ Asked = tuple[Conversation, list[int]]
 def _pair_logits(
     loaded: LoadedModel, pair: Pair, conversation: Conversation, answer: list[int]
 ) -> Float[Tensor, "tokens vocab"]:
-    assert loaded.image_processor is not None, "checked when it was written"
-    pixels = [loaded.image_processor(image) for image in conversation.images]
+    pixels = [loaded.processor(image) for image in conversation.images]
     ids = prepare(loaded, conversation).input_ids + answer[:-1]
     return pair_logits(pair, ids, loaded.encoder.image_token_id, pixels)
 
@@ -194,8 +192,7 @@ def _llama_cases(
     Judged are pictures prepared as in training, against the same files as transformers reads them: the same
     weights, rounded alike.
     """
-    processor = loaded.image_processor
-    assert processor is not None, "checked when it was written"
+    processor = loaded.processor
 
     def requests(prepared: bool) -> list[Request]:
         return [
@@ -249,8 +246,7 @@ def _llama_case(loaded: LoadedModel, asked: Asked, run: Tensor, rounded: Tensor,
 
 def _check_features(loaded: LoadedModel, asked: Sequence[Asked], replies: Sequence[Reply]) -> None:
     """Refuse to go on where llama.cpp sees something else in the same picture."""
-    model, processor = loaded.model, loaded.image_processor
-    assert processor is not None, "checked when it was written"
+    model, processor = loaded.model, loaded.processor
     for (conversation, _), reply in zip(asked, replies, strict=True):
         if not conversation.images:
             continue

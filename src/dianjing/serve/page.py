@@ -1,0 +1,70 @@
+"""The guard of the studio's page: only who has the address from the terminal gets in, and no other web page."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from dataclasses import dataclass
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Send
+
+from dianjing.serve.guard import Guard, Refusal, as_json
+from dianjing.serve.server import HOST
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+"""Of every answer: nothing is loaded from elsewhere, and nothing that a text says is run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageGuard(Guard):
+    """Lets through what the page itself asks; the token in the path is known to who can read the terminal."""
+
+    port: int
+    token: str
+
+    async def answer(self, request: Request, send: Send) -> None:
+        """Pass a request on without the token in its path."""
+        path, begun = self._without_token(request), False
+
+        async def send_safely(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        try:
+            scope = {**request.scope, "path": path, "raw_path": path.encode()}
+            await self.app(scope, request.receive, send_safely)
+        except asyncio.CancelledError:  # Ctrl-C, and the answer took too long to be waited for
+            if not begun:
+                raise Refusal(503, "the studio was ended") from None
+
+    def refusal(self, refusal: Refusal) -> Response:
+        """Return an error as the page reads it."""
+        return as_json({"error": str(refusal)}, refusal.status, HEADERS)
+
+    def _without_token(self, request: Request) -> str:
+        """Return the path without its token.
+
+        Raises:
+            Refusal: another page asks, or the token is not there.
+        """
+        origins = [f"http://{host}:{self.port}" for host in (HOST, "localhost")]
+        if request.headers.get("origin", origins[0]) not in origins:
+            raise Refusal(403, "another web page may not ask here")
+        token, slash, rest = request.scope["path"].removeprefix("/").partition("/")
+        if not slash or not hmac.compare_digest(token.encode(), self.token.encode()):
+            raise Refusal(404, "open the address that the terminal shows")
+        return f"/{rest}"
