@@ -34,6 +34,8 @@ from dianjing.export.tokenizer import save_tokenizer
 from dianjing.formats.weights import name_some
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare, stop_sequences
 from dianjing.infer.load import TEMPLATE_KEY
+from dianjing.model.projector import layouts_of
+from dianjing.model.towers.families import family_of
 from dianjing.pictures.image import ImageProcessor
 
 SHARD_SIZE = "5GB"
@@ -68,6 +70,11 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     model, tokenizer, encoder = loaded.model, loaded.tokenizer, loaded.encoder
     if not isinstance(model, LlavaForConditionalGeneration) or loaded.image_processor is None:
         raise ExportError(f"{loaded.name} is a text-only model; train it first, then export the run")
+    if "hf" not in layouts_of(model):
+        raise ExportError(
+            "transformers' LLaVA cannot hold this vision tower with this projector (docs/models.md says which it can); "
+            "export what was learned (--format adapter)"
+        )
     text_config = cast(Any, model.config.text_config)
     weights = hub_state(_merged(loaded), DTYPES[options.dtype])
     save_weights(weights, folder)
@@ -185,8 +192,8 @@ def _processor_config(config: LlavaConfig) -> dict[str, Any]:
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_MARKER,
         "patch_size": cast(Any, config.vision_config).patch_size,
-        # CLIP's class token, which "default" leaves out again; SigLIP has none.
-        "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        # CLIP's class token, which "default" leaves out again.
+        "num_additional_image_tokens": family_of(config.vision_config).extra_tokens(config.vision_config),
         "vision_feature_select_strategy": strategy,
     }
 

@@ -39,6 +39,7 @@ from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.model.build import build
 from dianjing.model.folders import resolve
 from dianjing.model.forward import num_tower_layers
+from dianjing.model.projector import layouts_of
 from dianjing.model.stage import apply_stage
 from dianjing.model.weights import load_trainable_state, trainable_state
 
@@ -112,8 +113,11 @@ def require_clip_run(loaded: LoadedModel, program: str) -> Recipe:
     if loaded.recipe is None:
         raise ExportError(f"{loaded.name} is no run; only what a run has learned can be exported for {program}")
     kind = cast(Any, loaded.model.config).vision_config.model_type
-    if kind != "clip_vision_model":
-        raise ExportError(f"{program} reads CLIP towers only, not {kind}; export the whole model (--format hf)")
+    if program.lower() not in layouts_of(loaded.model):
+        raise ExportError(
+            f"{program} reads CLIP towers only, with an MLP as the projector, not {kind}; export the whole model "
+            "(--format hf)"
+        )
     return loaded.recipe
 
 

@@ -15,9 +15,9 @@ from dianjing.layers.attention import into_rectangle, out_of_rectangle
 from dianjing.layers.cuda_graphs import Recorded
 from dianjing.layers.fp8 import fp8_product
 from dianjing.layers.fused.decoder import join_decoder_layers
-from dianjing.layers.fused.tower import join_tower_layers
 from dianjing.layers.lora import adapted
 from dianjing.model.forward import JOINED, RECORDED, num_tower_layers, tower_states
+from dianjing.model.towers.families import family_of, layers_of
 
 VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
@@ -34,7 +34,7 @@ def speed_up(model: LlavaForConditionalGeneration, *, join: bool = True, record:
     said = []
     for part, name, layers, join_layers in (
         (decoder, "language model", decoder.layers, join_decoder_layers),
-        (tower, "vision tower", tower.encoder.layers[: num_tower_layers(model)], join_tower_layers),
+        (tower, "vision tower", layers_of(tower)[: num_tower_layers(model)], family_of(tower.config).fuse),
     ):
         if joined := join and join_layers(layers):
             setattr(part, JOINED, joined)
@@ -58,7 +58,7 @@ def may_record(model: LlavaForConditionalGeneration) -> bool:
     """Return whether the tower's work can be replayed: adapters alone learn, and nothing is made again."""
     tower: Any = model.model.vision_tower
     joined = getattr(tower, JOINED, None)
-    checkpointing = getattr(tower.encoder.layers[0], "gradient_checkpointing", False)
+    checkpointing = getattr(layers_of(tower)[0], "gradient_checkpointing", False)
     return bool(joined) and joined[0].learns and not checkpointing
 
 

@@ -110,7 +110,8 @@ def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> 
     """
     if not saved.data["fingerprint"]:
         raise CheckpointError(f"{checkpoint}: it was imported without its data; import it again with --data FILE")
-    changed = [*_changes(saved.recipe, now.recipe)]
+    # A field that came after the checkpoint had its default.
+    changed = [*_changes({**defaults(), **saved.recipe}, {**defaults(), **now.recipe})]
     if saved.data["fingerprint"] != now.data["fingerprint"]:
         saved_counts, counts = ({**state.data, "fingerprint": None} for state in (saved, now))
         changed += [f"the data: {change}" for change in _changes(saved_counts, counts)] or [

@@ -25,7 +25,8 @@ from jinja2 import TemplateError
 
 from dianjing.constants import IMAGE_MARKER
 from dianjing.errors import ConfigError, DataError, ModelError
-from dianjing.model.vision import num_image_tokens
+from dianjing.model.projector import kind_of, picture_tokens
+from dianjing.pictures.image import ImageProcessor
 from dianjing.pictures.picture import load_image
 
 HOST = "127.0.0.1"
@@ -340,9 +341,10 @@ def transformers_app(folder: Path) -> tuple[App, Room]:
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
+    side = ImageProcessor.from_folder(folder).size
     return app, Room(
         positions=model.config.get_text_config().max_position_embeddings,
-        picture=num_image_tokens(model.config.vision_config, model.config.vision_feature_select_strategy),
+        picture=picture_tokens(model.config, (side, side), kind_of(model.model.multi_modal_projector))(),
         processor=processor,
     )
 
