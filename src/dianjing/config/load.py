@@ -118,6 +118,12 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def defaults() -> dict[str, Any]:
+    """Return the defaults by dotted field name, as JSON has them; fields that a recipe must give are not there."""
+    found = {name: field.default for name, field in recipe_fields().items() if field.default is not MISSING}
+    return json.loads(json.dumps(found))
+
+
 def make_recipe(values: Mapping[str, object]) -> Recipe:
     """Return the recipe of checked values by dotted field name; what is not given has its default."""
     groups: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in sections()}}

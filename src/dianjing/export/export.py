@@ -14,6 +14,7 @@ from dianjing.export.card import write_card
 from dianjing.export.formats import DEFAULTS, Code, Dtype, Options, find_format, require_taken
 from dianjing.export.receipt import Proof, drawn_cases, write_receipt
 from dianjing.infer.generate import Conversation, LoadedModel
+from dianjing.model.projector import name_of
 
 
 def export(
@@ -78,7 +79,8 @@ def _require_held(loaded: LoadedModel, format: str, options: Options) -> None:
     if not loaded.can_see:
         raise ExportError(f"{loaded.name}: no run but a text-only model; train it, then export the run")
     config: Any = loaded.model.config
-    if reason := find_format(format).code.can_hold(config.vision_config, config.text_config):
+    kind = name_of(loaded.model.model.multi_modal_projector)
+    if reason := find_format(format).code.can_hold(config.vision_config, kind, config.text_config):
         raise ExportError(reason)
 
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,13 +32,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-def no_clip(program: str, tower: Any) -> str | None:
-    """Return why a program that knows CLIP alone cannot hold a tower; None for a CLIP."""
-    if tower.model_type == "clip_vision_model":
-        return None
-    return f"{program} reads CLIP towers only, not {tower.model_type}; export the whole model (--format hf)"
 
 
 def require_run(loaded: LoadedModel, program: str) -> Recipe:

@@ -38,8 +38,11 @@ class Code(Protocol):
     LOADING: str
     """Markdown for the model card: how the folder is loaded."""
 
-    def can_hold(self, tower: Any, llm: Any) -> str | None:
-        """Return None if the format can hold a model of these two transformers configurations, else the reason."""
+    def can_hold(self, tower: Any, projector: str, llm: Any) -> str | None:
+        """Return None if the format can hold a model, else the reason.
+
+        `tower` and `llm` are configurations of transformers, `projector` is a kind of model/projector.py.
+        """
         ...
 
     def save(self, loaded: LoadedModel, folder: Path, options: Options) -> None:

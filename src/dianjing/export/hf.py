@@ -18,7 +18,7 @@ from dianjing.errors import ExportError
 from dianjing.export.chat_template import jinja
 from dianjing.export.files import DTYPES, save_weights, write_json
 from dianjing.export.formats import Options
-from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_state, preprocessor_config, with_image_row
+from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_state, not_held, preprocessor_config, with_image_row
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import (
     ANSWER_TOKENS,
@@ -31,6 +31,7 @@ from dianjing.export.receipt import (
 from dianjing.export.tokenizer import save_tokenizer
 from dianjing.formats.weights import name_some
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare, stop_sequences
+from dianjing.model.towers.families import family_of
 
 COMPARED = "stock transformers reading the folder (AutoModelForImageTextToText, AutoProcessor) against the run"
 SCALED = ("gemma", "gemma2")
@@ -53,9 +54,9 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def can_hold(tower: Any, llm: Any) -> str | None:
-    """Return None: the layout holds every model."""
-    return None
+def can_hold(tower: Any, projector: str, llm: Any) -> str | None:
+    """Return why transformers' LLaVA cannot hold a tower or a projector."""
+    return not_held("hf", tower, projector)
 
 
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
@@ -182,8 +183,8 @@ def _processor_config(config: LlavaConfig) -> dict[str, Any]:
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_MARKER,
         "patch_size": cast(Any, config.vision_config).patch_size,
-        # CLIP's class token, which "default" leaves out again; SigLIP has none.
-        "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        # CLIP's class token, which "default" leaves out again.
+        "num_additional_image_tokens": family_of(config.vision_config).extra_tokens(config.vision_config),
         "vision_feature_select_strategy": strategy,
     }
 

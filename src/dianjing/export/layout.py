@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig
 
 from dianjing.errors import ExportError
-from dianjing.model.vision import num_image_tokens
+from dianjing.model.projector import KINDS
+from dianjing.model.towers.families import family_of
 from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
 VOCAB_MULTIPLE = 64
@@ -29,6 +30,19 @@ _PREFIXES = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
+
+
+def not_held(format: str, tower: Any, projector: str) -> str | None:
+    """Return why a format has no place for a vision tower's configuration or a kind of projector; None if it has."""
+    family = family_of(tower)
+    way_out = "the whole model (--format hf)"
+    if format == "hf" or "hf" not in family.layouts(tower) & KINDS[projector].layouts:
+        way_out = "what was learned (--format adapter)"
+    if format not in family.layouts(tower):
+        return f"it has no place for a {family.name} vision tower; export {way_out}"
+    if format not in KINDS[projector].layouts:
+        return f'it has no place for a projector of the kind "{projector}"; export {way_out}'
+    return None
 
 
 def hub_name(live: str) -> str:
@@ -97,7 +111,7 @@ def hub_config(
         "torch_dtype": kind,
         "image_token_index": image_token_id,
         "image_token_id": image_token_id,
-        "image_seq_length": num_image_tokens(vision_config, config.vision_feature_select_strategy),
+        "image_seq_length": config.image_seq_length,
         "multimodal_projector_bias": config.multimodal_projector_bias,
         "projector_hidden_act": config.projector_hidden_act,
         "vision_feature_layer": config.vision_feature_layer,

@@ -18,9 +18,9 @@ from torch import Tensor
 from dianjing.config.schema import Recipe
 from dianjing.errors import ExportError
 from dianjing.export.files import DTYPES, save_weights, write_json
-from dianjing.export.foreign import copy_tokenizer, no_clip, read_back, require_run
+from dianjing.export.foreign import copy_tokenizer, read_back, require_run
 from dianjing.export.formats import Options
-from dianjing.export.layout import LIVE_EMBEDDING, LIVE_HEAD, part_config
+from dianjing.export.layout import LIVE_EMBEDDING, LIVE_HEAD, not_held, part_config
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Proof, compare
 from dianjing.formats.llava import MLP, llava_name
@@ -49,12 +49,12 @@ folder of the vision tower (VISION_TOWER); write there where yours is. LLaVA cho
 """
 
 
-def can_hold(tower: Any, llm: Any) -> str | None:
+def can_hold(tower: Any, projector: str, llm: Any) -> str | None:
     """Return why LLaVA 1.5 cannot hold a model: it knows CLIP alone, and has no class for the LLM."""
     if llm.model_type not in LANGUAGE_MODELS:
         kind = llm.model_type
         return f'LLaVA 1.5 holds Llama and Mistral, not "{kind}"; export for transformers (--format hf) instead'
-    return no_clip("LLaVA", tower)
+    return not_held("llava", tower, projector)
 
 
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:

@@ -27,9 +27,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
 from dianjing.errors import ExportError
 from dianjing.export.files import save_weights, write_json
-from dianjing.export.foreign import copy_tokenizer, no_clip, read_back, require_run
+from dianjing.export.foreign import copy_tokenizer, read_back, require_run
 from dianjing.export.formats import Options
-from dianjing.export.layout import part_config, preprocessor_config
+from dianjing.export.layout import not_held, part_config, preprocessor_config
 from dianjing.export.receipt import Proof, compare
 from dianjing.formats.weights import read_config
 from dianjing.formats.xtuner import LIVE_TOWER, from_live
@@ -54,9 +54,9 @@ give this folder in place of the language model where it has the whole language 
 """
 
 
-def can_hold(tower: Any, llm: Any) -> str | None:
+def can_hold(tower: Any, projector: str, llm: Any) -> str | None:
     """Return why XTuner cannot hold a model: it knows CLIP alone."""
-    return no_clip("XTuner", tower)
+    return not_held("xtuner", tower, projector)
 
 
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:

@@ -13,6 +13,7 @@ from dianjing.errors import ExportError
 from dianjing.export.formats import Options
 from dianjing.export.gguf.text import TEXT_FILE, architecture
 from dianjing.export.gguf.vision import VISION_FILE, check_tower
+from dianjing.export.layout import not_held
 from dianjing.export.receipt import Proof
 from dianjing.infer.generate import Conversation, LoadedModel
 
@@ -23,8 +24,10 @@ Ollama: `ollama create my-llava -f Modelfile`, then `ollama run my-llava`
 """
 
 
-def can_hold(tower: Any, llm: Any) -> str | None:
+def can_hold(tower: Any, projector: str, llm: Any) -> str | None:
     """Return what llama.cpp has no place for, or would compute otherwise."""
+    if reason := not_held("gguf", tower, projector):
+        return reason
     try:
         architecture(llm)
         check_tower(tower)
