@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
+from dianjing.layers.fused.families import family_of as decoder_family_of
 from dianjing.layers.nf4 import BLOCK_SIZE, num_bytes, num_parameters
 from dianjing.model.build import assemble
 from dianjing.model.folders import resolve
