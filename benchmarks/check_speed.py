@@ -21,6 +21,7 @@ from dianjing.check.check import Result, Settings, check
 from dianjing.check.tokens import Measurer, Reading
 from dianjing.config.schema import DataConfig
 from dianjing.data.encode import load_tokenizer
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.record import load_records
 from dianjing.data.template import choose_template
 from dianjing.model.folders import resolve
@@ -119,7 +120,7 @@ def tokenizing_rate(path: Path) -> float:
     folder = resolve("tinyworld", "language_model")
     data = DataConfig(path=str(path), max_tokens=10**6, pack_tokens=10**6)
     template = choose_template(load_tokenizer(folder))
-    reading = Reading(tokenizer_folder=str(folder), template=template, num_image_tokens=576, data=data)
+    reading = Reading(tokenizer_folder=str(folder), template=template, picture_tokens=FixedCount(576), data=data)
     records, measurer = load_records(str(path)).records, Measurer(reading)
     began = time.process_time()
     measurer.measure(records)

@@ -70,6 +70,7 @@ def parts_of(folder: Path, llm: str) -> tuple[Any, Any, Any]:
     """Return data config, encoder and image processor of a run on the records."""
     from dianjing.config.schema import DataConfig
     from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+    from dianjing.data.picture_tokens import FixedCount
     from dianjing.data.template import template_for
     from dianjing.model.folders import resolve
     from dianjing.pictures.image import ImageProcessor
@@ -79,7 +80,7 @@ def parts_of(folder: Path, llm: str) -> tuple[Any, Any, Any]:
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template_for(tokenizer)[0],
-        num_image_tokens=576,
+        picture_tokens=FixedCount(576),
         max_tokens=config.max_tokens,
         on_long_record=config.on_long_record,
         image_token_id=image_token_id(tokenizer),

@@ -36,6 +36,7 @@ from benchmarks.train_inputs import RECORDS, STAGES, make_inputs, recipe_of
 from dianjing.config.schema import Recipe
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.plan.flops import flops
 from dianjing.plan.lengths import lengths_of
@@ -253,7 +254,7 @@ def encoder_of(work: Path, stage: int) -> Any:
     encoder = Encoder(
         tokenizer=tokenizer,
         template=get_template(choose_template(tokenizer)),
-        num_image_tokens=576,
+        picture_tokens=FixedCount(576),
         max_tokens=1472,
         on_long_record="error",
         image_token_id=image_token_id(tokenizer),

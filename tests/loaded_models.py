@@ -10,6 +10,7 @@ from PIL import Image
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.template import get_template
 from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.model.build import build
@@ -45,7 +46,7 @@ def loaded_text_model(folder: Path) -> LoadedModel:
     encoder = Encoder(
         tokenizer=tokenizer,
         template=get_template("internlm2_chat"),
-        num_image_tokens=1,
+        picture_tokens=FixedCount(1),
         max_tokens=512,
         on_long_record="error",
         image_token_id=image_token_id(tokenizer),

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.template import get_template
 
 XTUNER = Path(__file__).parent / "data" / "xtuner"
@@ -26,7 +27,8 @@ def small_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def make_encoder(tokenizer: PreTrainedTokenizerFast, template: str, **settings: Any) -> Encoder:
     """Return an encoder that cuts nothing and gives a picture one token, unless told otherwise."""
-    defaults = {"num_image_tokens": 1, "max_tokens": 10_000, "on_long_record": "error"}
+    picture_tokens = FixedCount(settings.pop("num_image_tokens", 1))
+    defaults = {"max_tokens": 10_000, "on_long_record": "error", "picture_tokens": picture_tokens}
     return Encoder(
         tokenizer=tokenizer,
         template=get_template(template),

@@ -15,7 +15,7 @@ from dianjing.errors import ModelError
 from dianjing.layers.attention import packed_attention
 from dianjing.model.build import assemble, build, prove_isolation
 from dianjing.model.language import load_language_model
-from dianjing.model.vision import load_vision_tower
+from dianjing.model.towers.families import load_tower
 from tests.conftest import MakeRecipe
 from tests.llm_families import FAMILIES, write_family
 from tests.packs import assert_same, outcome, prepare, upstream
@@ -65,7 +65,7 @@ def test_internlm2_as_shipped_is_the_llama_it_was_made_of(tmp_path: Path, family
     ],
 )
 def test_an_llm_that_no_pack_can_train_is_refused(tiny_clip: Path, settings: dict[str, Any], reason: str) -> None:
-    tower, _ = load_vision_tower(tiny_clip, torch.float32)
+    tower, _ = load_tower(tiny_clip, torch.float32)
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **settings)).eval()
 
     def check() -> None:

@@ -75,6 +75,7 @@ def batch_of(loaded: LoadedModel, *records: str, sizes: dict[str, tuple[int, int
                 labels=labels,
                 images=images,
                 num_images=len(images),
+                image_lengths=(),
                 truncated=0,
                 source="",
                 index=0,
@@ -88,7 +89,7 @@ def expanded(loaded: LoadedModel, input_ids: list[int], labels: list[int]) -> tu
     ours: tuple[list[int], list[int]] = ([], [])
     for token, label in zip(input_ids, labels, strict=True):
         pictured = token == XTUNER_IMAGE_ID
-        times = loaded.encoder.num_image_tokens if pictured else 1
+        times = loaded.encoder.picture_tokens() if pictured else 1
         ours[0].extend([loaded.encoder.image_token_id if pictured else token] * times)
         ours[1].extend([label] * times)
     return ours

@@ -208,7 +208,7 @@ def _pack_fill(recipe: Recipe, lengths: Sequence[int], modality_lengths: Sequenc
 
 def _run(gathered: Gathered, pictures: Sequence[Picture], settings: Settings) -> Run:
     items, recipe = gathered.items, settings.recipe
-    others = settings.reading.num_image_tokens - 1 if settings.reading else 0  # a picture's tokens but for one
+    others = settings.reading.picture_tokens() - 1 if settings.reading else 0  # a picture's tokens but for one
     lengths: list[int] = []
     modality_lengths: list[int] = []
     supervised = truncated = 0

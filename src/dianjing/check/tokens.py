@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dianjing.config.schema import DataConfig
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Encoder, LongRecordError, image_token_id, load_tokenizer, prepared
+from dianjing.data.picture_tokens import PictureTokens
 from dianjing.data.record import Record, turns_alone
 from dianjing.data.template import template_for
 from dianjing.errors import DataError
@@ -19,7 +20,7 @@ class Reading:
 
     tokenizer_folder: str
     template: str
-    num_image_tokens: int
+    picture_tokens: PictureTokens
     data: DataConfig
     strings_missing: tuple[str, ...] = ()
     """Special strings of the template that are plain text to the tokenizer."""
@@ -50,7 +51,7 @@ class Measurer:
         self._encoder = Encoder(
             tokenizer=tokenizer,
             template=template,
-            num_image_tokens=reading.num_image_tokens,
+            picture_tokens=reading.picture_tokens,
             max_tokens=reading.data.max_tokens,
             on_long_record=reading.data.on_long_record,
             image_token_id=image_token_id(tokenizer),

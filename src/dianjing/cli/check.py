@@ -134,19 +134,24 @@ def read_reading(given: Arguments, recipe: Recipe | None) -> Reading:
     """Return how the LLM of a recipe, or of --llm, reads records."""
     from dianjing.check.tokens import Reading
     from dianjing.data.encode import load_tokenizer
+    from dianjing.data.picture_tokens import FixedCount, PictureTokens
     from dianjing.data.template import special_strings_missing, template_for
-    from dianjing.infer.segments import image_tokens_of
+    from dianjing.infer.segments import picture_tokens_of
     from dianjing.model.folders import resolve
 
     folder = resolve(recipe.language_model.folder if recipe else given.llm, "language_model")
     tokenizer = load_tokenizer(folder)
     name = recipe.language_model.template if recipe else given.template
     template, _ = template_for(tokenizer, name)
+    picture_tokens: PictureTokens = FixedCount(1)
+    if recipe:
+        tower = resolve(recipe.vision_tower.folder, "vision_tower")
+        picture_tokens = picture_tokens_of(tower, recipe.projector.kind)
     data = recipe.data if recipe else replace(DataConfig(path=""), on_long_record="truncate")
     return Reading(
         tokenizer_folder=str(folder),
         template=template.name,
-        num_image_tokens=image_tokens_of(resolve(recipe.vision_tower.folder, "vision_tower")) if recipe else 1,
+        picture_tokens=picture_tokens,
         data=data,
         strings_missing=tuple(special_strings_missing(template, tokenizer)),
     )

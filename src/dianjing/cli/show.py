@@ -22,10 +22,11 @@ from rich.text import Text
 from dianjing.config.schema import DataConfig
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.survey import image_folder
 from dianjing.data.template import OWN, TEMPLATES, doubts, template_for
 from dianjing.errors import ConfigError
-from dianjing.infer.segments import headline, image_tokens_of, segments
+from dianjing.infer.segments import headline, picture_tokens_of, segments
 from dianjing.model.folders import resolve
 from dianjing.pictures.image import ImageProcessor, load_image
 from dianjing.progress import watched
@@ -96,7 +97,7 @@ def open_records(chosen: Arguments, notices: Console) -> tuple[Dataset, str]:
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template,
-        num_image_tokens=image_tokens_of(tower) if tower else 1,
+        picture_tokens=picture_tokens_of(tower) if tower else FixedCount(1),
         max_tokens=chosen.max_tokens,
         on_long_record="truncate",
         image_token_id=image_token_id(tokenizer),

@@ -10,6 +10,7 @@ Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
 Quantization = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
+ProjectorKind = Literal["mlp"]
 Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
 EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2"]
@@ -84,8 +85,10 @@ class VisionTowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """The two-layer MLP between tower and LLM; trained in both stages."""
+    """What lies between tower and LLM; trained in both stages."""
 
+    kind: ProjectorKind = "mlp"
+    """"mlp": two linear layers (LLaVA 1.5)."""
     init_from: str = ""
     """A run to take the projector from (finetune starts from its pretrain run); "" = new, from the seed."""
     learning_rate: NotNegative | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dianjing.config.schema import DataConfig
-from dianjing.data import encode, read, record, source, split, survey, template
+from dianjing.data import encode, picture_tokens, read, record, source, split, survey, template
 from dianjing.data.encode import Encoder, plain_backend
 from dianjing.data.record import bad_records
 from dianjing.data.source import DataFile
@@ -26,7 +26,7 @@ from dianjing.errors import DataError
 from dianjing.pictures import picture
 from dianjing.progress import Watch
 
-MODULES = (encode, picture, read, record, source, split, survey, template)
+MODULES = (encode, picture, picture_tokens, read, record, source, split, survey, template)
 DECIDING = [*(str(module.__file__) for module in MODULES), __file__]
 """The files of the program that decide what a survey finds; with any change in them it is made anew."""
 KEPT = 32
@@ -55,7 +55,7 @@ def key_of(files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> s
         "specials": [encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id],
         "splits specials": bool(getattr(encoder.tokenizer, "split_special_tokens", False)),
         "template": asdict(encoder.template),
-        "encoder": [encoder.num_image_tokens, encoder.max_tokens, encoder.on_long_record, encoder.image_token_id],
+        "encoder": [repr(encoder.picture_tokens), encoder.max_tokens, encoder.on_long_record, encoder.image_token_id],
         "data": [
             config.images,
             config.transparency,

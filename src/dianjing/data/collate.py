@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, Int32, UInt8
@@ -44,7 +46,51 @@ class Batch:
     """Rows whose next token is supervised."""
     targets: Int[Tensor, " supervised"]
     """That next token."""
+    pictures: tuple[int, ...]
+    """Pictures of each record."""
     ids: tuple[str, ...]
+
+    @classmethod
+    def empty(cls, image_processor: ImageProcessor) -> Batch:
+        """Return a pack of two tokens that belong to no record, the second of them supervised."""
+        example = Example(
+            id="",
+            input_ids=[0, 0],
+            labels=[IGNORE_INDEX, 0],
+            images=(),
+            num_images=0,
+            image_lengths=(),
+            truncated=0,
+            source="",
+            index=0,
+        )
+        batch = collate([example], [], image_token_id=-1, image_processor=image_processor)
+        return replace(batch, pictures=(), ids=())
+
+    def select(self, records: Sequence[int]) -> Batch:
+        """Return the batch of some of the records, by their numbers in this one."""
+        starts: list[int] = cast(Any, self.cu_seqlens).tolist()
+        lengths = [starts[number + 1] - starts[number] for number in records]
+        rows = torch.cat([torch.arange(starts[number], starts[number + 1]) for number in records])
+        place = torch.full((self.num_tokens,), -1).index_copy(0, rows, torch.arange(len(rows)))
+        image_rows = place[self.image_positions].sort().values
+        target_rows, order = place[self.target_rows].sort()
+        ends = [0, *accumulate(self.pictures)]
+        pictures = [picture for number in records for picture in range(ends[number], ends[number + 1])]
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            position_ids=self.position_ids[rows],
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            max_seqlen=max(lengths),
+            padded_shape=padded_shape_of(lengths),
+            pixels=self.pixels[torch.tensor(pictures, dtype=torch.int64)],
+            image_positions=image_rows[image_rows >= 0],
+            target_rows=target_rows[target_rows >= 0],
+            targets=self.targets[order[target_rows >= 0]],
+            pictures=tuple(self.pictures[number] for number in records),
+            ids=tuple(self.ids[number] for number in records),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -114,5 +160,6 @@ def collate(
         image_positions=(input_ids == image_token_id).nonzero()[:, 0],
         target_rows=supervised - 1,
         targets=labels[supervised],
+        pictures=tuple(example.num_images for example in examples),
         ids=tuple(example.id for example in examples),
     )

@@ -20,6 +20,7 @@ from dianjing.data.cache import cached_survey
 from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Encoder, Example
 from dianjing.data.pack import pack
+from dianjing.data.picture_tokens import Size
 from dianjing.data.source import DataFile, Records
 from dianjing.data.survey import image_folder, naming
 from dianjing.errors import DataError
@@ -41,6 +42,8 @@ class Dataset:
     records: Records
     lengths: tuple[int, ...]
     """Positions of each record, pictures expanded."""
+    pictures: tuple[int, ...]
+    """Pictures of each record."""
     modality_lengths: tuple[int, ...]
     """Tokens of each record, a picture counted as one; negative for a record without pictures (XTuner's)."""
     report: dict[str, int]
@@ -78,12 +81,14 @@ class Dataset:
         """
         assert self.image_processor, "a data set without an image processor makes no batches"
         pixels: list[UInt8[Tensor, "3 height width"]] = []
+        examples: list[Example] = []
         records = [self.records[i] for i in indices]
         for record in records:
             folder = image_folder(self.config, record.source)
             with naming(record):
-                pixels += [self._pixels(folder, name) for name in record.images]
-        examples = [self.encoder.encode(record) for record in records]
+                pictures = [self._pixels(folder, name) for name in record.images]
+            pixels += [picture for picture, _ in pictures]
+            examples.append(self.encoder.encode(record, [size for _, size in pictures]))
         lengths = [len(example.input_ids) for example in examples]
         assert lengths == [self.lengths[i] for i in indices], f"{records[0].where}: read otherwise than at the door"
         return collate(
@@ -93,9 +98,10 @@ class Dataset:
             image_processor=self.image_processor,
         )
 
-    def _read_picture(self, folder: str, name: str) -> UInt8[Tensor, "3 height width"]:
+    def _read_picture(self, folder: str, name: str) -> tuple[UInt8[Tensor, "3 height width"], Size]:
         assert self.image_processor
-        return self.image_processor.pixels(load_image(folder, name))
+        image = load_image(folder, name)
+        return self.image_processor.pixels(image), (image.height, image.width)
 
 
 def open_dataset(
@@ -114,13 +120,14 @@ def open_dataset(
         raise DataError(f"{config.images}: there is no such image folder; name it (data.images)")
     files = [DataFile(path) for path in ([config.path] if isinstance(config.path, str) else config.path)]
     found, opened = cached_survey(files, config, encoder, watch)
-    tokens, images = (found.rows[name].astype(np.int64) for name in ("tokens", "images"))
+    tokens, images = found.rows["tokens"], found.rows["images"]
     return Dataset(
         config=config,
         encoder=encoder,
         image_processor=image_processor,
         records=Records(files, found.rows),
-        lengths=tuple((tokens + images * (encoder.num_image_tokens - 1)).tolist()),
+        lengths=tuple(found.rows["positions"].tolist()),
+        pictures=tuple(images.tolist()),
         modality_lengths=tuple(np.where(images > 0, tokens, -tokens).tolist()),
         report=found.report,
         skipped=found.skipped,

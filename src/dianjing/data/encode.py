@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dianjing.config.schema import OnLong
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
+from dianjing.data.picture_tokens import PictureTokens, Size, expand
 from dianjing.data.record import Record, Turn
 from dianjing.data.sentencepiece import load_sentencepiece
 from dianjing.data.template import Span, Template, prompt, spans, text_ids
@@ -34,6 +35,8 @@ class Example:
     """As long as input_ids and unshifted; IGNORE_INDEX where nothing is learned."""
     images: tuple[str, ...]
     num_images: int
+    image_lengths: tuple[int, ...]
+    """Image tokens of each picture."""
     truncated: int
     """Tokens cut off its end, a picture counted as one."""
     source: str
@@ -50,8 +53,7 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    num_image_tokens: int
-    """Image tokens that stand for one picture."""
+    picture_tokens: PictureTokens
     max_tokens: int
     """Longest record, a picture counted as one."""
     on_long_record: OnLong
@@ -64,20 +66,22 @@ class Encoder:
                 "choose the LLM's own template, or set eos_token in its tokenizer_config.json"
             )
 
-    def encode(self, record: Record) -> Example:
-        """Return the record's ids and labels.
+    def encode(self, record: Record, sizes: Sequence[Size] = ()) -> Example:
+        """Return the record's ids and labels; `sizes` are those of its pictures, where they are known.
 
         Raises:
             LongRecordError: it is longer than max_tokens, which on_long_record does not cut.
             DataError: the cut leaves no answer, or takes a picture away.
         """
         input_ids, labels, truncated = self.tokens(record)
+        counts = self.counts(len(record.images), sizes)
         return Example(
             id=record.id,
-            input_ids=self._expand(input_ids, input_ids),
-            labels=self._expand(input_ids, labels),
+            input_ids=expand(input_ids, input_ids, self.image_token_id, counts),
+            labels=expand(input_ids, labels, self.image_token_id, counts),
             images=record.images,
             num_images=len(record.images),
+            image_lengths=counts,
             truncated=truncated,
             source=record.source,
             index=record.index,
@@ -105,15 +109,23 @@ class Encoder:
             raise DataError(f"{record.where}: no answer is left to learn from{cut}")
         return input_ids, labels, truncated
 
-    def prompt(self, history: Sequence[tuple[str, str]], question: str) -> tuple[list[int], int]:
+    def counts(self, pictures: int, sizes: Sequence[Size] = ()) -> tuple[int, ...]:
+        """Return the tokens of each of so many pictures; `sizes` are those of the first of them."""
+        known = [*sizes[:pictures], *[None] * (pictures - len(sizes))]
+        return tuple(self.picture_tokens(size) for size in known)
+
+    def prompt(
+        self, history: Sequence[tuple[str, str]], question: str, sizes: Sequence[Size] = ()
+    ) -> tuple[list[int], int]:
         """Return the ids up to where the answer begins, and how many pictures they show.
 
         They are what training shows before that answer. `history` holds (question, answer); questions
-        are as in a Record, their markers placed (`record.place_marker` does that).
+        are as in a Record, their markers placed (`record.place_marker` does that). `sizes` as for `encode`.
         """
         turns = [Turn(question=asked, answer=answer) for asked, answer in history]
         input_ids, _ = self._tokens(prompt(self.template, turns, question))
-        return self._expand(input_ids, input_ids), input_ids.count(self.image_token_id)
+        pictures = input_ids.count(self.image_token_id)
+        return expand(input_ids, input_ids, self.image_token_id, self.counts(pictures, sizes)), pictures
 
     def _tokens(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
         """Return ids and labels with one image token a picture."""
@@ -158,13 +170,6 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return text_ids(self.tokenizer, text)
-
-    def _expand(self, input_ids: Sequence[int], values: Sequence[int]) -> list[int]:
-        """Return `values` with those at a picture repeated for each of its image tokens."""
-        expanded: list[int] = []
-        for token, value in zip(input_ids, values, strict=True):
-            expanded += [value] * self.num_image_tokens if token == self.image_token_id else [value]
-        return expanded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,10 +41,12 @@ ROW = np.dtype(
         ("turn", "<i4"),
         ("tokens", "<i4"),
         ("images", "<i4"),
+        ("positions", "<i4"),
         ("supervised", "<i4"),
     ]
 )
-"""A record that is trained on, or one of its turns alone: where it stands, and its measures, a picture as a token."""
+"""A record that is trained on, or one of its turns alone: where it stands, and its measures: `tokens` has a
+picture as one token, `positions` as all it takes."""
 
 ALONE_BYTES = 16 * 2**20
 """Up to here one process is done before others have started."""
@@ -176,6 +178,8 @@ class _Found:
     """Some of it is not UTF-8, or a list holds what is not JSON."""
     rows: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     images: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
+    image_lengths: array[int] = field(default_factory=lambda: array("i"))
+    """Image tokens of the pictures of all rows."""
     ids: array[int] = field(default_factory=lambda: array("i"))
     """Of all rows, a picture as one token."""
     labels: array[int] = field(default_factory=lambda: array("i"))
@@ -245,8 +249,8 @@ class _Reader:
 
     def _read(self, found: _Found, encoder: Encoder, at: tuple[int, int, int], turn: int, record: Record) -> None:
         ids, labels, truncated = encoder.tokens(record)
-        images = len(record.images)
-        positions = len(ids) + images * (encoder.num_image_tokens - 1)
+        counts = encoder.counts(len(record.images))
+        images, positions = len(counts), len(ids) + sum(counts) - len(counts)
         if positions > self._config.pack_tokens:
             raise DataError(
                 f"{record.where}: {positions} positions with its pictures, but data.pack_tokens is "
@@ -260,8 +264,9 @@ class _Reader:
                 self._check(folder, name)
         supervised = len(labels) - labels.count(IGNORE_INDEX)
         start, end, line = at
-        found.rows.append((found.file, start, end, record.index, line, turn, len(ids), images, supervised))
+        found.rows.append((found.file, start, end, record.index, line, turn, len(ids), images, positions, supervised))
         found.images.append(record.images)
+        found.image_lengths.extend(counts)
         found.ids.extend(ids)
         found.labels.extend(labels)
         found.counts["pictures"] += images
@@ -350,11 +355,11 @@ class _Gathered:
 
     def _take_tokens(self, found: _Found, rows: NDArray[np.void]) -> None:
         """Add ids, labels, pictures' sizes and names of each row to the fingerprint, as 64-bit numbers and text."""
-        expanded = self._encoder.num_image_tokens
         ids = np.array(found.ids, np.int64)
-        repeats = np.where(ids == self._encoder.image_token_id, expanded, 1)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[ids == self._encoder.image_token_id] = found.image_lengths
         ids, labels = np.repeat(ids, repeats), np.repeat(np.array(found.labels, np.int64), repeats)
-        ends = np.cumsum(rows["tokens"] + rows["images"].astype(np.int64) * (expanded - 1))
+        ends = np.cumsum(rows["positions"], dtype=np.int64)
         start = 0
         for end, images in zip(ends.tolist(), found.images, strict=True):
             sizes = array("q", [found.looked_at[name][0] for name in images])

@@ -25,7 +25,7 @@ from dianjing.model.build import assemble, build
 from dianjing.model.folders import resolve
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import part_of
-from dianjing.model.vision import load_vision_tower
+from dianjing.model.towers.families import load_tower, prepared_size
 
 COMPARED = "the folder on its bases, read by Dianjing (first half) and by plain peft (second), against the run"
 LOADING = """\
@@ -112,13 +112,16 @@ def _by_peft(loaded: LoadedModel, folder: Path, llm_values: Mapping[str, Tensor]
     """Return the model as one who knows only peft and the bases puts it together."""
     recipe = _recipe(loaded)
     llm: Any = load_language_model(resolve(recipe.language_model.folder, "language_model"), torch.float32)[0]
-    tower: Any = load_vision_tower(resolve(recipe.vision_tower.folder, "vision_tower"), torch.float32)[0]
+    tower_folder = resolve(recipe.vision_tower.folder, "vision_tower")
+    tower: Any = load_tower(tower_folder, torch.float32)[0]
     if llm_values:
         llm.load_state_dict(llm_values)
     for part, base in (("language_model", llm), ("vision_tower", tower)):
         if (folder / part).is_dir():
             _put_on(base, folder / part)
-    model: Any = assemble(llm, tower, loaded.encoder.image_token_id, recipe.vision_tower.feature_layer, seed=0)
+    image_id, layer = loaded.encoder.image_token_id, recipe.vision_tower.feature_layer
+    size, kind = prepared_size(tower_folder, tower.config), recipe.projector.kind
+    model: Any = assemble(llm, tower, image_id, layer, seed=0, kind=kind, size=size)
     model.model.multi_modal_projector.load_state_dict(load_file(folder / PROJECTOR_FILE))
     return replace(loaded, model=model.to(loaded.model.device).eval())
 

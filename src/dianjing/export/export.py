@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from safetensors import SafetensorError
 
@@ -14,6 +14,7 @@ from dianjing.export.card import write_card
 from dianjing.export.formats import DEFAULTS, Code, Dtype, Options, find_format, require_taken
 from dianjing.export.receipt import Proof, drawn_cases, write_receipt
 from dianjing.infer.generate import Conversation, LoadedModel
+from dianjing.model.projector import kind_of
 
 
 def export(
@@ -79,6 +80,8 @@ def _require_held(loaded: LoadedModel, format: str, options: Options) -> None:
         raise ExportError(f"{loaded.name}: no run but a text-only model; train it, then export the run")
     config: Any = loaded.model.config
     if reason := find_format(format).code.can_hold(config.vision_config, config.text_config):
+        raise ExportError(reason)
+    if reason := kind_of(cast(Any, loaded.model).model.multi_modal_projector).refusal(format):
         raise ExportError(reason)
 
 

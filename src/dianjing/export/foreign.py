@@ -22,6 +22,7 @@ from dianjing.model.build import build
 from dianjing.model.folders import resolve
 from dianjing.model.forward import num_tower_layers
 from dianjing.model.stage import apply_stage
+from dianjing.model.towers.families import tower_family
 from dianjing.model.weights import load_trainable_state, trainable_state
 
 TOKENIZER_FILES = (
@@ -37,7 +38,7 @@ TOKENIZER_FILES = (
 
 def no_clip(program: str, tower: Any) -> str | None:
     """Return why a program that knows CLIP alone cannot hold a tower; None for a CLIP."""
-    if tower.model_type == "clip_vision_model":
+    if program.lower() in tower_family(tower).layouts(tower):
         return None
     return f"{program} reads CLIP towers only, not {tower.model_type}; export the whole model (--format hf)"
 

@@ -31,6 +31,7 @@ from dianjing.export.receipt import (
 from dianjing.export.tokenizer import save_tokenizer
 from dianjing.formats.weights import name_some
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare, stop_sequences
+from dianjing.model.towers.families import tower_family
 
 COMPARED = "stock transformers reading the folder (AutoModelForImageTextToText, AutoProcessor) against the run"
 SCALED = ("gemma", "gemma2")
@@ -54,8 +55,11 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def can_hold(tower: Any, llm: Any) -> str | None:
-    """Return None: the layout holds every model."""
-    return None
+    """Return why transformers' LLaVA cannot hold a model: it leaves out one token before the patches, never more."""
+    family = tower_family(tower)
+    if "hf" in family.layouts(tower):
+        return None
+    return f"transformers' LLaVA cannot hold a {family.name} tower; export what was learned (--format adapter)"
 
 
 def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
@@ -182,8 +186,8 @@ def _processor_config(config: LlavaConfig) -> dict[str, Any]:
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_MARKER,
         "patch_size": cast(Any, config.vision_config).patch_size,
-        # CLIP's class token, which "default" leaves out again; SigLIP has none.
-        "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        # CLIP's class token, which "default" leaves out again.
+        "num_additional_image_tokens": tower_family(config.vision_config).extra_tokens(config.vision_config),
         "vision_feature_select_strategy": strategy,
     }
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig
 
 from dianjing.errors import ExportError
-from dianjing.model.vision import num_image_tokens
 from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
 VOCAB_MULTIPLE = 64
@@ -97,7 +96,7 @@ def hub_config(
         "torch_dtype": kind,
         "image_token_index": image_token_id,
         "image_token_id": image_token_id,
-        "image_seq_length": num_image_tokens(vision_config, config.vision_feature_select_strategy),
+        "image_seq_length": config.image_seq_length,
         "multimodal_projector_bias": config.multimodal_projector_bias,
         "projector_hidden_act": config.projector_hidden_act,
         "vision_feature_layer": config.vision_feature_layer,

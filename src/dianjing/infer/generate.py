@@ -157,7 +157,9 @@ def prepare(loaded: LoadedModel, conversation: Conversation) -> Prompt:
     if not loaded.can_see:
         history = [(_blind(asked), answer) for asked, answer in history]
         question, images = _blind(question), ()
-    input_ids, markers = loaded.encoder.prompt(list(history), question)
+    input_ids, markers = loaded.encoder.prompt(
+        list(history), question, [(image.height, image.width) for image in images]
+    )
     if markers != len(images):
         raise ValueError(f"the conversation has {markers} {IMAGE_MARKER} markers but {len(images)} pictures")
     limit = loaded.model.config.get_text_config().max_position_embeddings

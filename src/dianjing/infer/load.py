@@ -14,6 +14,7 @@ from dianjing.config.load import load_recipe
 from dianjing.config.schema import Recipe
 from dianjing.constants import TEMPLATE_KEY
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount, PictureTokens
 from dianjing.data.template import template_for
 from dianjing.errors import ModelError
 from dianjing.formats.weights import read_config
@@ -23,8 +24,9 @@ from dianjing.model.build import build
 from dianjing.model.folders import TINYWORLD, resolve
 from dianjing.model.hub import is_hub_name
 from dianjing.model.language import load_exactly, load_language_model
+from dianjing.model.projector import KINDS, picture_tokens
 from dianjing.model.stage import apply_stage
-from dianjing.model.vision import num_image_tokens
+from dianjing.model.towers.families import family_named
 from dianjing.model.weights import load_trainable_state
 from dianjing.pictures.image import ImageProcessor
 from dianjing.run.checkpoint import newest
@@ -100,21 +102,19 @@ def _require_bases(recipe: Recipe, run: Path) -> None:
 
 def _load_llava(folder: Path, device: str) -> LoadedModel:
     config = read_config(folder)
-    tower = config.get("vision_config", {}).get("model_type")
-    if tower not in ("clip_vision_model", "siglip_vision_model"):
-        raise ModelError(
-            f'{folder}: its vision tower is "{tower}"; only LLaVAs with a CLIP or SigLIP tower can be asked here'
-        )
+    family_named(str(config.get("vision_config", {}).get("model_type")), f"{folder} (its vision tower)")
     if not isinstance(config.get("vision_feature_layer", -2), int):
         raise ModelError(f"{folder}: it joins the features of several layers; LLaVAs of one layer can be asked here")
-    tokenizer = load_tokenizer(folder)
+    tokenizer, image_processor = load_tokenizer(folder), ImageProcessor.from_folder(folder)
     model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
+    counts = picture_tokens(model.config, (image_processor.size, image_processor.size), KINDS["mlp"])
+    model.config.image_seq_length = counts()
     return LoadedModel(
         name=str(folder),
         model=model.to(device).eval(),
         tokenizer=tokenizer,
-        encoder=_encoder(tokenizer, config.get(TEMPLATE_KEY), model.config),
-        image_processor=ImageProcessor.from_folder(folder),
+        encoder=_encoder(tokenizer, config.get(TEMPLATE_KEY), counts, model.config.image_token_id),
+        image_processor=image_processor,
     )
 
 
@@ -125,20 +125,21 @@ def _load_text(folder: Path, device: str) -> LoadedModel:
         name=str(folder),
         model=model.to(device).eval(),
         tokenizer=tokenizer,
-        encoder=_encoder(tokenizer, None, None),
+        encoder=_encoder(tokenizer, None, FixedCount(1), image_token_id(tokenizer)),
         image_processor=None,
     )
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, template: str | None, llava: Any) -> Encoder:
-    """Return the encoder of a model; `llava` is the configuration of one that sees, else None."""
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, picture_tokens: PictureTokens, image_id: int
+) -> Encoder:
     return Encoder(
         tokenizer=tokenizer,
         template=template_for(tokenizer, template or "")[0],
-        num_image_tokens=num_image_tokens(llava.vision_config, llava.vision_feature_select_strategy) if llava else 1,
+        picture_tokens=picture_tokens,
         max_tokens=tokenizer.model_max_length,
         on_long_record="error",
-        image_token_id=llava.image_token_id if llava else image_token_id(tokenizer),
+        image_token_id=image_id,
     )
 
 

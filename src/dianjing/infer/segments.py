@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from dianjing.config.schema import Recipe
+from dianjing.config.schema import ProjectorKind, Recipe
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount, PictureTokens
 from dianjing.data.template import template_for
 from dianjing.model.folders import resolve
 from dianjing.pictures.image import ImageProcessor
@@ -24,7 +25,7 @@ class Segment:
 
 def segments(example: Example, encoder: Encoder) -> list[Segment]:
     """Return a record as text again, cut where the kind of its tokens changes."""
-    images = iter(example.images)
+    pictures = zip(example.images, example.image_lengths, strict=True)
     found: list[Segment] = []
 
     def kind(pair: tuple[int, int]) -> str:
@@ -36,8 +37,10 @@ def segments(example: Example, encoder: Encoder) -> list[Segment]:
     for name, pairs in groupby(zip(example.input_ids, example.labels, strict=True), kind):
         ids = [token for token, _ in pairs]
         if name == "picture":
-            names = [next(images) for _ in range(len(ids) // encoder.num_image_tokens)]
-            found += [Segment(name, f"[{image}: {encoder.num_image_tokens} image tokens]") for image in names]
+            while ids:
+                image, length = next(pictures)
+                found.append(Segment(name, f"[{image}: {length} image tokens]"))
+                del ids[:length]
         else:
             text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             found.append(Segment(name, str(text)))
@@ -51,13 +54,15 @@ def headline(example: Example) -> str:
     return f"{example.id}: {len(example.input_ids)} positions, {supervised} of them supervised{cut}"
 
 
-def image_tokens_of(tower: Path) -> int:
-    """Return how many tokens a picture becomes with the vision tower of a folder."""
+def picture_tokens_of(tower: Path, projector: ProjectorKind = "mlp") -> PictureTokens:
+    """Return how many tokens pictures become with the vision tower of a folder."""
     # Imported here because it takes seconds, and only a tower needs it.
-    from dianjing.model.vision import num_image_tokens, select_strategy, vision_config
+    from dianjing.model.projector import KINDS
+    from dianjing.model.towers.families import num_features, prepared_size, select_strategy, tower_config
 
-    config = vision_config(tower)
-    return num_image_tokens(config, select_strategy(config))
+    config = tower_config(tower)
+    features = num_features(config, select_strategy(config), prepared_size(tower, config))
+    return FixedCount(KINDS[projector].tokens(features))
 
 
 def reader_of(recipe: Recipe) -> tuple[Encoder, ImageProcessor]:
@@ -71,7 +76,7 @@ def reader_of(recipe: Recipe) -> tuple[Encoder, ImageProcessor]:
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template_for(tokenizer, recipe.language_model.template)[0],
-        num_image_tokens=image_tokens_of(tower),
+        picture_tokens=picture_tokens_of(tower, recipe.projector.kind),
         max_tokens=recipe.data.max_tokens,
         on_long_record=recipe.data.on_long_record,
         image_token_id=image_token_id(tokenizer),

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from dianjing.config.schema import Recipe
+from dianjing.config.schema import ProjectorKind, Recipe
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import Size
 from dianjing.data.template import check_template, doubts, template_for
 from dianjing.errors import ModelError
 from dianjing.layers.attention import PACKED, UNREAD_MASK
@@ -26,7 +26,8 @@ from dianjing.layers.fp8 import quantize_layers_to_fp8, require_fp8
 from dianjing.layers.nf4 import quantize_layers, require_bitsandbytes
 from dianjing.model.folders import base_folders
 from dianjing.model.language import LoadReport, count, load_language_model
-from dianjing.model.vision import load_vision_tower, num_image_tokens, select_strategy
+from dianjing.model.projector import KINDS, picture_tokens
+from dianjing.model.towers.families import load_tower, select_strategy, tower_family
 from dianjing.model.weights import load_projector
 from dianjing.pictures.image import ImageProcessor
 
@@ -68,16 +69,19 @@ def build(
     tokenizer = load_tokenizer(llm_folder)
     template, chosen = template_for(tokenizer, recipe.language_model.template)
     check_template(template, tokenizer)
-    image_processor = ImageProcessor.from_folder(tower_folder, recipe.data.aspect, recipe.data.transparency)
-
     llm, llm_report = load_language_model(llm_folder, dtype)
     if quantization:
         (quantize_layers if quantization == "nf4" else quantize_layers_to_fp8)(llm, device)
-    tower, tower_report = load_vision_tower(tower_folder, dtype)
+    tower, tower_report = load_tower(tower_folder, dtype)
+    image_processor = tower_family(tower.config).preprocessing(
+        tower_folder, recipe.data.aspect, recipe.data.transparency
+    )
     _require_size(tower, image_processor, tower_folder)
+    size = image_processor.size, image_processor.size
     image_id = image_token_id(tokenizer)
     _require_rows(llm, tokenizer, image_id)
-    model: Any = assemble(llm, tower, image_id, recipe.vision_tower.feature_layer, recipe.seed)
+    layer, kind = recipe.vision_tower.feature_layer, recipe.projector.kind
+    model: Any = assemble(llm, tower, image_id, layer, recipe.seed, kind=kind, size=size)
     if move:
         model.to(device)
     prove_isolation(llm)
@@ -88,7 +92,7 @@ def build(
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template,
-        num_image_tokens=num_image_tokens(tower.config, model.config.vision_feature_select_strategy),
+        picture_tokens=picture_tokens(model.config, size, KINDS[kind]),
         max_tokens=recipe.data.max_tokens,
         on_long_record=recipe.data.on_long_record,
         image_token_id=image_id,
@@ -103,9 +107,18 @@ def build(
 
 
 def assemble(
-    llm: PreTrainedModel, tower: PreTrainedModel, image_token_id: int, feature_layer: int, seed: int
+    llm: PreTrainedModel,
+    tower: PreTrainedModel,
+    image_token_id: int,
+    feature_layer: int,
+    seed: int,
+    *,
+    kind: ProjectorKind = "mlp",
+    size: Size | None = None,
 ) -> LlavaForConditionalGeneration:
     """Return a LLaVA made of the two parts themselves (no copies) and a new fp32 projector.
+
+    `size` is that of prepared pictures; None = as the tower's configuration says.
 
     Raises:
         ModelError: the tower has no such layer, or the LLM cannot keep the records of a pack apart.
@@ -117,33 +130,26 @@ def assemble(
             f"vision_tower.feature_layer is {feature_layer}, but the tower has {depth} layers: "
             f"{-depth - 1} to {depth}, -2 being LLaVA's choice"
         )
-    strategy = select_strategy(tower.config)
     settings: dict[str, Any] = {
         "vision_config": tower.config,
         "text_config": llm.config,
         "image_token_id": image_token_id,
-        "image_seq_length": num_image_tokens(tower.config, strategy),
         "vision_feature_layer": feature_layer,
-        "vision_feature_select_strategy": strategy,
+        "vision_feature_select_strategy": select_strategy(tower.config),
         "tie_word_embeddings": llm.config.tie_word_embeddings,
         "dtype": llm.config.dtype,
     }
     config = LlavaConfig(**settings)
+    projector = KINDS[kind]
+    config.image_seq_length = picture_tokens(config, size or (tower.config.image_size,) * 2, projector)()
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
     model.model.language_model = llm.get_decoder()
     model.model.vision_tower = tower
     model.lm_head = llm.get_output_embeddings()
-    model.model.multi_modal_projector = new_projector(config, seed)
+    model.model.multi_modal_projector = projector.new(config, seed)
     model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
     return model
-
-
-def new_projector(config: LlavaConfig, seed: int) -> nn.Module:
-    """Return a projector with torch's own initial weights for linear layers, as LLaVA's and XTuner's have them."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlavaMultiModalProjector(config)
 
 
 def _require_isolation(llm: Any) -> None:
@@ -208,7 +214,7 @@ def _packed_logits(llm: Any, records: list[Tensor]) -> Float[Tensor, "tokens voc
 
 def _require_size(tower: PreTrainedModel, image_processor: ImageProcessor, folder: Path) -> None:
     """Refuse preprocessing that makes pictures of another size than the tower takes."""
-    if image_processor.size != tower.config.image_size:
+    if tower_family(tower.config).sized_by_config and image_processor.size != tower.config.image_size:
         raise ModelError(
             f"{folder}: the tower takes pictures of {tower.config.image_size} pixels, but "
             f"preprocessor_config.json makes them {image_processor.size}; put the tower's own file there"

@@ -14,10 +14,10 @@ from transformers import LlavaForConditionalGeneration
 from dianjing.layers.cuda_graphs import CudaGraphs
 from dianjing.layers.fp8 import fp8_gemm
 from dianjing.layers.fused.decoder import fuse_decoder_layers
-from dianjing.layers.fused.tower import fuse_tower_layers
 from dianjing.layers.lora import lora_linear
 from dianjing.layers.padded import pad_tokens, unpad_tokens
 from dianjing.model.forward import CUDA_GRAPHS, FUSED, num_tower_layers, tower_states
+from dianjing.model.towers.families import layers_of, tower_family
 
 VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
@@ -34,7 +34,7 @@ def speed_up(model: LlavaForConditionalGeneration, *, fuse: bool = True, cuda_gr
     said = []
     for part, name, layers, fuse_layers in (
         (decoder, "language model", decoder.layers, fuse_decoder_layers),
-        (tower, "vision tower", tower.encoder.layers[: num_tower_layers(model)], fuse_tower_layers),
+        (tower, "vision tower", layers_of(tower)[: num_tower_layers(model)], tower_family(tower.config).fuse),
     ):
         if fused := fuse and fuse_layers(layers):
             setattr(part, FUSED, fused)
@@ -58,7 +58,7 @@ def _can_capture(model: LlavaForConditionalGeneration) -> bool:
     """Return whether the tower's work can be replayed: only adapters train, and no layer is checkpointed."""
     tower: Any = model.model.vision_tower
     fused = getattr(tower, FUSED, None)
-    checkpointing = getattr(tower.encoder.layers[0], "gradient_checkpointing", False)
+    checkpointing = getattr(layers_of(tower)[0], "gradient_checkpointing", False)
     return bool(fused) and fused[0].trains and not checkpointing
 
 

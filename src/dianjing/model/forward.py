@@ -18,8 +18,8 @@ from dianjing.data.collate import Batch
 from dianjing.layers.attention import UNREAD_MASK
 from dianjing.layers.cross_entropy import summed_cross_entropy
 from dianjing.layers.fused.decoder import States, pack_layout, total
-from dianjing.layers.fused.tower import embedded, through_tower
 from dianjing.layers.padded import PaddedLayout, padded_layout
+from dianjing.model.towers.families import layers_of, left_out, tower_family
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""
@@ -107,27 +107,20 @@ def image_features(
     if not len(pixel_values):
         return pixel_values.new_zeros(0, 1, config.text_config.hidden_size)
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
-    with torch.set_grad_enabled(learns), _arithmetic_of(model, tower.encoder.layers):
+    with torch.set_grad_enabled(learns), _arithmetic_of(model, layers_of(tower)):
         graphs = getattr(tower, CUDA_GRAPHS, None) if learns else None
         hidden = (graphs or partial(tower_states, model))(pixel_values.to(config.dtype))
-    if config.vision_feature_select_strategy == "default":
-        hidden = hidden[:, 1:]  # the class token is no patch
+    hidden = hidden[:, left_out(config.vision_config, config.vision_feature_select_strategy) :]
     return model.model.multi_modal_projector(hidden)
 
 
 def tower_states(
     model: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "images 3 height width"]
 ) -> Float[Tensor, "images states width"]:
-    """Return what the tower makes of pictures, class token included, after the last of its layers that matter."""
+    """Return what the tower makes of pictures, extra tokens included, after the last of its layers that matter."""
     tower: Any = model.model.vision_tower
-    hidden = (partial(embedded, tower.embeddings) if hasattr(tower, FUSED) else tower.embeddings)(pixel_values)
-    if hasattr(tower, "pre_layrnorm"):  # CLIP; SigLIP has none
-        hidden = tower.pre_layrnorm(hidden)
-    if hasattr(tower, FUSED):
-        return through_tower(getattr(tower, FUSED), hidden)
-    for layer in tower.encoder.layers[: num_tower_layers(model)]:
-        hidden = layer(hidden, None)
-    return hidden
+    fused = getattr(tower, FUSED, None)
+    return tower_family(tower.config).states(tower, pixel_values, num_tower_layers(model), fused)
 
 
 def num_tower_layers(model: LlavaForConditionalGeneration) -> int:

@@ -21,6 +21,7 @@ from dianjing.layers.fp8 import Fp8Linear
 from dianjing.layers.lora import LoraLinear
 from dianjing.layers.nf4 import is_nf4, num_bytes, num_parameters
 from dianjing.model.forward import CUDA_GRAPHS, num_tower_layers
+from dianjing.model.towers.families import layers_of, tower_family
 
 PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
@@ -32,9 +33,6 @@ PARTS = {
 HEAD = "lm_head"
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
-
-BEHIND_THE_ENCODER = ("post_layernorm", "head")
-"""What a tower computes from its last layer (SigLIP's head pools it); the projector reads earlier ones."""
 
 TRAINING_BYTES = 12
 """What training keeps of a parameter beside its weight: the gradient and AdamW's two means, in fp32."""
@@ -133,15 +131,13 @@ def _tune_language_model(model: LlavaForConditionalGeneration, config: LanguageM
 
 def _tune_vision_tower(model: LlavaForConditionalGeneration, config: VisionTowerConfig) -> None:
     tower: Any = model.model.vision_tower
-    num_layers = num_tower_layers(model)
+    family, num_layers = tower_family(tower.config), num_tower_layers(model)
     if config.tuning == "full":
-        tower.requires_grad_(True)
-        tower.encoder.layers[num_layers:].requires_grad_(False)
-        for name in BEHIND_THE_ENCODER:
-            if hasattr(tower, name):
-                getattr(tower, name).requires_grad_(False)
+        for name, weight in tower.named_parameters():
+            weight.requires_grad_(not name.startswith(family.unused))
+        family.layers(tower)[num_layers:].requires_grad_(False)
     elif config.tuning == "lora":
-        layers = [f"encoder.layers.{number}." for number in range(num_layers)]
+        layers = [f"{family.layers_name}.{number}." for number in range(num_layers)]
         _add_lora(tower, [name for layer in layers for name in _linear_names(tower, layer)], config)
 
 
@@ -151,7 +147,7 @@ def checkpoint_activations(model: LlavaForConditionalGeneration) -> None:
     Not the last decoder layer: its backward pass comes first, so that it would save no memory.
     """
     vars(model.model.vision_tower).pop(CUDA_GRAPHS, None)  # graphs keep all that they captured
-    layers: Any = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers[:-1]]
+    layers: Any = [*layers_of(model.model.vision_tower), *model.model.language_model.layers[:-1]]
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -16,6 +16,7 @@ from dianjing.formats.source import open_foreign
 from dianjing.formats.weights import name_some
 from dianjing.formats.xtuner import PROJECTOR as FOREIGN_PROJECTOR
 from dianjing.formats.xtuner import live_parts, require_two_layers
+from dianjing.model.projector import Kind, kind_of
 from dianjing.run.checkpoint import find_checkpoint
 from dianjing.run.layout import TRAINABLE
 
@@ -65,15 +66,17 @@ def load_projector(
     if not os.path.exists(path):
         raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
     checkpoint = find_checkpoint(path, notify)
-    learned = _own_projector(checkpoint) if checkpoint else _foreign_projector(path)
-    own = model.model.multi_modal_projector.state_dict()
-    _require_projector(learned, own, checkpoint or path)
+    projector = model.model.multi_modal_projector
+    kind = kind_of(projector)
+    learned = _own_projector(checkpoint) if checkpoint else _foreign_projector(path, kind)
+    own = projector.state_dict()
+    _require_projector(learned, own, kind, checkpoint or path)
     for name, weight in own.items():
         weight.copy_(learned[name])
     return checkpoint / TRAINABLE if checkpoint else path
 
 
-def _require_projector(learned: Mapping[str, Tensor], own: Mapping[str, Tensor], where: Path) -> None:
+def _require_projector(learned: Mapping[str, Tensor], own: Mapping[str, Tensor], kind: Kind, where: Path) -> None:
     """Refuse what is not the weights of exactly the projector that is needed.
 
     Raises:
@@ -84,8 +87,7 @@ def _require_projector(learned: Mapping[str, Tensor], own: Mapping[str, Tensor],
     faults = {"missing": own.keys() - learned.keys(), "left over": learned.keys() - own.keys()}
     if found := [f"{name_some(names)} {fault}" for fault, names in faults.items() if names]:
         raise ModelError(
-            f"{where}: its projector is not two linear layers with biases: {'; '.join(found)}; projector.init_from "
-            "names a pretrain run"
+            f"{where}: its projector is not {kind.words}: {'; '.join(found)}; projector.init_from names a pretrain run"
         )
     shapes = [
         f"{name} ({_size(learned[name])} in it, {_size(own[name])} here)"
@@ -118,7 +120,12 @@ def _own_projector(checkpoint: Path) -> dict[str, Tensor]:
         return {name.removeprefix(PROJECTOR): file.get_tensor(name) for name in names}
 
 
-def _foreign_projector(path: Path) -> dict[str, Tensor]:
+def _foreign_projector(path: Path, kind: Kind) -> dict[str, Tensor]:
+    if kind.foreign is None:
+        raise ModelError(
+            f"{path}: XTuner and LLaVA have no projector of {kind.words}; name a run of Dianjing in "
+            'projector.init_from, or set projector.kind to "mlp"'
+        )
     weights = open_foreign(path, optimizer=False).weights
     require_two_layers(weights, path)
     parts = [live_parts(name, weight, None) for name, weight in weights.items() if name.startswith(FOREIGN_PROJECTOR)]

@@ -53,7 +53,8 @@ def _tower(shapes: Shapes, recipe: Recipe) -> tuple[float, float]:
     forward = linear + attention + adapters
     embedding = 2 * shapes.patches * shapes.patch_inputs * width
     total = forward + embedding
-    total += 4 * shapes.patches * (width * hidden + hidden**2) + 2 * shapes.patches * hidden**2
+    tokens = shapes.image_tokens
+    total += 4 * (shapes.patches * width * hidden + tokens * hidden**2) + 2 * tokens * hidden**2
     if tuning != "frozen":
         total += linear + 2 * attention + 2 * adapters + 2 * shapes.patches * width * hidden
     if tuning == "full":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 
 from dianjing.config.schema import Recipe
 from dianjing.constants import IGNORE_INDEX
 from dianjing.data.dataset import Dataset
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import PictureTokens
 from dianjing.data.record import load_records, turns_alone
 from dianjing.data.template import template_for
 from dianjing.errors import DataError, ModelError
@@ -47,8 +49,9 @@ def step_records(recipe: Recipe, lengths: Lengths) -> int:
     return min(recipe.train.global_batch_size, lengths.records or recipe.train.global_batch_size)
 
 
-def assumed_lengths(recipe: Recipe, patches: int, reason: str) -> Lengths:
+def assumed_lengths(recipe: Recipe, picture_tokens: PictureTokens, reason: str) -> Lengths:
     """Return what is assumed of records that nobody has looked at; `reason` says why."""
+    patches = picture_tokens()
     text, supervised, pictures = TEXT[recipe.stage]
     tokens = text + pictures * patches
     return Lengths(
@@ -67,9 +70,6 @@ def lengths_of(dataset: Dataset) -> Lengths:
     """Return the lengths of an opened data set."""
     number, report = dataset.num_records, dataset.report
     supervised, tokens = report["supervised tokens"] / number, sum(dataset.lengths) / number
-    # A picture adds its image tokens but one to what modality_lengths count.
-    added = max(1, dataset.encoder.num_image_tokens - 1)
-    pairs = zip(dataset.lengths, dataset.modality_lengths, strict=True)
     return Lengths(
         tokens=tokens,
         tokens_squared=sum(length**2 for length in dataset.lengths) / number,
@@ -77,13 +77,13 @@ def lengths_of(dataset: Dataset) -> Lengths:
         pictures=report.get("pictures", 0) / number,
         longest=max(dataset.lengths),
         supervised_share=supervised / tokens,
-        picture_share=_many((length - abs(plain)) / added / length for length, plain in pairs),
+        picture_share=_many(map(truediv, dataset.pictures, dataset.lengths)),
         records=number,
         source=f"{number:,} records",
     )
 
 
-def measured_lengths(recipe: Recipe, llm_folder: Path, patches: int) -> Lengths:
+def measured_lengths(recipe: Recipe, llm_folder: Path, picture_tokens: PictureTokens) -> Lengths:
     """Return the lengths of a run's records; pictures are not opened, and of many records some are encoded.
 
     Without data, or without a tokenizer, they are assumed.
@@ -94,15 +94,15 @@ def measured_lengths(recipe: Recipe, llm_folder: Path, patches: int) -> Lengths:
     """
     paths = [recipe.data.path] if isinstance(recipe.data.path, str) else [*recipe.data.path]
     if absent := [path for path in paths if not Path(path).expanduser().is_file()]:
-        return assumed_lengths(recipe, patches, f"{absent[0]} is not there")
+        return assumed_lengths(recipe, picture_tokens, f"{absent[0]} is not there")
     try:
         tokenizer = load_tokenizer(llm_folder)
     except ModelError:
-        return assumed_lengths(recipe, patches, f"{llm_folder} has no tokenizer that can be read")
+        return assumed_lengths(recipe, picture_tokens, f"{llm_folder} has no tokenizer that can be read")
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template_for(tokenizer, recipe.language_model.template)[0],
-        num_image_tokens=patches,
+        picture_tokens=picture_tokens,
         max_tokens=recipe.data.max_tokens,
         on_long_record="truncate",
         image_token_id=image_token_id(tokenizer),

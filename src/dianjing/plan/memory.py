@@ -78,7 +78,8 @@ def memory(
         half = pack.tokens * size * (4 * shapes.hidden + 2 * (shapes.heads + shapes.kv_heads))
         kept = (shapes.layers - 1) * decoder_layer + half
         seen = shapes.tower_layers * tower_layer * learns
-    seen += pack.pictures * shapes.patches * size * (shapes.tower_width + 3 * shapes.hidden)
+    projected = shapes.patches * shapes.tower_width + 3 * shapes.image_tokens * shapes.hidden
+    seen += pack.pictures * size * projected
     head = size * pack.supervised * shapes.vocabulary  # the gradient is written over the logits
     between = 2 * shapes.mlp
     if compiled and weights.fused_decoder:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.plan.flops import Flops, flops
 from dianjing.plan.gpus import Gpu
 from dianjing.plan.lengths import Lengths, measured_lengths, step_records
@@ -79,7 +80,7 @@ def make_plan(recipe: Recipe, gpus: Sequence[Gpu], number: int = 1) -> Plan:
         DianjingError: a folder or the data cannot be used.
     """
     weights = weights_of_recipe(recipe)
-    lengths = measured_lengths(recipe, llm_folder(recipe), weights.shapes.patches)
+    lengths = measured_lengths(recipe, llm_folder(recipe), FixedCount(weights.shapes.image_tokens))
     return plan_of(recipe, weights, lengths, gpus, number)
 
 

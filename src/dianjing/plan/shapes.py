@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dianjing.model.forward import num_tower_layers
+from dianjing.model.projector import kind_of
+from dianjing.model.towers.families import tower_family
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """A Llama-like LLM and a CLIP or SigLIP tower; as they stand, InternLM2-1.8B and CLIP ViT-L/14-336."""
+    """A Llama-like LLM and a vision tower; as they stand, InternLM2-1.8B and CLIP ViT-L/14-336."""
 
     layers: int = 24
     hidden: int = 2048
@@ -24,9 +26,11 @@ class Shapes:
     tower_width: int = 1024
     tower_mlp: int = 4096
     patches: int = 576
-    """Image tokens of one picture."""
+    """Features of one picture, as the projector gets them."""
+    image_tokens: int = 576
+    """What the projector makes of them."""
     positions: int = 577
-    """Patches, and CLIP's class token."""
+    """Patches, and class and register tokens."""
     patch_inputs: int = 588
     """Numbers in a patch of the picture."""
 
@@ -56,7 +60,9 @@ def shapes_of(model: Any) -> Shapes:
     text, vision = model.config.text_config, model.config.vision_config
     query_heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-    patches = model.config.image_seq_length
+    kind, family = kind_of(model.model.multi_modal_projector), tower_family(vision)
+    tokens = model.config.image_seq_length
+    patches = tokens * kind.merges**2
     return Shapes(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -66,8 +72,9 @@ def shapes_of(model: Any) -> Shapes:
         vocabulary=text.vocab_size,
         tower_layers=num_tower_layers(model),
         tower_width=vision.hidden_size,
-        tower_mlp=vision.intermediate_size,
+        tower_mlp=family.mlp_width(vision),
         patches=patches,
-        positions=patches + (model.config.vision_feature_select_strategy == "default"),
+        image_tokens=tokens,
+        positions=patches + family.extra_tokens(vision),
         patch_inputs=3 * vision.patch_size**2,
     )

@@ -15,13 +15,12 @@ from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
 from dianjing.layers.fused.families import family_of
-from dianjing.layers.fused.tower import is_tower_layer
 from dianjing.layers.nf4 import BLOCK_SIZE, num_bytes, num_parameters
 from dianjing.model.build import assemble
 from dianjing.model.folders import resolve
 from dianjing.model.language import empty_language_model
 from dianjing.model.stage import PARTS, PRECISIONS, apply_stage, held_as, part_of
-from dianjing.model.vision import empty_vision_tower
+from dianjing.model.towers.families import empty_tower, layers_of, prepared_size, tower_family
 from dianjing.plan.shapes import Shapes, shapes_of
 
 FP8_SCALE = ".scale"
@@ -78,9 +77,11 @@ def empty_model(recipe: Recipe, dtype: torch.dtype) -> Any:
         ModelError: a folder is no model that can be used.
     """
     llm = empty_language_model(llm_folder(recipe), dtype)
-    tower = empty_vision_tower(resolve(recipe.vision_tower.folder, "vision_tower", weights=False), dtype)
+    folder = resolve(recipe.vision_tower.folder, "vision_tower", weights=False)
+    tower = empty_tower(folder, dtype)
+    size, kind = prepared_size(folder, tower.config), recipe.projector.kind
     with torch.device("meta"):
-        model: Any = assemble(llm, tower, 0, recipe.vision_tower.feature_layer, recipe.seed)
+        model: Any = assemble(llm, tower, 0, recipe.vision_tower.feature_layer, recipe.seed, kind=kind, size=size)
         model.to("meta")
         apply_stage(model, recipe)
     return model
@@ -134,7 +135,7 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
         tower=_adapters(tower, shapes.tower_layers),
         fused_decoder=all(families),
         qk_norm=any(family.qk_norms for family in families if family),
-        fused_tower=all(map(is_tower_layer, tower.encoder.layers[: shapes.tower_layers])),
+        fused_tower=tower_family(tower.config).can_fuse(layers_of(tower)[: shapes.tower_layers]),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dianjing.errors import ConfigError, ModelError
-from dianjing.model.vision import num_image_tokens
+from dianjing.model.projector import kind_of, picture_tokens
 from dianjing.pictures.image import ImageProcessor
 
 if TYPE_CHECKING:
@@ -58,9 +58,10 @@ def transformers_app(folder: Path) -> tuple[ASGIApp, ContextWindow]:
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
+    image_processor, kind = ImageProcessor.from_folder(folder), kind_of(model.model.multi_modal_projector)
     return app, ContextWindow(
         positions=model.config.get_text_config().max_position_embeddings,
-        picture=num_image_tokens(model.config.vision_config, model.config.vision_feature_select_strategy),
+        picture=picture_tokens(model.config, (image_processor.size, image_processor.size), kind)(),
         processor=processor,
-        transparency=ImageProcessor.from_folder(folder).transparency,
+        transparency=image_processor.transparency,
     )

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.record import Record, Turn
 from dianjing.data.template import get_template
 from dianjing.tinyworld.grammar import CHINESE, Question
@@ -111,7 +112,7 @@ def text_encoder(folder: Path) -> Encoder:
     return Encoder(
         tokenizer=tokenizer,
         template=get_template(TEMPLATE),
-        num_image_tokens=1,
+        picture_tokens=FixedCount(1),
         max_tokens=10_000,
         on_long_record="error",
         image_token_id=image_token_id(tokenizer),

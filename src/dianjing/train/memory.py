@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
-from dianjing.data.collate import Batch, padded_shape_of
+from dianjing.data.collate import Batch
 from dianjing.data.dataset import Dataset
 from dianjing.data.pack import pack
 from dianjing.errors import TrainError
@@ -156,31 +156,9 @@ def split(batch: Batch, most_tokens: int) -> list[Batch]:
     """Return packs of the same records with at most so many positions; a longer record stands alone."""
     if batch.num_tokens <= most_tokens or len(batch.ids) < 2:
         return [batch]
-    bounds = list(pairwise(batch.cu_seqlens.tolist()))
+    bounds = pairwise(batch.cu_seqlens.tolist())
     members = pack([min(end - start, most_tokens) for start, end in bounds], most_tokens)
-    return [_records(batch, [bounds[i] for i in group], [batch.ids[i] for i in group]) for group in members]
-
-
-def _records(batch: Batch, bounds: Sequence[tuple[int, int]], ids: Sequence[str]) -> Batch:
-    """Return the batch of some of a batch's records, given by where they begin and end."""
-    rows = torch.cat([torch.arange(start, end) for start, end in bounds])
-    place = torch.full((batch.num_tokens,), -1).index_copy(0, rows, torch.arange(len(rows)))
-    lengths = [end - start for start, end in bounds]
-    image_rows, target_rows = place[batch.image_positions], place[batch.target_rows]
-    pictures = (image_rows.view(batch.num_images, -1) >= 0).all(1) if batch.num_images else image_rows >= 0
-    return Batch(
-        input_ids=batch.input_ids[rows],
-        position_ids=batch.position_ids[rows],
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        max_seqlen=max(lengths),
-        padded_shape=padded_shape_of(lengths),
-        pixels=batch.pixels[pictures],
-        pixel_table=batch.pixel_table,
-        image_positions=image_rows[image_rows >= 0],
-        target_rows=target_rows[target_rows >= 0],
-        targets=batch.targets[target_rows >= 0],
-        ids=tuple(ids),
-    )
+    return [batch.select(group) for group in members]
 
 
 @contextmanager

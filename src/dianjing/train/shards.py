@@ -28,6 +28,7 @@ from transformers import LlavaForConditionalGeneration
 from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import ConfigError
+from dianjing.model.towers.families import layers_of
 from dianjing.train.engine import Engine, Reading, Taken, count_change
 from dianjing.train.optim import load_optimizer_state, make_optimizer, require_state_of, steps_of
 
@@ -244,7 +245,7 @@ def layers(model: LlavaForConditionalGeneration) -> Iterator[nn.Module]:
     """Yield the layers of tower and LLM, nearly all of a model's weights."""
     tower: Any = model.model.vision_tower
     decoder: Any = model.model.language_model
-    yield from tower.encoder.layers
+    yield from layers_of(tower)
     yield from decoder.layers
 
 

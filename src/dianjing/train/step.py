@@ -87,31 +87,14 @@ def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> Float[Tenso
     """
     device = parts.accelerator.device
     missing = parts.engine.num_packs(len(batches)) - len(batches)
-    packs = [*batches, *(_no_record(parts.dataset) for _ in range(missing))]
+    processor = parts.dataset.image_processor
+    assert processor, "a data set that is trained on has an image processor"
+    packs = [*batches, *(Batch.empty(processor) for _ in range(missing))]
     shares = [
         parts.engine.backward(batch.to(device), tokens, last=number == len(packs))
         for number, batch in enumerate(packs, start=1)
     ]
     return torch.stack(shares)
-
-
-def _no_record(dataset: Dataset) -> Batch:
-    """Return a pack of two tokens that belong to no record, the second of them supervised."""
-    processor = dataset.image_processor
-    assert processor
-    return Batch(
-        input_ids=torch.zeros(2, dtype=torch.int64),
-        position_ids=torch.arange(2),
-        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
-        max_seqlen=2,
-        padded_shape=None,
-        pixels=torch.zeros(0, 3, processor.size, processor.size, dtype=torch.uint8),
-        pixel_table=processor.table(),
-        image_positions=torch.zeros(0, dtype=torch.int64),
-        target_rows=torch.zeros(1, dtype=torch.int64),
-        targets=torch.zeros(1, dtype=torch.int64),
-        ids=(),
-    )
 
 
 def over_ranks(accelerator: Accelerator, *values: float) -> list[float]:

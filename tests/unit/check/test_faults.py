@@ -17,6 +17,7 @@ from dianjing.check.tokens import Reading
 from dianjing.config.schema import DataConfig
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.template import choose_template, get_template
 from dianjing.errors import DataError
 from dianjing.model.folders import resolve
@@ -47,7 +48,9 @@ def reading() -> Reading:
     folder = resolve("tinyworld", "language_model")
     template = choose_template(load_tokenizer(folder))
     data: Any = DataConfig(path="", **SETTINGS)
-    return Reading(tokenizer_folder=str(folder), template=template, num_image_tokens=NUM_IMAGE_TOKENS, data=data)
+    return Reading(
+        tokenizer_folder=str(folder), template=template, picture_tokens=FixedCount(NUM_IMAGE_TOKENS), data=data
+    )
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def opened(data: DataSet, reading: Reading, on_bad: Any = "error") -> Dataset:
     encoder = Encoder(
         tokenizer=tokenizer,
         template=get_template(reading.template),
-        num_image_tokens=reading.num_image_tokens,
+        picture_tokens=reading.picture_tokens,
         max_tokens=config.max_tokens,
         on_long_record=config.on_long_record,
         image_token_id=image_token_id(tokenizer),

@@ -25,6 +25,7 @@ from dianjing.data.cache import cache_folder
 from dianjing.data.dataset import Dataset, open_dataset, step_batches
 from dianjing.data.encode import load_tokenizer
 from dianjing.data.order import epoch_order
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.template import get_template
 from dianjing.errors import DataError
 from dianjing.pictures.image import ImageProcessor
@@ -108,7 +109,7 @@ def test_records_are_not_kept_in_memory(config: DataConfig, opened: Open) -> Non
     assert all(len(value) == len(config.path) for value in kept)
 
 
-ROOMS: dict[str, Any] = {"max_tokens": 149, "on_long_record": "truncate", "num_image_tokens": NUM_IMAGE_TOKENS + 1}
+ROOMS: dict[str, Any] = {"max_tokens": 149, "on_long_record": "truncate", "picture_tokens": FixedCount(9)}
 FIELDS: dict[str, Any] = {"pack_tokens": 199, "turns": "together", "on_bad_record": "skip", "transparency": "drop"}
 
 
@@ -172,7 +173,18 @@ def test_another_version_of_the_program(
 
 def test_the_program_that_decides_is_all_that_is_imported() -> None:
     names = {Path(path).stem for path in cache_module.DECIDING}
-    assert names == {"encode", "picture", "read", "record", "source", "split", "survey", "template", "cache"}
+    assert names == {
+        "encode",
+        "picture",
+        "picture_tokens",
+        "read",
+        "record",
+        "source",
+        "split",
+        "survey",
+        "template",
+        "cache",
+    }
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "text", "other arrays", "pickle", "other data", "a folder"])

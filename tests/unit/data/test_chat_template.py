@@ -14,6 +14,7 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data import chat_template
 from dianjing.data.chat_template import TurnsError, read_turns
 from dianjing.data.encode import Encoder, load_tokenizer
+from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.record import Record, Turn
 from dianjing.data.template import OWN, check_template, choose_template, own_template, template_for
 from dianjing.errors import ModelError
@@ -47,7 +48,7 @@ def own_encoder(tokenizer: Any) -> Encoder:
     return Encoder(
         tokenizer=tokenizer,
         template=own_template(tokenizer),
-        num_image_tokens=1,
+        picture_tokens=FixedCount(1),
         max_tokens=10_000,
         on_long_record="error",
         image_token_id=100_000,

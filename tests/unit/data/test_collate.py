@@ -21,6 +21,7 @@ def example(name: str, input_ids: list[int], labels: list[int], images: int = 0)
         labels=labels,
         images=tuple(f"{i}.png" for i in range(images)),
         num_images=images,
+        image_lengths=(),
         truncated=0,
         source="data.json",
         index=0,
@@ -97,3 +98,26 @@ def test_to_moves_every_tensor(batch: Batch) -> None:
     assert len(tensors) == 8
     assert all(tensor.is_meta for tensor in tensors)
     assert moved.ids == batch.ids
+
+
+def test_selected_records_are_what_they_are_alone(batch: Batch) -> None:
+    """Pictures of records have unlike numbers of tokens, and records may come in another order."""
+    found = batch.select([2, 0])
+    assert found.input_ids.tolist() == [3, IMAGE, IMAGE, IMAGE, IMAGE, 9, 1, IMAGE, IMAGE, 5, 6]
+    assert found.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
+    assert (found.cu_seqlens.tolist(), found.max_seqlen) == ([0, 6, 11], 6)
+    assert found.pixel_values[:, 0, 0, 0].tolist() == [1, 2, 0]
+    assert found.image_positions.tolist() == [1, 2, 3, 4, 7, 8]
+    assert (found.target_rows.tolist(), found.targets.tolist()) == ([4, 8, 9], [9, 5, 6])
+    assert (found.pictures, found.ids) == ((2, 1), ("c", "a"))
+    assert batch.select([1]).num_images == 0
+    for name, value in vars(batch.select([0, 1, 2])).items():
+        assert value.equal(getattr(batch, name)) if isinstance(value, torch.Tensor) else value == getattr(batch, name)
+
+
+def test_an_empty_pack_belongs_to_no_record(batch: Batch) -> None:
+    empty = Batch.empty(processor(2))
+    assert (empty.ids, empty.pictures, empty.num_images, empty.num_supervised, empty.num_tokens) == ((), (), 0, 1, 2)
+    assert (empty.target_rows.tolist(), empty.image_positions.tolist()) == ([0], [])
+    for name, value in vars(empty).items():
+        assert not isinstance(value, torch.Tensor) or value.dtype == getattr(batch, name).dtype, name

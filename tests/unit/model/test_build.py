@@ -26,7 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from dianjing.errors import ModelError
 from dianjing.model.build import assemble, build
 from dianjing.model.forward import image_features
-from dianjing.model.vision import load_vision_tower, num_image_tokens, vision_config
+from dianjing.model.towers.families import load_tower, num_features, tower_config
 from dianjing.pictures.image import ImageProcessor
 from tests.conftest import MakeRecipe
 from tests.tiny import NUM_IMAGE_TOKENS, write_clip, write_llm, write_siglip
@@ -56,15 +56,15 @@ def old_tower(tower: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", [whole_clip, old_tower])
 def test_a_tower_is_read_from_a_whole_clip_and_from_an_old_file(tiny_clip: Path, tmp_path: Path, kind: Any) -> None:
-    expected, _ = load_vision_tower(tiny_clip, torch.float32)
-    tower, report = load_vision_tower(kind(tiny_clip, tmp_path / "tower"), torch.float32)
+    expected, _ = load_tower(tiny_clip, torch.float32)
+    tower, report = load_tower(kind(tiny_clip, tmp_path / "tower"), torch.float32)
     assert tower.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(weight, expected.state_dict()[name]) for name, weight in tower.state_dict().items())
     assert "not needed" in str(report)
 
 
 def test_a_tower_of_xtuners_days_is_read() -> None:
-    tower, report = load_vision_tower(XTUNER / "tiny" / "tiny_clip", torch.float32)
+    tower, report = load_tower(XTUNER / "tiny" / "tiny_clip", torch.float32)
     assert tower.config.hidden_size == 24
     assert "not needed" not in str(report)
 
@@ -91,7 +91,7 @@ def pickled_tower(tower: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", [whole_siglip, old_tower, pickled_tower])
 def test_a_siglip_is_read_without_its_pooling_head(tiny_siglip: Path, tmp_path: Path, kind: Any) -> None:
     stored = load_file(tiny_siglip / "model.safetensors")
-    tower, report = load_vision_tower(kind(tiny_siglip, tmp_path / "tower"), torch.float32)
+    tower, report = load_tower(kind(tiny_siglip, tmp_path / "tower"), torch.float32)
     assert tower.state_dict().keys() == {name for name in stored if not name.startswith("head.")}
     assert all(torch.equal(weight, stored[name]) for name, weight in tower.state_dict().items())
     assert "SiglipVisionModel" in str(report)
@@ -99,13 +99,13 @@ def test_a_siglip_is_read_without_its_pooling_head(tiny_siglip: Path, tmp_path: 
 
 
 def test_a_folder_without_a_tower_is_refused(tiny_llm: Path, tiny_siglip: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match='model_type "llama" is no CLIP or SigLIP'):
-        load_vision_tower(tiny_llm, torch.float32)
+    with pytest.raises(ModelError, match='model_type "llama" is not a CLIP or SigLIP'):
+        load_tower(tiny_llm, torch.float32)
     for kind in ("siglip2", "siglip2_vision_model"):
         folder = Path(shutil.copytree(tiny_siglip, tmp_path / kind))
         (folder / "config.json").write_text(json.dumps({"model_type": kind, "num_patches": 256}))
         with pytest.raises(ModelError, match="SigLIP 2 of any resolution"):
-            load_vision_tower(folder, torch.float32)
+            load_tower(folder, torch.float32)
 
 
 def test_a_tower_with_a_weight_missing_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
@@ -114,12 +114,12 @@ def test_a_tower_with_a_weight_missing_is_refused(tiny_clip: Path, tmp_path: Pat
     del weights["vision_model.encoder.layers.0.mlp.fc1.bias"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"encoder.layers.0.mlp.fc1.bias missing"):
-        load_vision_tower(folder, torch.float32)
+        load_tower(folder, torch.float32)
 
 
 def test_what_is_built_fits_together(make_recipe: MakeRecipe) -> None:
     built = build(make_recipe("pretrain"))
-    assert built.encoder.num_image_tokens == NUM_IMAGE_TOKENS
+    assert built.encoder.picture_tokens() == NUM_IMAGE_TOKENS
     assert built.encoder.image_token_id == built.model.config.image_token_id == len(built.tokenizer)
     assert built.model.get_input_embeddings().weight.shape[0] == len(built.tokenizer)  # not resized
     assert built.model.config.text_config is built.model.model.language_model.config
@@ -143,7 +143,7 @@ def test_image_features_are_upstreams(
     expected = model.get_image_features(pixels, output_hidden_states=True).pooler_output
     torch.testing.assert_close(ours, torch.stack(list(expected)))
     assert model.config.vision_feature_select_strategy == {"clip": "default", "siglip": "full"}[kind]
-    assert ours.shape[1] == built.encoder.num_image_tokens == model.config.image_seq_length == (size // patch) ** 2
+    assert ours.shape[1] == built.encoder.picture_tokens() == model.config.image_seq_length == (size // patch) ** 2
 
 
 def test_a_siglip_picture_is_padded_with_its_grey_and_stretched(make_recipe: MakeRecipe, tiny_siglip: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_feature_layer_the_tower_has_not_is_refused(make_recipe: MakeRecipe) -
 
 
 def test_an_llm_that_could_leak_is_refused(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tower, _ = load_vision_tower(tiny_clip, torch.float32)
+    tower, _ = load_tower(tiny_clip, torch.float32)
     llm = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9, bos_token_id=1, eos_token_id=1))
     monkeypatch.setattr(GPT2LMHeadModel, "_supports_attention_backend", False)
     with pytest.raises(ModelError, match="GPT2LMHeadModel is not supported"):
@@ -186,6 +186,6 @@ def test_preprocessing_of_another_tower_is_refused(make_recipe: MakeRecipe, tiny
 
 
 def test_a_class_token_is_counted_only_when_it_is_kept(tiny_clip: Path, tiny_siglip: Path) -> None:
-    clip, siglip = (vision_config(folder) for folder in (tiny_clip, tiny_siglip))
-    assert (num_image_tokens(clip, "default"), num_image_tokens(clip, "full")) == (4, 5)
-    assert (num_image_tokens(siglip, "default"), num_image_tokens(siglip, "full")) == (8, 9)
+    clip, siglip = (tower_config(folder) for folder in (tiny_clip, tiny_siglip))
+    assert [num_features(clip, strategy, (28, 28)) for strategy in ("default", "full")] == [4, 5]
+    assert [num_features(siglip, strategy, (30, 30)) for strategy in ("default", "full")] == [8, 9]

@@ -157,6 +157,7 @@ def pack_of(documents: int = 4, length: int = 256, patches: int = 64) -> Batch:
         image_positions=(starts[:, None] + torch.arange(patches)).flatten(),
         target_rows=rows,
         targets=ids[rows],
+        pictures=(1,) * documents,
         ids=("a", "b", "c", "d"),
     )
 

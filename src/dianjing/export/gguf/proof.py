@@ -175,7 +175,7 @@ def _template_ids(loaded: LoadedModel, conversation: Conversation) -> list[int]:
     first, *others = prompt_text(loaded, conversation).split(MEDIA)
     ids = text_ids(loaded.tokenizer, first)
     for text in others:
-        ids += [loaded.encoder.image_token_id] * loaded.encoder.num_image_tokens + text_ids(loaded.tokenizer, text)
+        ids += [loaded.encoder.image_token_id] * loaded.encoder.picture_tokens() + text_ids(loaded.tokenizer, text)
     return ids
 
 
