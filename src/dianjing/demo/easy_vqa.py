@@ -114,10 +114,10 @@ def _caption(asked: Sequence[Asked]) -> str:
 
 def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
     """Return which of the words is true of the picture: as an answer, or in a question that says it of the picture."""
-    for question, answer in asked:
+    for _question, answer in asked:
         if answer in words:
             return answer
-    for question, answer in asked:
+    for _question, answer in asked:
         said = [word for word in words if word in question]
         other = answer in (*COLOURS, *SHAPES)  # "what is the blue shape?"
         affirmed = answer == "yes" and " not " not in question and "no " not in question
@@ -128,7 +128,7 @@ def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
 
 def _record(name: str, image: str, asked: Sequence[Asked]) -> Mapping[str, Any]:
     turns = []
-    for question, answer in asked:
+    for _question, answer in asked:
         marker = "" if turns else f"{IMAGE_MARKER}\n"
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
     return {"id": name, "image": image, "conversations": turns}
