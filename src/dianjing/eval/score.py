@@ -80,9 +80,6 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(label="exact", measure=exact_match, answer_key="exact"),
     "f1": Metric(label="token F1", measure=token_f1),
-    "first_word": Metric(
-        label="first word", measure=lambda answer, reference: tokens(answer)[:1] == tokens(reference)[:1]
-    ),
     "contains": Metric(label="has reference", measure=contains_reference),
 }
 """By the JSON name of the mean."""
