@@ -26,7 +26,7 @@ def export(
 ) -> Proof:
     """Write the model to `out` with its receipt and model card, and return what was compared.
 
-    It is written beside `out` and gets its name last: a folder of that name is a proven export.
+    It is written next to `out` and gets its name last: a folder of that name is a proven export.
 
     Raises:
         ExportError: `out` exists, the model cannot be exported, or the export does not equal the run.
@@ -77,7 +77,7 @@ def _require_held(loaded: LoadedModel, format: str, options: Options) -> None:
     if options.dtype not in get_args(Dtype):
         raise ExportError(f'dtype "{options.dtype}" is none of {", ".join(get_args(Dtype))}')
     if not loaded.can_see:
-        raise ExportError(f"{loaded.name}: no run but a text-only model; train it, then export the run")
+        raise ExportError(f"{loaded.name} is a text-only model, not a run; train it, then export the run")
     config: Any = loaded.model.config
     kind = name_of(loaded.model.model.multi_modal_projector)
     if reason := find_format(format).code.can_hold(config.vision_config, kind, config.text_config):

@@ -39,9 +39,9 @@ def not_held(format: str, tower: Any, projector: str) -> str | None:
     if format == "hf" or "hf" not in family.layouts(tower) & KINDS[projector].layouts:
         way_out = "what was learned (--format adapter)"
     if format not in family.layouts(tower):
-        return f"it has no place for a {family.name} vision tower; export {way_out}"
+        return f"{format} has no place for a {family.name} vision tower; export {way_out}"
     if format not in KINDS[projector].layouts:
-        return f'it has no place for a projector of the kind "{projector}"; export {way_out}'
+        return f'{format} has no place for a projector of the kind "{projector}"; export {way_out}'
     return None
 
 
