@@ -117,7 +117,7 @@ def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
     for _question, answer in asked:
         if answer in words:
             return answer
-    for _question, answer in asked:
+    for question, answer in asked:
         said = [word for word in words if word in question]
         other = answer in (*COLOURS, *SHAPES)  # "what is the blue shape?"
         affirmed = answer == "yes" and " not " not in question and "no " not in question
