@@ -112,7 +112,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
     )
     _take_all_steps(parts, strategy, state, log, samples, run)
     log.peak_memory(accelerator.device)
-    log.show(f"done: {run} holds the checkpoint, loss.png and train.jsonl; try: dianjing chat {run} --image PICTURE")
+    log.show(f"done: {run} holds the checkpoint, loss.svg and train.jsonl; try: dianjing chat {run} --image PICTURE")
 
 
 def _take_all_steps(parts: Parts, strategy: Strategy, state: TrainState, log: Log, samples: Samples, run: Path) -> None:
