@@ -18,7 +18,7 @@ SUMMARY = "ask a model about pictures"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives."""
+    """The command line of `dianjing chat`."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run, an exported folder, or the folder of a text LLM ("tinyworld")."""

@@ -14,12 +14,12 @@ from dianjing.cli.flags import Asking, parse
 from dianjing.errors import ConfigError
 
 NAME = "compare"
-SUMMARY = "put the answers of several models beside the pictures, on one HTML page"
+SUMMARY = "show pictures with the answers of several models on one HTML page"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Asking):
-    """What the command line gives."""
+    """The command line of `dianjing compare`."""
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")]
     """Runs, exported folders, or folders of text LLMs ("tinyworld"): one column each."""

@@ -1,4 +1,4 @@
-"""`dianjing VERB ...`: finds the verb, runs it, and prints what a user can put right without a traceback."""
+"""`dianjing VERB ...`: finds the verb, runs it, prints errors of the input without a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dianjing.errors import ConfigError, DianjingError
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
     "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
-    "check": "find everything that is wrong with a data set, and put right what is certain",
+    "check": "find faults in a data set, and fix those that are certain",
     "recipes": "list the shipped recipes, or copy one to edit",
     "show": "show what the model sees of each record, and what it learns from it",
     "import": "make a run of a checkpoint of XTuner or LLaVA, or an LLM's folder of a GGUF file",
@@ -24,7 +24,7 @@ VERBS = {
     "train": "train what a recipe says",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",
-    "compare": "put the answers of several models beside the pictures, on one HTML page",
+    "compare": "show pictures with the answers of several models on one HTML page",
     "export": "write a run for other programs to load, proved to answer as the run does",
     "serve": "answer over HTTP as OpenAI's API does, on this machine",
     "studio": "review records, follow runs and ask models on a page of this machine",

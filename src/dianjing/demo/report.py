@@ -1,4 +1,4 @@
-"""What the demo measured -> two self-contained pages: report.html and compare.html."""
+"""The results of the demo -> two self-contained pages: report.html and compare.html."""
 
 from __future__ import annotations
 

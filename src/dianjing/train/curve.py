@@ -42,7 +42,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def ticks(values: Sequence[float]) -> list[float]:
-    """Return four to eleven round numbers at even distances that enclose all finite values."""
+    """Return round numbers at even distances that enclose all finite values."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     span = high - low or abs(high) or 1.0
