@@ -22,7 +22,23 @@ PATTERNS = {
 }
 HISTORY = {"log.md", "CHANGELOG.md", "performance.md"}
 """Diaries: they are not rewritten."""
-ALLOWED: dict[str, int] = {}
+ALLOWED = {
+    "data": 27,
+    "eval": 1,
+    "export": 38,
+    "formats": 35,
+    "importing": 15,
+    "infer": 10,
+    "layers": 7,
+    "model": 23,
+    "pictures": 1,
+    "plan": 14,
+    "run": 5,
+    "serve": 7,
+    "studio": 21,
+    "train": 17,
+    "docs": 3,
+}
 """Findings that a folder may still have."""
 
 SOURCES = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.j2"), *PACKAGE.rglob("*.toml")]

@@ -67,11 +67,10 @@ class Sender:
         self.probing = False
         """True while the first requests show what the endpoint understands."""
         self._show = show
-        """Called whenever something changed, with a line to print or ""."""
         self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, parameters.long_edge))
 
     def show(self, line: str = "") -> None:
-        """Tell whoever watches that something changed."""
+        """Report that something changed, with a line to print or ""."""
         self._show(self, line)
 
     async def ask_all(self, requests: Sequence[Request]) -> None:
