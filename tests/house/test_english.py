@@ -24,17 +24,10 @@ HISTORY = {"log.md", "CHANGELOG.md", "performance.md"}
 """Diaries: they are not rewritten."""
 ALLOWED = {
     "data": 27,
-    "eval": 1,
-    "export": 38,
-    "formats": 35,
     "importing": 15,
-    "infer": 10,
-    "layers": 7,
     "model": 23,
     "pictures": 1,
     "plan": 14,
-    "run": 5,
-    "serve": 7,
     "studio": 21,
     "train": 17,
     "docs": 4,

@@ -92,7 +92,7 @@ def two_subjects(module: Module) -> Iterator[str]:
 
     "LLM and tower", "a, b and c" within a clause are one subject.
     """
-    first = re.split(r"[.:](?:\s|$)", ast.get_docstring(module.tree) or "")[0]
+    first = re.split(r"[.:?](?:\s|$)", ast.get_docstring(module.tree) or "")[0]
     if re.search(r"[,;] and (?!so on)", " ".join(first.split())):
         yield f'"{first}": say one thing, or divide the file'
 
@@ -120,13 +120,8 @@ ALLOWED = {
     (long_class, "layers"): 1,
     (long_class, "studio"): 1,
     (two_subjects, "data"): 1,
-    (two_subjects, "eval"): 2,
-    (two_subjects, "export"): 2,
-    (two_subjects, "importing"): 1,
-    (two_subjects, "layers"): 3,
     (two_subjects, "model"): 2,
     (two_subjects, "plan"): 3,
-    (two_subjects, "run"): 1,
     (two_subjects, "studio"): 2,
     (two_subjects, "train"): 2,
 }

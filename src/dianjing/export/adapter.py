@@ -77,10 +77,10 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
 
 
 def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
-    """Return how the adapter answers beside the run: read by us, and by peft alone.
+    """Return how the adapter answers compared with the run: read by us, and by peft alone.
 
     A run whose LLM is in four bits learned on these values: peft is given them, dequantised. What it costs to
-    put the adapter on the base's own values is measured and told.
+    put the adapter on the base's own values is measured and reported.
     """
     recipe = _recipe(loaded)
     cases = compare(loaded, load_for_use(str(folder), str(loaded.model.device)), conversations)
@@ -100,7 +100,7 @@ def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversatio
 
 def _recipe(loaded: LoadedModel) -> Recipe:
     if loaded.recipe is None:
-        raise ExportError(f"{loaded.name} is no run; only what a run has learned can be exported as an adapter")
+        raise ExportError(f"{loaded.name} is not a run; only what a run has learned can be exported as an adapter")
     return loaded.recipe
 
 

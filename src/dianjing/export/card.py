@@ -1,4 +1,4 @@
-"""What was exported -> README.md, the model card that goes with it."""
+"""The receipt of an export -> README.md, the model card that goes with it."""
 
 from __future__ import annotations
 

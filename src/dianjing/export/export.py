@@ -26,7 +26,7 @@ def export(
 ) -> Proof:
     """Write the model to `out` with its receipt and model card, and return what was compared.
 
-    It is written beside `out` and gets its name last: a folder of that name is a proven export.
+    It is written next to `out` and gets its name last: a folder of that name is a proven export.
 
     Raises:
         ExportError: `out` exists, the model cannot be exported, or the export does not equal the run.

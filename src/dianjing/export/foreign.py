@@ -1,4 +1,4 @@
-"""What the formats of XTuner and LLaVA share: the run behind them, the LLM's own tokenizer, reading a folder back."""
+"""The parts that the formats of XTuner and LLaVA share: the run, the LLM's own tokenizer, reading a folder back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def require_run(loaded: LoadedModel, program: str) -> Recipe:
         ExportError: the model does not come from a run.
     """
     if loaded.recipe is None:
-        raise ExportError(f"{loaded.name} is no run; only what a run has learned can be exported for {program}")
+        raise ExportError(f"{loaded.name} is not a run; only what a run has learned can be exported for {program}")
     return loaded.recipe
 
 
@@ -60,7 +60,7 @@ def read_back(loaded: LoadedModel, recipe: Recipe, folder: Path) -> LoadedModel:
     found = to_live(foreign.weights, built.model.config.text_config, num_tower_layers(built.model))
     live = {name: found.live[name] for name in found.live if name not in _shared_twice(built.model, found.live)}
     if found.unknown:
-        raise ExportError(f"{name_some(found.unknown)} cannot be told")
+        raise ExportError(f"{name_some(found.unknown)} cannot be exported")
     try:
         load_trainable_state(built.model, live)
     except ModelError as error:

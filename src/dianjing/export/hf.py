@@ -97,11 +97,11 @@ def _merged(loaded: LoadedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
-    """Return how the model in `folder`, read as a stranger would read it, answers beside the run.
+    """Return how the model in `folder`, read as a stranger would read it, answers compared with the run.
 
     Fewer bits than fp32 change the logits by more than a fault might. So the weights read back must be the run's,
     rounded, bit for bit; then the unrounded ones take their place and must give the run's logits. What the
-    rounding itself costs is measured, computing in fp32, and told.
+    rounding itself costs is measured, computing in fp32, and reported.
 
     Raises:
         ExportError: a weight is not what was to be written.

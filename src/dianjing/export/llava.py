@@ -79,7 +79,7 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
 
 @torch.no_grad()
 def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
-    """Return how the folder, read back, answers beside the run; what rounding costs is measured apart.
+    """Return how the folder, read back, answers compared with the run; what rounding costs is measured apart.
 
     Raises:
         ExportError: a weight is not what was to be written.

@@ -56,13 +56,13 @@ class Case:
     tolerance: float = TOLERANCE
     """Of logit_difference, on the scale of the largest logit when that is above 1."""
     rounding_difference: float | None = None
-    """What writing fewer bits costs in logits: measured and told, not judged."""
+    """The cost in logits of writing fewer bits: reported, not judged."""
     rounded_same_answer: bool | None = None
-    """Whether the answer survives that; also told, not judged."""
+    """True if the answer survives that; also reported, not judged."""
 
     @property
     def equal(self) -> bool:
-        """Whether the export may be trusted to answer as the run does."""
+        """True if the export may be trusted to answer as the run does."""
         close = self.logit_difference <= self.tolerance * max(1.0, self.largest_logit)
         pixels = self.pixel_difference is None or self.pixel_difference <= PIXEL_TOLERANCE
         return self.same_ids is not False and pixels and close and self.same_answer is not False
@@ -70,12 +70,12 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was compared, and what a reader of the receipt must know beside the figures."""
+    """The comparisons, with the notes that a reader of the receipt needs."""
 
     cases: list[Case]
     notes: tuple[str, ...] = ()
     compared: str = "the folder, read back, against the run"
-    """What was compared against what, in words."""
+    """The two sides of the comparison, in words."""
 
     @property
     def max_logit_difference(self) -> float:
@@ -104,7 +104,7 @@ def drawn_cases() -> list[Conversation]:
 def compare(
     loaded: LoadedModel, other: LoadedModel, conversations: Sequence[Conversation], tolerance: float = TOLERANCE
 ) -> list[Case]:
-    """Return how another model, read back by our own code, answers beside the run."""
+    """Return how another model, read back by our own code, answers compared with the run."""
     cases = []
     answers, others = (generate_ids(one, conversations, ANSWER_TOKENS) for one in (loaded, other))
     for conversation, answer, other_answer in zip(conversations, answers, others, strict=True):
@@ -126,7 +126,7 @@ def compare(
 
 
 def write_receipt(loaded: LoadedModel, folder: Path, format: str, proof: Proof) -> Path:
-    """Write parity.json beside the weights and return its path.
+    """Write parity.json next to the weights and return its path.
 
     Raises:
         ExportError: the export does not equal the run.
@@ -210,7 +210,7 @@ def _logits(loaded: LoadedModel, conversation: Conversation, answer: Sequence[in
 
 @contextmanager
 def _adapters_apart(model: nn.Module) -> Iterator[None]:
-    """Let every adapted layer compute as peft does: the weight's product, and beside it the adapter's."""
+    """Let every adapted layer compute as peft does: the weight's product, plus the adapter's."""
     adapted = _adapted(model)
     for module in adapted:
         module.forward = MethodType(PeftLinear.forward, module)

@@ -13,7 +13,7 @@ from dianjing.constants import IMAGE_MARKER
 from dianjing.errors import ExportError
 
 UNLIMITED = int(1e30)
-"""What transformers writes for a tokenizer without a length limit."""
+"""The number that transformers writes for a tokenizer without a length limit."""
 
 
 def save_tokenizer(

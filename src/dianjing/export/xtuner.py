@@ -40,7 +40,7 @@ from dianjing.model.weights import trainable_state
 
 COMPARED = "the folder, read by Dianjing as it reads XTuner's own, against the run"
 LOADING = """\
-It stands on two base models, which XTuner must be told:
+It stands on two base models, which XTuner must be given:
 
 - language model: `LANGUAGE_MODEL`
 - vision tower: `VISION_TOWER`
@@ -86,7 +86,7 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
 
 @torch.no_grad()
 def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
-    """Return how the folder, put on its bases again, answers beside the run."""
+    """Return how the folder, put on its bases again, answers compared with the run."""
     recipe = require_run(loaded, "XTuner")
     return Proof(cases=compare(loaded, read_back(loaded, recipe, folder), conversations), compared=COMPARED)
 

@@ -1,4 +1,4 @@
-"""A GGUF file with a text LLM -> a Hugging Face folder with the same numbers, and a receipt."""
+"""A GGUF file with a text LLM -> a Hugging Face folder with the same numbers."""
 
 from __future__ import annotations
 

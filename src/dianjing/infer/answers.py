@@ -23,7 +23,7 @@ def answer_questions(
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """Return one greedy answer a question; `advance` is told how many were answered since the last call."""
+    """Return one greedy answer a question; `advance` gets the number answered since the last call."""
     answers: list[str] = []
     for start in range(0, len(questions), WINDOW):
         window = questions[start : start + WINDOW]

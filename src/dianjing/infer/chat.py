@@ -19,7 +19,7 @@ BLIND = "it cannot see: a text-only model, so pictures are not shown to it"
 
 @dataclass(kw_only=True)
 class Session:
-    """What was said so far, and the pictures that wait for the next question."""
+    """The conversation so far, with the pictures that wait for the next question."""
 
     loaded: LoadedModel
     first_images: Sequence[Image] = ()

@@ -35,11 +35,11 @@ class LoadedModel:
     encoder: Encoder
     image_processor: ImageProcessor | None
     recipe: Recipe | None = None
-    """What the run was made with; None for a model folder that is no run."""
+    """The recipe of the run; None for a model folder that is not a run."""
 
     @property
     def can_see(self) -> bool:
-        """Whether pictures are fed to the model at all."""
+        """True if pictures are fed to the model at all."""
         return self.image_processor is not None
 
     @property
@@ -50,7 +50,7 @@ class LoadedModel:
 
 
 class Conversation(NamedTuple):
-    """What was said, what is asked now, and the pictures of both in the order of their markers."""
+    """The turns before, the question now, and the pictures of both in the order of their markers."""
 
     history: Sequence[tuple[str, str]]
     question: str
@@ -140,7 +140,7 @@ def stop_sequences(loaded: LoadedModel) -> list[tuple[int, ...]]:
 
 
 class Prompt(NamedTuple):
-    """What is fed to the model: the tokens, pictures expanded, and the pictures."""
+    """The model's input: the tokens, pictures expanded, and the pictures."""
 
     input_ids: list[int]
     images: Sequence[Image]
@@ -176,7 +176,7 @@ def _blind(question: str) -> str:
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
-    """Yield groups of prompts of like length, so that little is padding."""
+    """Yield groups of prompts of similar length, so that little is padding."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
     for i in order:
@@ -252,7 +252,7 @@ def language_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 
 def left_padded(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "rows longest hidden"], Tensor]:
-    """Return the prompts' embeddings, pictures in place, and which positions are no padding."""
+    """Return the prompts' embeddings, pictures in place, and which positions are not padding."""
     device = loaded.model.device
     flat = torch.tensor([token for prompt in prompts for token in prompt.input_ids], device=device)
     if isinstance(loaded.model, LlavaForConditionalGeneration):

@@ -1,4 +1,4 @@
-"""What a model is fed of a record, as text again: which tokens are supervised, and which stand for a picture."""
+"""The model's input for a record, as text again: which tokens are supervised, and which stand for a picture."""
 
 from __future__ import annotations
 

@@ -90,11 +90,11 @@ VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Field -> whether it may have a value, and the values it may have, in words; null is as if it were not there."""
 FIELDS = ("model", "messages", *VALUES)
-"""What a request may hold; transformers ignores the others, or lets them replace the prompt."""
+"""The fields that a request may have; transformers ignores the others, or lets them replace the prompt."""
 
 
 def safe_request(body: bytes, model: str, window: ContextWindow) -> bytes:
-    """Return a chat request as it may be passed on, its pictures decoded and written anew.
+    """Return a chat request as it may be passed on, its pictures decoded and encoded again.
 
     Raises:
         Refusal: it asks for something else, or is broken.
@@ -129,11 +129,11 @@ def safe_request(body: bytes, model: str, window: ContextWindow) -> bytes:
 def _answer_tokens(asked: int | None, taken: int, positions: int) -> int:
     """Return how long the answer may become."""
     left = positions - taken
-    told = f"the messages take {taken} of the model's {positions} positions, pictures included"
+    used = f"the messages take {taken} of the model's {positions} positions, pictures included"
     if left < 1:
-        raise Refusal(400, f"{told}; send less, or start a new conversation")
+        raise Refusal(400, f"{used}; send less, or start a new conversation")
     if asked and asked > left:
-        raise Refusal(400, f"max_tokens is {str(asked)[:30]}, but {told}; ask for at most {left}")
+        raise Refusal(400, f"max_tokens is {str(asked)[:30]}, but {used}; ask for at most {left}")
     return asked or min(ANSWER_TOKENS, left)
 
 
@@ -192,7 +192,7 @@ def _as_png(where: str, encoded: str, transparency: Transparency) -> str:
         try:
             Path(folder, "picture").write_bytes(base64.b64decode(encoded, validate=True))
             image = opaque(load_image(folder, "picture"), transparency)
-        except (ValueError, DataError) as error:  # what is not ASCII is no base64 either
+        except (ValueError, DataError) as error:  # what is not ASCII is not base64 either
             raise Refusal(400, f"{where}: {error}") from None
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)

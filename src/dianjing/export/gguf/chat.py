@@ -1,4 +1,4 @@
-"""Template -> the chat template inside a GGUF, and Ollama's Modelfile."""
+"""Template -> the chat template inside a GGUF or in Ollama's Modelfile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dianjing.data.template import Template
 from dianjing.export.chat_template import jinja
 
 MEDIA = "<__media__>"
-"""What stands for a picture in a text for llama.cpp; llama-server writes <__media_ and a random word instead."""
+"""The mark of a picture in a text for llama.cpp; llama-server writes <__media_ and a random word instead."""
 
 _PLAIN = "{{- content -}}"
 _WITH_NEWLINES = """\

@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What llama.cpp made of a request."""
+    """The answer of llama.cpp to a request."""
 
     prompt_ids: list[int]
     logits: np.ndarray

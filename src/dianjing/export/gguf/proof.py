@@ -41,7 +41,7 @@ SAME_FEATURES = 0.99
 def prove_pair(
     loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], kind: str, verify: bool
 ) -> Proof:
-    """Return how the files, read back by transformers and with `verify` by llama.cpp, answer beside the run.
+    """Return how the files, read back by transformers and with `verify` by llama.cpp, answer compared with the run.
 
     Raises:
         ExportError: a tensor is not the run's, or llama.cpp computes other features than the tower.
@@ -149,7 +149,7 @@ def _pair_logits(
 
 
 def _case(loaded: LoadedModel, asked: Asked, run: Tensor, read: Tensor, rounded: Tensor, tolerance: float) -> Case:
-    """Return a case of what is judged (`read`, and the answer in it) and what is told (`rounded`)."""
+    """Return a case of what is judged (`read`, and the answer in it) and what is reported (`rounded`)."""
     conversation, answer = asked
     return Case(
         question=conversation.question,

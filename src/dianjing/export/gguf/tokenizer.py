@@ -73,7 +73,7 @@ def _check_added(added: Mapping[int, Mapping[str, Any]]) -> None:
     for token in added.values():
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise ExportError(
-                f"GGUF: the token {token['content']!r} takes the blanks beside it (lstrip, rstrip or single_word); "
+                f"GGUF: the token {token['content']!r} takes the blanks next to it (lstrip, rstrip or single_word); "
                 "llama.cpp would leave them"
             )
 
