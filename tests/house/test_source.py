@@ -14,7 +14,7 @@ FUNCTION_LINES = 60
 FILE_LINES = 600
 CLASS_LINES = 150
 ARGUMENTS = 8
-"""Of a function, without self; kernels, which take a pointer and a stride for each matrix, may have more."""
+"""Of a function, without self or ctx; kernels, which take a pointer and a stride for each matrix, may have more."""
 FORBIDDEN_WORDS = set(
     ["util", "utils", "helper", "helpers", "common", "misc", "manager", "factory", "registry", "legacy"]
 )
@@ -83,7 +83,7 @@ def many_arguments(module: Module) -> Iterator[str]:
     for node in ast.walk(module.tree):
         if isinstance(node, Function) and not module.name.startswith("layers.kernels."):
             names = [argument.arg for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
-            if len(names) - (names[:1] in (["self"], ["cls"])) > ARGUMENTS:
+            if len(names) - (names[:1] in (["self"], ["cls"], ["ctx"])) > ARGUMENTS:
                 yield f"{node.name} has {len(names)} arguments"
 
 
@@ -114,18 +114,8 @@ def test_files_are_short(folder: str) -> None:
     assert not {str(path): number for path, number in lines.items() if number >= FILE_LINES}
 
 
-ALLOWED = {
-    (many_arguments, "data"): 1,
-    (many_arguments, "layers"): 2,
-    (long_class, "layers"): 1,
-    (long_class, "studio"): 1,
-    (two_subjects, "data"): 1,
-    (two_subjects, "model"): 2,
-    (two_subjects, "plan"): 3,
-    (two_subjects, "studio"): 2,
-    (two_subjects, "train"): 2,
-}
-"""Faults that a folder may still have."""
+ALLOWED = {(many_arguments, "layers"): 1, (long_class, "layers"): 1, (long_class, "studio"): 1}
+"""Faults that a folder may still have. `packed_attention` is called by transformers, with these arguments."""
 
 
 @pytest.mark.parametrize("rule", [long_class, many_arguments, two_subjects], ids=lambda rule: rule.__name__)

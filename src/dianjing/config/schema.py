@@ -85,7 +85,7 @@ class VisionTowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """What lies between tower and LLM; trained in both stages."""
+    """The layers between tower and LLM; trained in both stages."""
 
     kind: ProjectorKind = "mlp"
     """"mlp": two linear layers (LLaVA 1.5)."""

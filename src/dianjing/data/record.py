@@ -22,11 +22,11 @@ NOTICES: Mapping[str, str] = {
     "answer_twice": "answers after an answer, to an empty question",
     "question_unanswered": "unanswered last questions dropped",
 }
-"""What is accepted but is worth saying, by its code."""
+"""Notices about what is accepted, by their codes."""
 
 
 class RecordError(DataError):
-    """What is wrong with one field of a record; the message does not name the record."""
+    """A fault of one field of a record; the message does not name the record."""
 
     def __init__(self, code: str, field: str, message: str) -> None:
         super().__init__(message)
@@ -71,7 +71,7 @@ class RecordSet:
 
     records: tuple[Record, ...]
     notices: Mapping[str, int]
-    """What was accepted but is worth saying -> how often."""
+    """Notice about what was accepted -> how often."""
     skipped: tuple[str, ...]
     """One message a record that cannot be used."""
 
@@ -116,7 +116,7 @@ def parse_record(value: object, place: Place) -> tuple[Record, Counter[str]]:
     """Return the record that a JSON value describes, and what was noticed in it.
 
     Raises:
-        DataError: the value is no usable record.
+        DataError: the value is not a usable record.
     """
     examined = examine(value, place)
     if examined.record is None:

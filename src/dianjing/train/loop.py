@@ -1,4 +1,4 @@
-"""The training loop: from a recipe to a run, told from top to bottom."""
+"""The training loop: from a recipe to a run, readable from top to bottom."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from dianjing.train.strategy import Strategy, strategy_of
 from dianjing.train.watch import Watch, require_pictures
 
 BYTES_PER_PARAMETER = 12
-"""What a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
+"""Bytes that a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
@@ -153,8 +153,7 @@ def _batches(parts: Parts, strategy: Strategy, state: TrainState) -> Iterator[tu
         global_batch_size=parts.recipe.train.global_batch_size,
         rank=parts.accelerator.process_index,
         world_size=parts.accelerator.num_processes,
-        first_step=state.step,
-        last_step=state.total_steps,
+        steps=range(state.step, state.total_steps),
     )
     began = time.perf_counter()
     for batches in step_batches(parts.dataset, plan, strategy.workers, pinned=strategy.pinned):
