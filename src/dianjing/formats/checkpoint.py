@@ -1,4 +1,4 @@
-"""The contents of a checkpoint from elsewhere, whichever program and form it comes from."""
+"""What a checkpoint from elsewhere holds, whichever program and form it comes from."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ class Foreign:
     ranks: int = 0
     """GPUs of the run; 0 = not known."""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    """By part, "llm" or "visual_encoder", where a file next to the tensors gives them."""
+    """By part, "llm" or "visual_encoder", where a file beside the tensors tells them."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of a recipe, by dotted name, that other files next to the tensors give."""
+    """Fields of a recipe, by dotted name, that other files beside the tensors tell."""

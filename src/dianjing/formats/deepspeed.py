@@ -35,12 +35,12 @@ Pieces = Sequence[Sequence[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeed:
-    """The contents of a folder."""
+    """What a folder holds."""
 
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     extra: Mapping[str, Any]
-    """The additions of the program that uses DeepSpeed: XTuner's meta and param_schedulers."""
+    """What the program that uses DeepSpeed added: XTuner's meta and param_schedulers."""
     ranks: int
 
 
@@ -211,7 +211,7 @@ def _zero3(states: Sequence[Mapping[str, Any]], groups: Groups) -> Read:
 
 
 def _step(optimizer: Mapping[str, Any], group: int) -> Tensor:
-    """Return AdamW's count of steps, which torch keeps with the moments and DeepSpeed's own AdamW in the group."""
+    """Return AdamW's count of steps, which torch keeps beside the moments and DeepSpeed's own AdamW in the group."""
     states, groups = optimizer["state"], optimizer["param_groups"]
     step = states[group].get("step", groups[min(group, len(groups) - 1)].get("step"))
     return torch.tensor(float(step), dtype=torch.float32)

@@ -34,7 +34,7 @@ READ: dict[str, tuple[str | bool, ...]] = {
     "mm_use_im_start_end": (False,),
     "image_aspect_ratio": ("pad", "square"),
 }
-"""The values that config.json may have where LLaVA can be built otherwise than ours; it need not say anything."""
+"""What config.json may say where LLaVA can be built otherwise than ours; it need not say anything."""
 
 
 def is_llava(name: str) -> bool:

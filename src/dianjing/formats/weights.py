@@ -57,7 +57,7 @@ def impossible(config: Mapping[str, Any]) -> str:
         return f"num_hidden_layers is {layers}; no model has over {MOST_LAYERS}"
     heads, groups = numbers.get("num_attention_heads", 0), numbers.get("num_key_value_heads", 1)
     if heads % groups:
-        return f"num_attention_heads is {heads}, which is not a multiple of num_key_value_heads, {groups}"
+        return f"num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {groups}"
     for name in ACTIVATIONS:
         if isinstance(config.get(name), str) and config[name] not in ACT2FN:
             return f'{name} is "{config[name]}", which transformers does not know'
@@ -99,7 +99,7 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(f"{index}: it has no weight_map from tensors to files; copy it again")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise ModelError(f"{index}: {outside[0]!r} is not a file of this folder; files elsewhere are not read")
+        raise ModelError(f"{index}: {outside[0]!r} is no file of this folder; files elsewhere are not read")
     if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise ModelError(f"{index}: {name_some(missing)} not there; copy the folder again")
     return [index.parent / name for name in names]
@@ -126,7 +126,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
         return
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is not a dict)
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ModelError(f"{path}: damaged: {error}; copy it again") from None
@@ -171,7 +171,7 @@ def _asked_for(path: Path, complaint: str) -> str:
     except (IndexError, ValueError):
         pass
     strange = [name for name in names if not name.startswith(("torch.", "collections."))]
-    return strange[0] if strange else "something that is not a tensor"
+    return strange[0] if strange else "something that is no tensor"
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -125,7 +125,7 @@ def moments_by_name(
     What had no gradient has no memory: layers of the tower behind the one that the projector reads.
 
     Raises:
-        ModelError: the numbers cannot be matched to the weights.
+        ModelError: the numbers cannot be told to be the weights'.
     """
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     states = [optimizer["state"][number] for number in numbers if number in optimizer["state"]]

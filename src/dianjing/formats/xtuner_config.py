@@ -20,7 +20,7 @@ PACK_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class XTunerConfig:
-    """The settings of a config that matter to us."""
+    """What a config says that matters to us."""
 
     fields: dict[str, Any]
     """Of a recipe, by dotted name; those that the config does not tell are not there."""
@@ -34,7 +34,7 @@ class XTunerConfig:
     template: str
     """Chat template by name; "" when the config has one that we do not know."""
     notes: tuple[str, ...]
-    """Settings that training on cannot follow as XTuner would."""
+    """What training on cannot do as XTuner would."""
 
 
 def read_xtuner_config(text: str, where: str) -> XTunerConfig:

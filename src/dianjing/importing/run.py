@@ -38,12 +38,12 @@ SECTIONS = {"llm": "language_model", "visual_encoder": "vision_tower"}
 FLAGS = {"llm": "--llm", "visual_encoder": "--vision-tower"}
 ALPHA_FLAGS = {"llm": "--llm-alpha", "visual_encoder": "--tower-alpha"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""The types that a number may be stored as."""
+"""What a number may be stored as."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """The user's statements about a checkpoint; "" and 0 leave it to the checkpoint."""
+    """What the user says about a checkpoint; "" and 0 leave it to the checkpoint."""
 
     config: Path | None = None
     llm: str = ""
@@ -98,7 +98,7 @@ def _write(
     learned: Mapping[str, Tensor],
     memory: Mapping[str, Tensor],
 ) -> TrainState:
-    """Write the run next to `out`, give it its name last, and return the state it is in."""
+    """Write the run beside `out`, give it its name last, and return the state it is in."""
     try:
         if not out.parent.exists():
             out.parent.mkdir(parents=True)
@@ -178,7 +178,7 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
 
 
 def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Path, wishes: Wishes) -> dict[str, Any]:
-    """Return how a part was tuned: by the tensors, with the rest from the files next to them."""
+    """Return how a part was tuned: by the tensors, with what they do not tell from the files beside them."""
     section = SECTIONS[part]
     names = [name for name in foreign.weights if name.startswith(f"{part}.")]
     adapted = [name for name in names if ".lora_A." in name]
@@ -188,9 +188,9 @@ def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Pa
     if len(ranks) > 1:
         raise ModelError(f"{source}: the LoRA of {part} has ranks {sorted(ranks)}; only one rank for all can be read")
     (rank,) = ranks
-    stated = config.lora_ranks.get(part, rank) if config else rank
-    if stated != rank:
-        raise ConfigError(f"{source}: the LoRA of {part} has rank {rank}, its config says {stated}: of another run")
+    told = config.lora_ranks.get(part, rank) if config else rank
+    if told != rank:
+        raise ConfigError(f"{source}: the LoRA of {part} has rank {rank}, its config says {told}: of another run")
     adapter = foreign.adapters.get(part) or (config.adapters.get(part) if config else None)
     alpha = wishes.llm_alpha if part == "llm" else wishes.tower_alpha
     if alpha:
@@ -217,8 +217,7 @@ def _require_folder(folder: Any, part: str, source: Path) -> None:
     if isinstance(folder, str) and (folder == TINYWORLD or os.path.isdir(os.path.expanduser(folder))):
         return
     what = "LLM" if part == "llm" else "vision tower"
-    unnamed = f"does not say what its {what} is"
-    named = f'names its {what} as "{folder}", which is not a folder here' if folder else unnamed
+    named = f'names its {what} as "{folder}", which is no folder here' if folder else f"does not say what its {what} is"
     raise ConfigError(f"{source}: it {named}; give {FLAGS[part]} DIR")
 
 
@@ -238,10 +237,10 @@ def _require_match(found: Translation, own: Mapping[str, Tensor], source: Path) 
         "missing": own.keys() - found.live.keys(),
         "unexpected": [*found.unknown, *(found.live.keys() - own.keys())],
     }
-    lines = [f"{name_some(names)} {fault}" for fault, names in faults.items() if names]
-    if lines:
+    told = [f"{name_some(names)} {fault}" for fault, names in faults.items() if names]
+    if told:
         raise ModelError(
-            "\n  ".join([f"{source}: it is of another LLM or vision tower than --llm and --vision-tower name:", *lines])
+            "\n  ".join([f"{source}: it is of another LLM or vision tower than --llm and --vision-tower name:", *told])
         )
     stored = [f"{name} ({weight.dtype})" for name, weight in found.live.items() if weight.dtype not in DTYPES]
     if stored:
@@ -249,8 +248,8 @@ def _require_match(found: Translation, own: Mapping[str, Tensor], source: Path) 
     unusable = [name for name, weight in found.live.items() if not weight.isfinite().all()]
     if unusable:
         raise ModelError(
-            f"{source}: {name_some(unusable)} hold values that are not finite numbers: the run had failed when this "
-            "was saved; take an earlier checkpoint"
+            f"{source}: {name_some(unusable)} hold values that are no finite numbers: the run had failed when this was "
+            "saved; take an earlier checkpoint"
         )
 
 
@@ -267,7 +266,7 @@ def _require_usable(moments: Mapping[str, Tensor], weight: Tensor, where: str) -
         elif value.dtype not in DTYPES:
             fault = f"is of {value.dtype}"
         elif not value.isfinite().all():
-            fault = "has values that are not finite numbers"
+            fault = "has values that are no finite numbers"
         elif kind != "exp_avg" and (value < 0).any():
             fault = "is below 0"
         else:

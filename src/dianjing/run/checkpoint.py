@@ -85,7 +85,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def newest(run: Path, notify: Callable[[str], object] | None = None) -> Path:
-    """Return the newest checkpoint that is whole; `notify` (default: stderr) gets a line for each that was passed over.
+    """Return the newest checkpoint that is whole; `notify` (default: stderr) is told which were passed over.
 
     Raises:
         CheckpointError: there is none.

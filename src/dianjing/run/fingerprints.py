@@ -13,7 +13,7 @@ from dianjing.data.dataset import Dataset
 from dianjing.data.survey import image_folder
 
 HASHED = "config.json and tokenizer.json whole; of each weight file its size and 256 blocks of 4 KiB spread over it"
-"""The files that `base_fingerprint` reads."""
+"""What `base_fingerprint` reads."""
 _BLOCKS, _BLOCK_BYTES = 256, 4096
 TOKENIZER = (
     "tokenizer.json",
@@ -39,7 +39,7 @@ SUBJECTS = {
     "preprocessing": "the preprocessor_config.json of the vision tower (vision_tower.folder)",
     "pictures": "the pictures: other content under the same names (data.images)",
 }
-"""The input behind each fingerprint, with the place to restore it."""
+"""What each fingerprint is of; where to put it back."""
 
 
 def fingerprints(language_model: Path, vision_tower: Path, dataset: Dataset | None) -> dict[str, str]:

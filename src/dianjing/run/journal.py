@@ -76,7 +76,7 @@ class Journal:
     def __init__(self, run: Path, first_step: int, notify: Callable[[str], object]) -> None:
         self._path = run / JOURNAL
         self.rows = rows_to_keep(self._path, METRICS, first_step, notify)
-        """The lines up to `first_step` and those since; later ones, whose steps are now repeated, are dropped."""
+        """What was written up to `first_step` and since; later lines, whose steps are now repeated, are dropped."""
         write_rows(self._path, self.rows)
         self._file: TextIO = self._path.open("a", encoding="utf-8")
 

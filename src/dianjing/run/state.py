@@ -1,4 +1,4 @@
-"""How far a run is, with all that must not change under it."""
+"""How far a run is, and what must not change under it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TrainState:
     recipe: dict[str, Any]
     """All fields that matter, by dotted name."""
     data: dict[str, Any]
-    """The counts of the data set, with its fingerprint."""
+    """What the data set holds, and its fingerprint."""
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     """Of SUBJECTS, and of the projector before the first step; none in checkpoints of older versions."""
 

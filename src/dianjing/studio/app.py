@@ -1,4 +1,4 @@
-"""The addresses of the page, with the answer of each."""
+"""The addresses of the page, and what each answers."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _index(request: Request) -> int:
 
 
 def _png(image: Image.Image) -> Response:
-    """Return a picture encoded again: of the file itself nothing is sent."""
+    """Return a picture written anew: of the file itself nothing is sent."""
     shown = opaque(image).copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     file = io.BytesIO()
@@ -238,7 +238,7 @@ async def _seen(request: Request) -> Response:
     recipe = studio.recipe_path(request.query_params.get("recipe", ""))
     fields = desk.fields(index)
     if fields is None:
-        raise DataError("this record is not a JSON object; a model sees nothing of it")
+        raise DataError("this record is no JSON object; a model sees nothing of it")
     return Answer(await in_thread(studio.seen.text, recipe, fields, desk.place(index)))
 
 

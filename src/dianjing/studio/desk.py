@@ -57,7 +57,7 @@ class Desk:
         }
 
     def fields(self, index: int) -> dict[str, Any] | None:
-        """Return a record as it is now, edits included; None when it is not a JSON object."""
+        """Return a record as it is now, edits included; None when it is no JSON object."""
         raw, edited = self.records[index].fields, self.review.decision(index).conversations
         if raw is None:
             return None
@@ -123,7 +123,7 @@ class Desk:
         if self.records.changed():
             raise DataError(f"{self.data}: it was changed on disk while it is reviewed; start the studio again")
         if op == "edit" and self.records[index].fields is None:
-            raise DataError("this record is not a JSON object; correct it in the file, or reject it")
+            raise DataError("this record is no JSON object; put it right in the file, or reject it")
         self.review.change(index, version, op, conversations)
 
     def picture(self, index: int, number: int) -> Image.Image:
@@ -146,7 +146,7 @@ class Desk:
         return images[number]
 
     def export(self) -> dict[str, Any]:
-        """Write the reviewed set next to the data and return its name and what was counted.
+        """Write the reviewed set beside the data and return its name and what was counted.
 
         Raises:
             DataError: another file stands in the way, or the data was changed on disk.
@@ -158,7 +158,7 @@ class Desk:
             return {"file": str(out), "counts": export(self.records, self.review, out)}
 
     def _findings(self, index: int, fields: Mapping[str, Any] | None, images: list[str]) -> list[Finding]:
-        """Return the faults of a record as it is now; if it was not edited, also those found by comparison."""
+        """Return what is wrong with a record as it is now; of one that was not edited, also beside the others."""
         if fields is None:
             problem = self.records[index].problem
             return [Finding(code="not_a_record", file=str(self.data), text=problem, record=index)]

@@ -15,7 +15,7 @@ from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import DataError
 
 RAW_CHARACTERS = 20_000
-"""Shown of a record that is not a conversation."""
+"""Shown of a record that is no conversation."""
 MAX_PICTURES = 16
 """Shown of one record."""
 
@@ -29,7 +29,7 @@ class Raw:
 
     text: str
     fields: Mapping[str, Any] | None
-    """None when it is not a JSON object."""
+    """None when it is no JSON object."""
     problem: str = ""
     """Why it is none."""
 
@@ -122,7 +122,7 @@ def read_messages(value: object) -> list[Message] | None:
 
 
 def images_of(fields: Mapping[str, Any]) -> list[str]:
-    """Return the names of a record's pictures; what is not a name is left to the findings."""
+    """Return the names of a record's pictures; what is no name is left to the findings."""
     value = fields.get("image")
     names = cast(list[object], value) if isinstance(value, list) else [value]
     return [name for name in names if isinstance(name, str) and name and encodable(name)][:MAX_PICTURES]

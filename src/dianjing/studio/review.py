@@ -1,9 +1,9 @@
-"""Decisions about records, in a journal next to the data: nothing is overwritten, undoing appends too.
+"""Decisions about records, in a journal beside the data: nothing is overwritten, undoing appends too.
 
     {"op": "accept" | "reject" | "edit" | "undo", "record": 17, "version": 3, "conversations": [...]}
 
 `version` counts the lines about a record; a change names the version it was made on, so that of two tabs that change
-the same one the second gets an error.
+the same one the second is told.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The decision about one record."""
+    """What was decided about one record."""
 
     status: Status = "undecided"
     conversations: Sequence[Message] | None = None
@@ -133,7 +133,7 @@ class Review:
         if line != self._data:
             raise DataError(
                 f"{self._file.path}: the decisions in it are about {line['records']} records of another data file, or "
-                "of this one before it was changed; put that file back, or move the journal away to begin again"
+                "of this one before it was changed; put that file back, or move the journal away to begin anew"
             )
 
     def _apply(self, line: Mapping[str, Any]) -> None:

@@ -43,13 +43,13 @@ class Started:
 
 
 class Runs:
-    """The contents of a folder; `images` is the one other folder whose pictures may be shown."""
+    """What lies in a folder; `images` is the one folder beside it whose pictures may be shown."""
 
     def __init__(self, folder: Path, images: str, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder.resolve()
         self._images = images
         self._environment = dict(environment or {})
-        """Of the runs that are started, in addition to this process's own."""
+        """Of the runs that are started, beside this process's own."""
         self._started: dict[Path, Started] = {}
         self._lock = threading.Lock()
 

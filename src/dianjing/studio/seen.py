@@ -1,4 +1,4 @@
-"""The model's view of a record: its pictures after preprocessing, and which tokens are supervised."""
+"""What the model of a recipe sees of a record: its pictures after preprocessing, and which tokens are supervised."""
 
 from __future__ import annotations
 

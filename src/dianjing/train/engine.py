@@ -1,4 +1,4 @@
-"""The engine that takes a run's optimizer steps: `ddp`, the base of the engines in shards.py.
+"""What takes a run's optimizer steps: `ddp`, and what the engines of shards.py have in common with it.
 
 A step means the same with each of them: the sum of the packs' shares over all ranks, clipped by its norm, AdamW.
 """
@@ -26,17 +26,17 @@ from dianjing.train.optim import load_optimizer_state, make_optimizer, optimizer
 
 
 class Taken(NamedTuple):
-    """The facts about a step once it is taken, or was not: where a number is not finite."""
+    """What is known of a step once it is taken, or was not: where a number is not finite."""
 
     loss: float
     norm: float
     """Of the gradients, before they were clipped; nan where the loss alone was enough to know."""
     learns: bool
-    """True if the gradients held anything for the module that was asked about."""
+    """Whether the gradients held anything for the module that was asked about."""
 
     @property
     def finite(self) -> bool:
-        """True if the step was taken."""
+        """Whether the step was taken."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
@@ -103,7 +103,7 @@ class Engine:
         return share.detach()
 
     def step(self, loss: Tensor, asked: nn.Module | None = None) -> Taken:
-        """Clip, and take the step unless its loss or the gradients' norm is not a finite number.
+        """Clip, and take the step unless its loss or the gradients' norm is no finite number.
 
         All of it is on its way to a GPU before anything is waited for: the optimizer itself looks whether it may.
         """

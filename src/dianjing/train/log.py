@@ -27,7 +27,7 @@ SKIPPED_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The figures of one optimizer step, over all ranks."""
+    """What one optimizer step was like, over all ranks."""
 
     step: int
     """Counted from 1."""
@@ -45,7 +45,7 @@ class StepResult:
     data_wait: float
     """The part of it spent waiting."""
     notes: tuple[str, ...] = ()
-    """Lines about what did not go as planned."""
+    """What went otherwise than planned."""
 
 
 class Log:
@@ -94,7 +94,7 @@ class Log:
 
 
 class StepLog:
-    """The steps of a run: entered before the first, given each, left after the last."""
+    """The steps of a run: entered before the first, told of each, left after the last."""
 
     def __init__(self, log: Log, run: Path | None, first_step: int, total_steps: int, log_every: int) -> None:
         self._log, self._console = log, log.console

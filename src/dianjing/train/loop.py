@@ -1,4 +1,4 @@
-"""The training loop: from a recipe to a run, readable from top to bottom."""
+"""The training loop: from a recipe to a run, told from top to bottom."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from dianjing.train.strategy import Strategy, strategy_of
 from dianjing.train.watch import Watch, require_pictures
 
 BYTES_PER_PARAMETER = 12
-"""Bytes that a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
+"""What a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:

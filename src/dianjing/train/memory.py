@@ -1,4 +1,4 @@
-"""Activation checkpointing: by plan, or because the GPU's memory was not enough for a step.
+"""Activation checkpointing by plan, and what a step does when the GPU's memory is not enough after all.
 
 A step that runs out is taken again from its first pack: gradients are dropped, the same seed is set, and the passes
 take less memory than before. Its loss is a mean over all its tokens, so its gradient stays what it would have been.
@@ -37,7 +37,7 @@ def plan_checkpointing(
 ) -> tuple[bool, str]:
     """Return whether activations are checkpointed, and one line that says why, "" on a CPU.
 
-    Where the recipe leaves it open, the model is set here; all ranks come to the same answer.
+    Where the recipe leaves it open, the model is told here; all ranks come to the same answer.
     """
     said, on_gpu = recipe.train.gradient_checkpointing, accelerator.device.type == "cuda"
     if said != "auto" or not on_gpu:
@@ -89,7 +89,7 @@ class WithinMemory:
         self._most_tokens: int | None = None
         """Largest pack from now on; None: as they come."""
         self.notes: list[str] = []
-        """The changes, for the log of the step."""
+        """What was changed, for the log of the step."""
 
     def run(
         self, step: int, batches: Sequence[Batch], attempt: Callable[[Sequence[Batch]], Tensor]
@@ -153,7 +153,7 @@ class WithinMemory:
 
 
 def split(batch: Batch, most_tokens: int) -> list[Batch]:
-    """Return packs of the same records with at most this many positions; a longer record stands alone."""
+    """Return packs of the same records with at most so many positions; a longer record stands alone."""
     if batch.num_tokens <= most_tokens or len(batch.ids) < 2:
         return [batch]
     bounds = pairwise(batch.cu_seqlens.tolist())

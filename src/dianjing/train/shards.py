@@ -34,7 +34,7 @@ from dianjing.train.optim import load_optimizer_state, make_optimizer, require_s
 
 
 class ShardedEngine(Engine):
-    """The base of engines in which backward passes of sharded gradients meet the other ranks."""
+    """What engines share in which backward passes of sharded gradients meet the other ranks."""
 
     def num_packs(self, own: int) -> int:
         """Return the largest number of packs that any rank has."""

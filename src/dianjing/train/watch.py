@@ -1,4 +1,4 @@
-"""The failures that a run must not pass over in silence."""
+"""What a run must not do in silence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Watch:
             raise TrainError(f"step {step}: none of its tokens is supervised; run `dianjing show` on the data")
 
     def not_finite(self, loss: float, norm: float, step: int, ids: Sequence[str]) -> TrainError:
-        """Return the error of a step whose loss or gradient is not a number; `ids` are the records to suspect."""
+        """Return the error of a step whose loss or gradient is no number; `ids` are the records to suspect."""
         more = f" and {len(ids) - NAMES_SHOWN} more" if len(ids) > NAMES_SHOWN else ""
         return TrainError(
             f"step {step}: the loss is {loss}, the gradient norm {norm}; the step was not taken and no checkpoint "

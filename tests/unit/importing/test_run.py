@@ -157,7 +157,7 @@ BIAS = "projector.model.2.bias"
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (lambda weight: weight * float("nan"), "hold values that are not finite numbers.* earlier checkpoint"),
+        (lambda weight: weight * float("nan"), "hold values that are no finite numbers.* earlier checkpoint"),
         *(
             (lambda weight, dtype=dtype: weight.to(dtype), rf"\({dtype}\) cannot be read; save it again in fp32")
             for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn)
@@ -186,9 +186,9 @@ def pretrain_at(path: Path, iteration: int, last: int, **spoiled: Any) -> Path:
         ("exp_avg_sq", torch.zeros(1), "is of size 1, not 32"),
         ("exp_avg_sq", -torch.ones(32), "is below 0"),
         ("exp_avg_sq", torch.ones(32, dtype=torch.int8), r"is of torch\.int8"),
-        ("exp_avg", torch.full((32,), float("nan")), "has values that are not finite numbers"),
+        ("exp_avg", torch.full((32,), float("nan")), "has values that are no finite numbers"),
         ("step", torch.tensor(-3.0), "is below 0"),
-        ("step", torch.tensor(float("nan")), "has values that are not finite numbers"),
+        ("step", torch.tensor(float("nan")), "has values that are no finite numbers"),
     ],
 )
 def test_what_cannot_be_adamws_memory_is_not_taken_over(tmp_path: Path, kind: str, value: Any, fault: str) -> None:
@@ -231,7 +231,7 @@ def test_a_tower_that_is_no_name_is_asked_for(tmp_path: Path, tower: Any) -> Non
         {name.replace("projector.model", "mm_projector"): one for name, one in weights.items()}, tmp_path / "x.bin"
     )
     (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": tower}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="which is not a folder here; give --vision-tower DIR"):
+    with pytest.raises(ConfigError, match="which is no folder here; give --vision-tower DIR"):
         import_run(tmp_path / "x.bin", tmp_path / "run", replace(HERE, vision_tower=""))
 
 
@@ -255,9 +255,8 @@ def test_what_is_not_known_is_asked_for_by_its_flag(tmp_path: Path) -> None:
             import_run(source, tmp_path / "run", replace(HERE, **wishes))
         return str(caught.value)
 
-    assert (
-        'names its LLM as "/data/llava/models/tiny_internlm2", which is not a folder here; give --llm DIR'
-        in refusal(FINETUNE, llm="")
+    assert 'names its LLM as "/data/llava/models/tiny_internlm2", which is no folder here; give --llm DIR' in refusal(
+        FINETUNE, llm=""
     )
     assert "give --vision-tower DIR" in refusal(FINETUNE, vision_tower="")
     assert "does not say what its LLM is; give --llm DIR" in refusal(bare, llm="", llm_alpha=2, tower_alpha=1)
