@@ -276,6 +276,11 @@ def marker_in_answer(data: DataSet) -> None:
 
 
 @fault
+def type_unread(data: DataSet) -> None:
+    data.one()["type"] = 3
+
+
+@fault
 def types_count(data: DataSet) -> None:
     data.one()["types"] = ["colour"]
 

@@ -124,7 +124,7 @@ def test_a_full_run_has_nothing_small(make_recipe: MakeRecipe, tmp_path: Path, p
 
 
 def test_what_is_no_run_has_no_adapter(tiny_llm: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="no run"):
+    with pytest.raises(ExportError, match="not a run"):
         export(loaded_text_model(tiny_llm), tmp_path / "out", format="adapter")
 
 

@@ -124,6 +124,7 @@ marker_missing | error | a picture, but no `<image>` in an answered question | w
 marker_count | error | not as many `<image>` as pictures | add the picture or remove a marker
 marker_in_answer | warning | `<image>` in an answer, which is learned as text | remove it
 types_count | error | `types` is not a list with one string for each answered turn | correct it or remove it
+type_unread | warning | a question type that is not read: another key, or not one string an answered turn | write `type`
 special_string | warning | a text contains a mark of the chat template, which ends a turn | remove it
 template_strings | error | special strings of the template that the tokenizer does not know | choose the LLM's own
 path_absolute | error | an absolute path | write it relative to the image folder | fixed

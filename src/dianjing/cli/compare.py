@@ -14,7 +14,7 @@ from dianjing.cli.flags import Asking, parse
 from dianjing.errors import ConfigError
 
 NAME = "compare"
-SUMMARY = "show pictures with the answers of several models on one HTML page"
+SUMMARY = "show the answers of several models next to the pictures, on one HTML page"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Arguments(Asking):
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate every model on every question and write the page."""
+    """Write a page with the answers of every model to every question; return the exit code."""
     given = parse(Arguments, arguments, NAME, SUMMARY)
     if not given.models:
         raise ConfigError("no model is named; write dianjing compare MODEL MODEL --data FILE --out FILE")

@@ -37,7 +37,7 @@ class Arguments(Asking):
 
 
 def run(arguments: list[str]) -> int:
-    """Score a model on a data set and print the table."""
+    """Score a model on a data set; return the exit code."""
     given = parse(Arguments, arguments, NAME, SUMMARY)
 
     # Slow to import, so a typing error is said before.

@@ -24,7 +24,7 @@ VERBS = {
     "train": "train what a recipe says",
     "chat": "ask a model about pictures",
     "eval": "score a model with the right picture, with another one, and with none",
-    "compare": "show pictures with the answers of several models on one HTML page",
+    "compare": "show the answers of several models next to the pictures, on one HTML page",
     "export": "write a run for other programs to load, proved to answer as the run does",
     "serve": "answer over HTTP as OpenAI's API does, on this machine",
     "studio": "review records, follow runs and ask models on a page of this machine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,11 @@ NOTICES: Mapping[str, str] = {
     "answer_first": "answers before the first question dropped",
     "answer_twice": "answers after an answer, to an empty question",
     "question_unanswered": "unanswered last questions dropped",
+    "type_unread": 'question types that are not read; write "type", a string or a list of one for each answered turn',
 }
 """Notices about what is accepted, by their codes."""
+TYPE_KEY = re.compile(r"(question|answer|qa?|task)?[ _-]?types?|(question)?[ _-]?category", re.IGNORECASE)
+"""How others call the question type."""
 
 
 class RecordError(DataError):
@@ -160,7 +164,7 @@ def examine(value: object, place: Place) -> Examined:
     if images is None or not turns or found.problems:
         return found
     found.attempt(_check_markers, turns, images, fields)
-    types = found.attempt(_types, fields.get("types"), len(turns))
+    types = found.attempt(_types, fields, len(turns), found.noticed)
     if types is not None and not found.problems:
         found.record = Record(
             id=found.id,
@@ -290,14 +294,30 @@ def _check_markers(turns: Sequence[Turn], images: Sequence[str], fields: Mapping
     raise RecordError("marker_count", "conversations" if images else "image", f"{found}{hint}; {way_out}")
 
 
-def _types(value: object, turns: int) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    values = cast(list[object], value) if isinstance(value, list) else []
-    if len(values) != turns or not all(isinstance(name, str) for name in values):
+def _types(fields: Mapping[str, object], turns: int, noticed: Counter[str]) -> tuple[str, ...]:
+    """Return the question types that "types" names, or else "type".
+
+    "type" may mean something else in data from elsewhere, so one that cannot be read is only noticed.
+    """
+    types, type_ = (_one_each(fields.get(key), turns) for key in ("types", "type"))
+    if types is None or isinstance(fields.get("types"), str):
         raise RecordError(
             "types_count", "types", f"types must be a list of {turns} strings, one for each answered turn"
         )
+    read = types or type_ or ()
+    other_key = not read and any(TYPE_KEY.fullmatch(key) for key in fields.keys() - {"types", "type"})
+    if other_key or type_ not in ((), read):
+        noticed["type_unread"] += 1
+    return read
+
+
+def _one_each(value: object, turns: int) -> tuple[str, ...] | None:
+    """Return a string for each turn, () where there is no value, None where it is something else."""
+    if value is None or value == "":
+        return ()
+    values = cast(list[object], value) if isinstance(value, list) else [value] * turns
+    if len(values) != turns or not all(isinstance(name, str) for name in values):
+        return None
     return tuple(cast(list[str], values))
 
 

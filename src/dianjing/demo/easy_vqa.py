@@ -128,7 +128,7 @@ def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
 
 def _record(name: str, image: str, asked: Sequence[Asked]) -> Mapping[str, Any]:
     turns = []
-    for question, answer in asked:
+    for _question, answer in asked:
         marker = "" if turns else f"{IMAGE_MARKER}\n"
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
     return {"id": name, "image": image, "conversations": turns}

@@ -43,7 +43,7 @@ def known_captions(questions: Sequence[Question], digest_of: Mapping[str, str]) 
 
 
 def other_questions(questions: Sequence[Question], digest_of: Mapping[str, str]) -> list[Question | None]:
-    """Return, for each question with pictures, another question about the same pictures; None if there is no other.
+    """Return, for each question with pictures, another question about the same pictures; None if there is none.
 
     It is one of the set that has these pictures and another reference, so that a model that looks and understands
     answers it differently. Where there is none, it is a question of another type in the same language, asked of

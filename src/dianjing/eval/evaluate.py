@@ -105,10 +105,10 @@ def evaluate(
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Report:
-    """Ask each question as it is and, where it has pictures, with those of another record and with none.
+    """Return what a model answers with the right pictures, with those of another record, and with none.
 
-    Also ask another question about its pictures, and for a caption of them. A model that cannot see is asked once:
-    its answers do not depend on the picture.
+    It is also asked another question about the pictures, and for a caption of them. A model that cannot see is asked
+    each question once: its answers do not depend on the picture.
     """
     answers_to = _Asker(loaded, image_root, max_new_tokens, advance)
     digest_of = digests((name for question in questions for name in question.images), image_root)

@@ -1,7 +1,7 @@
 """Questions -> for each the pictures of another record: does the model look?
 
-A score with the right picture says little: many questions can be guessed. Sight is what is left when the score
-with somebody else's picture is taken away.
+A score with the right picture says little: many questions can be guessed. Sight is that score minus the score with
+another record's picture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def digests(names: Iterable[str], image_root: str) -> dict[str, str]:
 
 
 def other_pictures(questions: Sequence[Question], digest_of: dict[str, str]) -> list[tuple[str, ...] | None]:
-    """Return, for each question, as many pictures that are none of its own; None if there are not enough.
+    """Return, for each question, as many other pictures; None if there are not enough.
 
     The pictures stand on a ring in the order of their digests, which does not depend on the order of the
     records; each is replaced by the next one on the ring that the question does not have. With one picture a

@@ -37,7 +37,7 @@ NAMES = (*(name for metric in METRICS for name in (*(metric + way for way in WAY
 class Figure(NamedTuple):
     """A mean over questions, and the interval that holds it in 95 % of resampled sets of questions.
 
-    Where all questions have one value the interval is empty: it says nothing about questions unlike them.
+    Where all questions have one value the interval has no width: it says nothing about questions unlike them.
     """
 
     mean: float

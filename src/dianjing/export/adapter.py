@@ -77,7 +77,7 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
 
 
 def prove(loaded: LoadedModel, folder: Path, conversations: Sequence[Conversation], options: Options) -> Proof:
-    """Return how the adapter answers compared with the run: read by us, and by peft alone.
+    """Return how the adapter answers compared with the run: read by us, then by peft alone.
 
     A run whose LLM is in four bits learned on these values: peft is given them, dequantised. What it costs to
     put the adapter on the base's own values is measured and reported.

@@ -1,4 +1,4 @@
-"""The receipt of an export -> README.md, the model card that goes with it."""
+"""Export -> README.md, its model card."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _require_held(loaded: LoadedModel, format: str, options: Options) -> None:
     if options.dtype not in get_args(Dtype):
         raise ExportError(f'dtype "{options.dtype}" is none of {", ".join(get_args(Dtype))}')
     if not loaded.can_see:
-        raise ExportError(f"{loaded.name}: no run but a text-only model; train it, then export the run")
+        raise ExportError(f"{loaded.name} is a text-only model, not a run; train it, then export the run")
     config: Any = loaded.model.config
     kind = name_of(loaded.model.model.multi_modal_projector)
     if reason := find_format(format).code.can_hold(config.vision_config, kind, config.text_config):

@@ -1,4 +1,4 @@
-"""The parts that the formats of XTuner and LLaVA share: the run, the LLM's own tokenizer, reading a folder back."""
+"""Shared by the formats of XTuner and LLaVA: the run behind them, the LLM's tokenizer, reading a folder back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_back(loaded: LoadedModel, recipe: Recipe, folder: Path) -> LoadedModel:
     found = to_live(foreign.weights, built.model.config.text_config, num_tower_layers(built.model))
     live = {name: found.live[name] for name in found.live if name not in _shared_twice(built.model, found.live)}
     if found.unknown:
-        raise ExportError(f"{name_some(found.unknown)} cannot be exported")
+        raise ExportError(f"{name_some(found.unknown)}: unknown names were written")
     try:
         load_trainable_state(built.model, live)
     except ModelError as error:

@@ -19,7 +19,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options that a user can choose; a format refuses an option that it does not take."""
+    """A user's choices; a format refuses an option that it does not take."""
 
     dtype: Dtype = "fp32"
     """Of the weights written."""
@@ -61,15 +61,15 @@ class Format:
     """One row of the table."""
 
     purpose: str
-    """The purpose of the folder, in one line."""
+    """Use of the folder, in one line."""
     module: str
     """Name of the Code, imported only when needed: it is slow."""
     options: tuple[str, ...] = ()
     """Names of the Options that it takes."""
     learned_only: bool = False
-    """True if the folder holds only what was learned and needs the base models."""
+    """The folder holds only what was learned, and needs the base models."""
     library: str | None = None
-    """The library that the hub's page of the model offers to load it with."""
+    """The library that the hub's page of the model suggests."""
 
     @property
     def code(self) -> Code:

@@ -31,7 +31,7 @@ from dianjing.export.receipt import (
 from dianjing.export.tokenizer import save_tokenizer
 from dianjing.formats.weights import name_some
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare, stop_sequences
-from dianjing.model.towers.families import family_of
+from dianjing.model.towers.families import tower_family
 
 COMPARED = "stock transformers reading the folder (AutoModelForImageTextToText, AutoProcessor) against the run"
 SCALED = ("gemma", "gemma2")
@@ -184,7 +184,7 @@ def _processor_config(config: LlavaConfig) -> dict[str, Any]:
         "image_token": IMAGE_MARKER,
         "patch_size": cast(Any, config.vision_config).patch_size,
         # CLIP's class token, which "default" leaves out again.
-        "num_additional_image_tokens": family_of(config.vision_config).extra_tokens(config.vision_config),
+        "num_additional_image_tokens": tower_family(config.vision_config).extra_tokens(config.vision_config),
         "vision_feature_select_strategy": strategy,
     }
 

@@ -16,7 +16,7 @@ from transformers import LlavaConfig, PreTrainedConfig
 
 from dianjing.errors import ExportError
 from dianjing.model.projector import KINDS
-from dianjing.model.towers.families import family_of
+from dianjing.model.towers.families import tower_family
 from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
 VOCAB_MULTIPLE = 64
@@ -34,14 +34,14 @@ _PREFIXES = (
 
 def not_held(format: str, tower: Any, projector: str) -> str | None:
     """Return why a format has no place for a vision tower's configuration or a kind of projector; None if it has."""
-    family = family_of(tower)
+    family = tower_family(tower)
     way_out = "the whole model (--format hf)"
     if format == "hf" or "hf" not in family.layouts(tower) & KINDS[projector].layouts:
         way_out = "what was learned (--format adapter)"
     if format not in family.layouts(tower):
-        return f"it has no place for a {family.name} vision tower; export {way_out}"
+        return f"{format} has no place for a {family.name} vision tower; export {way_out}"
     if format not in KINDS[projector].layouts:
-        return f'it has no place for a projector of the kind "{projector}"; export {way_out}'
+        return f'{format} has no place for a projector of the kind "{projector}"; export {way_out}'
     return None
 
 

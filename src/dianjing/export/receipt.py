@@ -1,4 +1,4 @@
-"""Run and export side by side -> parity.json, or no export at all."""
+"""Run and export compared -> parity.json, or no export at all."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Case:
     tolerance: float = TOLERANCE
     """Of logit_difference, on the scale of the largest logit when that is above 1."""
     rounding_difference: float | None = None
-    """The cost in logits of writing fewer bits: reported, not judged."""
+    """Cost of writing fewer bits, in logits: reported, not judged."""
     rounded_same_answer: bool | None = None
-    """True if the answer survives that; also reported, not judged."""
+    """The answer survives that; reported, not judged."""
 
     @property
     def equal(self) -> bool:
@@ -70,7 +70,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """The comparisons, with the notes that a reader of the receipt needs."""
+    """Cases that were compared, with notes for a reader of the receipt."""
 
     cases: list[Case]
     notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from dianjing.constants import IMAGE_MARKER
 from dianjing.errors import ExportError
 
 UNLIMITED = int(1e30)
-"""The number that transformers writes for a tokenizer without a length limit."""
+"""As transformers writes it for a tokenizer without a length limit."""
 
 
 def save_tokenizer(

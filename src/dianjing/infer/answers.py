@@ -23,7 +23,7 @@ def answer_questions(
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """Return one greedy answer a question; `advance` gets the number answered since the last call."""
+    """Return one greedy answer for each question; `advance` gets the number answered since its last call."""
     answers: list[str] = []
     for start in range(0, len(questions), WINDOW):
         window = questions[start : start + WINDOW]
@@ -44,7 +44,7 @@ def load_pictures(questions: Sequence[Question], image_root: str) -> dict[str, I
 
 
 def check_pictures(questions: Sequence[Question], image_root: str) -> None:
-    """Look at every picture before the first question is asked.
+    """Check every picture before the first question is asked.
 
     Raises:
         DataError: some pictures cannot be used; one error names them all, with the records that show them.

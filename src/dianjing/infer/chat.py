@@ -19,7 +19,7 @@ BLIND = "it cannot see: a text-only model, so pictures are not shown to it"
 
 @dataclass(kw_only=True)
 class Session:
-    """The conversation so far, with the pictures that wait for the next question."""
+    """A conversation so far, with the pictures that wait for the next question."""
 
     loaded: LoadedModel
     first_images: Sequence[Image] = ()

@@ -35,11 +35,11 @@ class LoadedModel:
     encoder: Encoder
     image_processor: ImageProcessor | None
     recipe: Recipe | None = None
-    """The recipe of the run; None for a model folder that is not a run."""
+    """Of the run; None for a model folder that is not a run."""
 
     @property
     def can_see(self) -> bool:
-        """True if pictures are fed to the model at all."""
+        """True if pictures are fed to the model."""
         return self.image_processor is not None
 
     @property
@@ -50,7 +50,7 @@ class LoadedModel:
 
 
 class Conversation(NamedTuple):
-    """The turns before, the question now, and the pictures of both in the order of their markers."""
+    """Earlier turns (question, answer), the question asked now, and all pictures in the order of their markers."""
 
     history: Sequence[tuple[str, str]]
     question: str
@@ -77,7 +77,7 @@ def generate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """Return one answer a conversation, in their order; batched, which changes nothing but the time.
+    """Return one answer for each conversation, in their order; batched, which changes nothing but the time.
 
     Pictures are not shown to a model without eyes: their markers are taken out of its questions.
 
@@ -95,7 +95,7 @@ def generate_ids(
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """Return the tokens of each answer, with the one that ended it."""
+    """Return the token ids of each answer, with those that ended it."""
     prompts = [prepare(loaded, conversation) for conversation in conversations]
     stops = stop_sequences(loaded)
     written: list[list[int]] = [[] for _ in prompts]
@@ -140,14 +140,14 @@ def stop_sequences(loaded: LoadedModel) -> list[tuple[int, ...]]:
 
 
 class Prompt(NamedTuple):
-    """The model's input: the tokens, pictures expanded, and the pictures."""
+    """Input of the model: token ids, each picture as its image tokens, and the pictures."""
 
     input_ids: list[int]
     images: Sequence[Image]
 
 
 def prepare(loaded: LoadedModel, conversation: Conversation) -> Prompt:
-    """Return what the model is fed for a conversation: what training saw up to the answer.
+    """Return the input for a conversation: what training saw up to the answer.
 
     Raises:
         ValueError: the conversation has more or fewer pictures than markers.
@@ -176,7 +176,7 @@ def _blind(question: str) -> str:
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
-    """Yield groups of prompts of similar length, so that little is padding."""
+    """Yield groups of prompts of similar length, so that there is little padding."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
     for i in order:
@@ -252,7 +252,7 @@ def language_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 
 def left_padded(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "rows longest hidden"], Tensor]:
-    """Return the prompts' embeddings, pictures in place, and which positions are not padding."""
+    """Return the prompts' embeddings, pictures in place, and a (rows, longest) mask that is 0 on padding."""
     device = loaded.model.device
     flat = torch.tensor([token for prompt in prompts for token in prompt.input_ids], device=device)
     if isinstance(loaded.model, LlavaForConditionalGeneration):

@@ -1,4 +1,4 @@
-"""The model's input for a record, as text again: which tokens are supervised, and which stand for a picture."""
+"""The tokens of a record as text again, cut into supervised ones, others and pictures."""
 
 from __future__ import annotations
 

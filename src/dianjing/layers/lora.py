@@ -35,8 +35,7 @@ class LoraLinear(PeftLinear):
         A: Any = self.lora_A[ADAPTER].weight
         B: Any = self.lora_B[ADAPTER].weight
         scale = self.scaling[ADAPTER]
-        partitioned = hasattr(A, "ds_id")  # by ZeRO-3, which gathers a weight when its own module is called
-        if partitioned or self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         if self._may_merge(x):
             return _MergedLora.apply(x, base.weight, base.bias, A, B, scale)

@@ -27,7 +27,7 @@ from dianjing.layers.nf4 import quantize_layers, require_bitsandbytes
 from dianjing.model.folders import base_folders
 from dianjing.model.language import LoadReport, count, load_language_model
 from dianjing.model.projector import KINDS, picture_tokens
-from dianjing.model.towers.families import family_of, load_tower, select_strategy
+from dianjing.model.towers.families import load_tower, select_strategy, tower_family
 from dianjing.model.weights import load_projector
 from dianjing.pictures.image import ImageProcessor
 
@@ -74,7 +74,9 @@ def build(
     if quantization:
         (quantize_layers if quantization == "nf4" else quantize_layers_to_fp8)(llm, device)
     tower, tower_report = load_tower(tower_folder, dtype)
-    image_processor = family_of(tower.config).preprocessing(tower_folder, recipe.data.aspect, recipe.data.transparency)
+    image_processor = tower_family(tower.config).preprocessing(
+        tower_folder, recipe.data.aspect, recipe.data.transparency
+    )
     _require_size(tower, image_processor, tower_folder)
     size = image_processor.size, image_processor.size
     image_id = image_token_id(tokenizer)
@@ -213,7 +215,7 @@ def _packed_logits(llm: Any, records: list[Tensor]) -> Float[Tensor, "tokens voc
 
 def _require_size(tower: PreTrainedModel, image_processor: ImageProcessor, folder: Path) -> None:
     """Refuse preprocessing that makes pictures of another size than the tower takes."""
-    if family_of(tower.config).sized_by_config and image_processor.size != tower.config.image_size:
+    if tower_family(tower.config).sized_by_config and image_processor.size != tower.config.image_size:
         raise ModelError(
             f"{folder}: the tower takes pictures of {tower.config.image_size} pixels, but "
             f"preprocessor_config.json makes them {image_processor.size}; put the tower's own file there"

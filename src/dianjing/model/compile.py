@@ -17,7 +17,7 @@ from dianjing.layers.fused.decoder import fuse_decoder_layers
 from dianjing.layers.lora import lora_linear
 from dianjing.layers.padded import pad_tokens, unpad_tokens
 from dianjing.model.forward import CUDA_GRAPHS, FUSED, num_tower_layers, tower_states
-from dianjing.model.towers.families import family_of, layers_of
+from dianjing.model.towers.families import layers_of, tower_family
 
 VARIANTS = 64
 """Forms of a layer's code that torch may keep: tower and decoder, with and without gradients, and spares."""
@@ -34,7 +34,7 @@ def speed_up(model: LlavaForConditionalGeneration, *, fuse: bool = True, cuda_gr
     said = []
     for part, name, layers, fuse_layers in (
         (decoder, "language model", decoder.layers, fuse_decoder_layers),
-        (tower, "vision tower", layers_of(tower)[: num_tower_layers(model)], family_of(tower.config).fuse),
+        (tower, "vision tower", layers_of(tower)[: num_tower_layers(model)], tower_family(tower.config).fuse),
     ):
         if fused := fuse and fuse_layers(layers):
             setattr(part, FUSED, fused)

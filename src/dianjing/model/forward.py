@@ -19,7 +19,7 @@ from dianjing.layers.attention import UNREAD_MASK
 from dianjing.layers.cross_entropy import summed_cross_entropy
 from dianjing.layers.fused.decoder import States, pack_layout, total
 from dianjing.layers.padded import PaddedLayout, padded_layout
-from dianjing.model.towers.families import family_of, layers_of, left_out
+from dianjing.model.towers.families import layers_of, left_out, tower_family
 
 ROWS = "rows_wanted"
 """Attribute of the last decoder layer that says which rows matter."""
@@ -120,7 +120,7 @@ def tower_states(
     """Return what the tower makes of pictures, extra tokens included, after the last of its layers that matter."""
     tower: Any = model.model.vision_tower
     fused = getattr(tower, FUSED, None)
-    return family_of(tower.config).states(tower, pixel_values, num_tower_layers(model), fused)
+    return tower_family(tower.config).states(tower, pixel_values, num_tower_layers(model), fused)
 
 
 def num_tower_layers(model: LlavaForConditionalGeneration) -> int:

@@ -21,7 +21,7 @@ from dianjing.layers.fp8 import Fp8Linear
 from dianjing.layers.lora import LoraLinear
 from dianjing.layers.nf4 import is_nf4, num_bytes, num_parameters
 from dianjing.model.forward import CUDA_GRAPHS, num_tower_layers
-from dianjing.model.towers.families import family_of, layers_of
+from dianjing.model.towers.families import layers_of, tower_family
 
 PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
@@ -131,7 +131,7 @@ def _tune_language_model(model: LlavaForConditionalGeneration, config: LanguageM
 
 def _tune_vision_tower(model: LlavaForConditionalGeneration, config: VisionTowerConfig) -> None:
     tower: Any = model.model.vision_tower
-    family, num_layers = family_of(tower.config), num_tower_layers(model)
+    family, num_layers = tower_family(tower.config), num_tower_layers(model)
     if config.tuning == "full":
         for name, weight in tower.named_parameters():
             weight.requires_grad_(not name.startswith(family.unused))

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from dianjing.errors import ModelError
-from dianjing.pictures.picture import Transparency, opaque
+from dianjing.pictures.picture import Transparency as Transparency
 from dianjing.pictures.picture import check_image as check_image
 from dianjing.pictures.picture import load_image as load_image
+from dianjing.pictures.picture import opaque as opaque
 
 Aspect = Literal["pad", "crop"]
 TRANSPARENCY_KEY = "dianjing_transparency"

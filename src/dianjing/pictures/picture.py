@@ -90,7 +90,7 @@ def picture_path(root: str, name: str) -> str:
     """Return the path of the picture `name` of the folder `root`, symbolic links followed.
 
     Raises:
-        PictureError: the name is not a path inside the folder, or nothing is there.
+        PictureError: the name leads out of the folder, or nothing is there.
     """
     folder = os.path.realpath(root)
     if "\0" in name or "://" in name or name.startswith("data:") or os.path.isabs(name):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dianjing.model.forward import num_tower_layers
 from dianjing.model.projector import kind_of
-from dianjing.model.towers.families import family_of
+from dianjing.model.towers.families import tower_family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def shapes_of(model: Any) -> Shapes:
     text, vision = model.config.text_config, model.config.vision_config
     query_heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-    kind, family = kind_of(model.model.multi_modal_projector), family_of(vision)
+    kind, family = kind_of(model.model.multi_modal_projector), tower_family(vision)
     tokens = model.config.image_seq_length
     patches = tokens * kind.merges**2
     return Shapes(

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
-from dianjing.layers.fused.families import family_of as decoder_family_of
+from dianjing.layers.fused.families import family_of
 from dianjing.layers.nf4 import BLOCK_SIZE, num_bytes, num_parameters
 from dianjing.model.build import assemble
 from dianjing.model.folders import resolve
 from dianjing.model.language import empty_language_model
 from dianjing.model.stage import PARTS, PRECISIONS, apply_stage, held_as, part_of
-from dianjing.model.towers.families import empty_tower, family_of, layers_of, prepared_size
+from dianjing.model.towers.families import empty_tower, layers_of, prepared_size, tower_family
 from dianjing.plan.shapes import Shapes, shapes_of
 
 FP8_SCALE = ".scale"
@@ -124,7 +124,7 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
     decoder: Any = model.model.language_model
     tower: Any = model.model.vision_tower
     shapes = shapes_of(model)
-    families = [decoder_family_of(layer) for layer in decoder.layers]
+    families = [family_of(layer) for layer in decoder.layers]
     return Weights(
         shapes=shapes,
         parameters=dict(parameters),
@@ -135,7 +135,7 @@ def weights_of(model: LlavaForConditionalGeneration) -> Weights:
         tower=_adapters(tower, shapes.tower_layers),
         fused_decoder=all(families),
         qk_norm=any(family.qk_norms for family in families if family),
-        fused_tower=family_of(tower.config).can_fuse(layers_of(tower)[: shapes.tower_layers]),
+        fused_tower=tower_family(tower.config).can_fuse(layers_of(tower)[: shapes.tower_layers]),
     )
 
 

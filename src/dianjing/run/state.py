@@ -112,7 +112,7 @@ def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> 
     if not saved.data["fingerprint"]:
         raise CheckpointError(f"{checkpoint}: it was imported without its data; import it again with --data FILE")
     # A field that a later version added had its default in this run.
-    defaults = {name: field.default for name, field in recipe_fields().items() if field.default is not MISSING}
+    defaults = {name: one.default for name, one in recipe_fields().items() if one.default is not MISSING}
     added = {name: defaults[name] for name in now.recipe.keys() - saved.recipe.keys() if name in defaults}
     changed = [*_changes({**saved.recipe, **added}, now.recipe)]
     if saved.data["fingerprint"] != now.data["fingerprint"]:

@@ -90,11 +90,11 @@ VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Field -> whether it may have a value, and the values it may have, in words; null is as if it were not there."""
 FIELDS = ("model", "messages", *VALUES)
-"""The fields that a request may have; transformers ignores the others, or lets them replace the prompt."""
+"""All that a request may hold; transformers ignores the others, or lets them replace the prompt."""
 
 
 def safe_request(body: bytes, model: str, window: ContextWindow) -> bytes:
-    """Return a chat request as it may be passed on, its pictures decoded and encoded again.
+    """Return a chat request as it may be passed on, its pictures decoded and written again.
 
     Raises:
         Refusal: it asks for something else, or is broken.

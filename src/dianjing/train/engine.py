@@ -136,7 +136,7 @@ class Engine:
 
 
 def count_change(model: nn.Module) -> None:
-    """Let torch know that what trains has changed: joined layers keep copies of it in bf16, and ask torch.
+    """Let torch count a change of what trains: fused layers keep copies of it in bf16 (layers/fused/adapters.py).
 
     Neither the fused step of torch's optimizer nor DeepSpeed's says so by itself.
     """

@@ -98,6 +98,30 @@ def test_several_images() -> None:
     assert [turn.question for turn in record.turns] == ["<image> and <image>?", "<image>\n?"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "types", "noticed"),
+    [
+        ({"type": "x"}, ("x", "x"), 0),
+        ({"type": ["x", "y"]}, ("x", "y"), 0),
+        ({"type": ["x", "y"], "types": ["x", "y"]}, ("x", "y"), 0),
+        ({"type": "x", "answer_type": "word"}, ("x", "x"), 0),
+        ({"type": "", "types": None}, (), 0),
+        ({"type": "z", "types": ["x", "y"]}, ("x", "y"), 1),
+        ({"type": ["x"]}, (), 1),
+        ({"type": 3}, (), 1),
+        ({"type": ["x", 3]}, (), 1),
+        ({"question_type": "x"}, (), 1),
+        ({"Type": "x"}, (), 1),
+        ({"category": "conv"}, (), 1),
+        ({"prototype": "x"}, (), 0),
+    ],
+)
+def test_a_type_is_read_or_noticed(fields: dict[str, Any], types: tuple[str, ...], noticed: int) -> None:
+    record, notices = parse(human("Q"), gpt("A"), human("Q"), gpt("A"), **fields)
+    assert record.types == types
+    assert sum(count for notice, count in notices.items() if "question types" in notice) == noticed
+
+
 def test_types() -> None:
     assert parse(human("Q"), gpt("A"), human("Q"), gpt("A"), types=["x", "y"])[0].types == ("x", "y")
 

@@ -52,7 +52,7 @@ def test_another_question_about_the_same_picture_comes_first() -> None:
     assert others(*questions)[:2] == ["Shape?", "Colour?"]
 
 
-def test_a_question_with_the_same_answer_is_no_other_question() -> None:
+def test_a_question_with_the_same_answer_is_not_another_question() -> None:
     questions = [
         asked("Is it red?", type_="yes_no", reference="Yes."),
         asked("Is it round?", type_="yes_no", reference="yes"),

@@ -18,7 +18,7 @@ names = st.lists(st.sampled_from("abcdef"), max_size=3).map(tuple)
 
 
 @given(st.lists(names, max_size=12))
-def test_nobody_gets_a_picture_of_his_own(images: list[tuple[str, ...]]) -> None:
+def test_no_question_gets_its_own_picture(images: list[tuple[str, ...]]) -> None:
     questions = [asked(*own) for own in images]
     pictures = {name for own in images for name in own}
     others = other_pictures(questions, {name: name for name in "abcdef"})
@@ -45,7 +45,7 @@ def test_one_picture_a_question_is_a_derangement_whatever_the_order(order: list[
     }
 
 
-def test_one_picture_under_two_names_is_no_other_picture(tmp_path: Path) -> None:
+def test_one_picture_under_two_names_is_not_another_picture(tmp_path: Path) -> None:
     for name, content in {"a.png": b"one", "copy.png": b"one", "b.png": b"two"}.items():
         (tmp_path / name).write_bytes(content)
     digest_of = digests(["a.png", "copy.png", "b.png"], str(tmp_path))

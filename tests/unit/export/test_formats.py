@@ -67,5 +67,5 @@ def test_the_help_and_the_page_show_every_format(capsys: pytest.CaptureFixture[s
 def test_which_formats_hold_a_model_is_known_from_its_configurations(tower: str, llm: str, refusing: list[str]) -> None:
     vision = SimpleNamespace(model_type=tower, hidden_act="gelu", hidden_size=8, intermediate_size=16)
     text = SimpleNamespace(model_type=llm, hidden_act="silu", rope_parameters={"rope_theta": 1e4})
-    reasons = {name: format.code.can_hold(vision, text) for name, format in FORMATS.items()}
+    reasons = {name: format.code.can_hold(vision, "mlp", text) for name, format in FORMATS.items()}
     assert [name for name, reason in reasons.items() if reason] == refusing

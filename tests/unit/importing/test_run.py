@@ -103,7 +103,7 @@ def test_weights_alone_with_data_begin_a_run(tmp_path: Path, tiny_dataset: TinyD
     wishes = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images), template="internlm2_chat")
     report = import_run(tmp_path / "init.safetensors", tmp_path / "imported", wishes)
     assert "optimizer: none in it; training begins with a new one" in report
-    recipe = load_recipe(tmp_path / "imported" / "recipe.toml", {"train.global_batch_size": "4", "train.epochs": "2"})
+    recipe = load_recipe(tmp_path / "imported" / "recipe.toml", {"train.global_batch_size": 4, "train.epochs": 2})
     own = replace(
         recipe,
         output=str(tmp_path / "own"),
@@ -300,12 +300,12 @@ def test_transparent_pictures_are_read_as_xtuner_does_wherever_the_run_goes(tmp_
     recipe = load_recipe(tmp_path / "run" / "recipe.toml")
     assert recipe.data.transparency == "drop"
     assert reader_of(recipe)[1].transparency == "drop"
-    seer = load_for_use(str(tmp_path / "run"), "cpu")
-    assert seer.image_processor
-    assert seer.image_processor.transparency == "drop"
+    loaded = load_for_use(str(tmp_path / "run"), "cpu")
+    assert loaded.image_processor
+    assert loaded.image_processor.transparency == "drop"
     (tmp_path / "export").mkdir()
-    save(seer, tmp_path / "export", Options())
-    assert load_for_use(str(tmp_path / "export"), "cpu").image_processor == seer.image_processor
+    save(loaded, tmp_path / "export", Options())
+    assert load_for_use(str(tmp_path / "export"), "cpu").image_processor == loaded.image_processor
 
 
 def test_the_state_says_which_recipe(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dianjing.data.template import Template
 from dianjing.export.chat_template import jinja
 
 MEDIA = "<__media__>"
-"""The mark of a picture in a text for llama.cpp; llama-server writes <__media_ and a random word instead."""
+"""Stands for a picture in a text for llama.cpp; llama-server writes <__media_ and a random word instead."""
 
 _PLAIN = "{{- content -}}"
 _WITH_NEWLINES = """\

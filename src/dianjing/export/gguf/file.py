@@ -24,7 +24,7 @@ Value = bool | int | float | str | list[Any]
 
 BLOCK_TYPES = {name.lower(): Type[name] for name in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")}
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, **BLOCK_TYPES}
-"""The types that the gguf package can write by itself."""
+"""Types that the gguf package can write by itself."""
 K_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 """Mixtures that only llama.cpp can make."""
 
@@ -37,7 +37,7 @@ ROUNDING = {
 
 
 def stored_type(tensor: Tensor, wanted: Type) -> Type:
-    """Return the type a tensor is written in: vectors in F32, rows that are not whole blocks in F16."""
+    """Return the type a tensor is written in: vectors in F32, rows that do not fill whole blocks in F16."""
     if tensor.ndim == 1:
         return Type.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]

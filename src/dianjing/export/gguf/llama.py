@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """The answer of llama.cpp to a request."""
+    """Result of a request."""
 
     prompt_ids: list[int]
     logits: np.ndarray

@@ -136,7 +136,7 @@ def _load_exactly(pair: Pair, state: Mapping[str, Tensor], config: Any) -> None:
     pair.vision_tensors.update({name: tensor.cpu() for name, tensor in vision_tensors(state, config).items()})
 
 
-Asked = tuple[Conversation, list[int]]
+Answered = tuple[Conversation, list[int]]
 """A conversation and the run's greedy answer to it."""
 
 
@@ -148,8 +148,8 @@ def _pair_logits(
     return pair_logits(pair, ids, loaded.encoder.image_token_id, pixels)
 
 
-def _case(loaded: LoadedModel, asked: Asked, run: Tensor, read: Tensor, rounded: Tensor, tolerance: float) -> Case:
-    """Return a case of what is judged (`read`, and the answer in it) and what is reported (`rounded`)."""
+def _case(loaded: LoadedModel, asked: Answered, run: Tensor, read: Tensor, rounded: Tensor, tolerance: float) -> Case:
+    """Return a case: `read` and its answer are judged, `rounded` is only reported."""
     conversation, answer = asked
     return Case(
         question=conversation.question,
@@ -182,7 +182,7 @@ def _template_ids(loaded: LoadedModel, conversation: Conversation) -> list[int]:
 def _llama_cases(
     loaded: LoadedModel,
     folder: Path,
-    asked: Sequence[Asked],
+    asked: Sequence[Answered],
     run: Sequence[Tensor],
     rounded: Sequence[Tensor],
     kind: str,
@@ -217,7 +217,7 @@ def _llama_cases(
     return cases, [_measured(asked, run, own)]
 
 
-def _llama_case(loaded: LoadedModel, asked: Asked, run: Tensor, rounded: Tensor, reply: Reply, kind: str) -> Case:
+def _llama_case(loaded: LoadedModel, asked: Answered, run: Tensor, rounded: Tensor, reply: Reply, kind: str) -> Case:
     conversation, answer = asked
     ids = [
         IMAGE if token == loaded.encoder.image_token_id else token for token in prepare(loaded, conversation).input_ids
@@ -244,7 +244,7 @@ def _llama_case(loaded: LoadedModel, asked: Asked, run: Tensor, rounded: Tensor,
     )
 
 
-def _check_features(loaded: LoadedModel, asked: Sequence[Asked], replies: Sequence[Reply]) -> None:
+def _check_features(loaded: LoadedModel, asked: Sequence[Answered], replies: Sequence[Reply]) -> None:
     """Refuse to go on where llama.cpp sees something else in the same picture."""
     model, processor = loaded.model, loaded.processor
     for (conversation, _), reply in zip(asked, replies, strict=True):
@@ -270,7 +270,7 @@ def _check_features(loaded: LoadedModel, asked: Sequence[Asked], replies: Sequen
             )
 
 
-def _measured(asked: Sequence[Asked], run: Sequence[Tensor], replies: Sequence[Reply]) -> str:
+def _measured(asked: Sequence[Answered], run: Sequence[Tensor], replies: Sequence[Reply]) -> str:
     """Return what llama.cpp's own way to prepare pictures changes."""
     same, difference, count = 0, 0.0, 0
     for (conversation, answer), ours, reply in zip(asked, run, replies, strict=True):

@@ -21,7 +21,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 PLAIN_ROPE = ("default", "dynamic")
 """dynamic: plain up to max_position_embeddings, which is what the file says the model reads."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""The divisor of each frequency of Llama 3's positions; llama.cpp reads it for "llama" only."""
+"""Divisors of the frequencies of Llama 3's positions; llama.cpp reads it for "llama" only."""
 
 _PREFIX = "model.language_model."
 EMBEDDING, HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
@@ -44,7 +44,7 @@ _OPTIONAL = {
     "qwen2": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     "qwen3": ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
 }
-"""The keys that one architecture has beyond the others."""
+"""Weights that one architecture has beyond the others."""
 _SPECIAL = {name for names in _OPTIONAL.values() for name in names}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dianjing.layers.fp8 import Fp8Linear, Fp8Rows
 from dianjing.layers.fused.adapters import Copies, LoraAdapters, dropout_of, weights_of
+from dianjing.layers.fused.augmented import AugmentedLayout
 from dianjing.layers.fused.ops import Augmented, Seeds
 from dianjing.layers.fused.weights import FrozenWeights
 from dianjing.layers.gemm import addmm_out
@@ -27,9 +28,7 @@ from dianjing.layers.lora import ADAPTER, LoraLinear
 class FusedLinear:
     """Layers that read the same X (q, k and v; gate and up; or one alone), computed as one layer.
 
-    `augment`: the caller can write X into a wider matrix. One GEMM of [X | XA] with [W | s B] then gives Y; B lies next
-    to the frozen weights in memory. With several groups of adapters the first one's XA is on the left of X, the second
-    one's on the right, and what the others add to Y is added by a GEMM of its own.
+    `augment`: the caller can write X into an augmented matrix (augmented.py), and one GEMM multiplies X and XA.
 
     `for_cuda_graph`: the layer may be captured in a CUDA graph. The sum W + s B A that gradients go through is then
     made once for each change of the adapters, not for each pack, and takes as much memory as W; gradients are returned
@@ -41,11 +40,10 @@ class FusedLinear:
         adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self.lora = LoraAdapters(adapted, accumulate=not for_cuda_graph) if adapted else None
         self._keeps_sum = for_cuda_graph
-        self._left = self._right = 0
-        """Columns of XA before X in the augmented matrix, and of the group after it; the right is 0 without one."""
+        self._layout: AugmentedLayout | None = None
         if self.lora and augment and not self.is_fp8:
-            self._left = self.lora.rank if len(self.lora.groups) > 1 else 0
-            self._right = sum(self.lora.groups[-1].ranks)
+            left = self.lora.rank if len(self.lora.groups) > 1 else 0
+            self._layout = AugmentedLayout(left, sum(self.lora.groups[-1].ranks), self.weights.W.shape[1])
         self._sum: Tensor | None = None
         self._sum_versions: tuple[int, ...] = ()
 
@@ -70,10 +68,9 @@ class FusedLinear:
 
     def augmented(self, x: Float[Tensor, "rows inputs"]) -> Augmented | None:
         """Return an augmented matrix, still empty, for rows like x; None if the layer does not read one."""
-        if self.lora is None or not self._right or self.lora.draws or x.dtype != self.weights.W.dtype:
+        if self.lora is None or self._layout is None or self.lora.draws or x.dtype != self.weights.W.dtype:
             return None
-        inputs = self.weights.W.shape[1]
-        return Augmented(x.new_empty(len(x), inputs + self.lora.ranks), self._left, inputs)
+        return self._layout.empty(x, self.lora.ranks)
 
     def forward(
         self,
@@ -87,7 +84,10 @@ class FusedLinear:
         `fp8` is X in FP8, for weights in FP8; X itself is read by other weights and by adapters (`reads_rows`).
         """
         if augmented is not None:
-            return self._forward_augmented(augmented), augmented.matrix
+            assert self._layout
+            assert self.lora
+            copies = self.copies(augmented.X.dtype)
+            return self._layout.forward(augmented, self.weights, self.lora, copies), augmented.matrix
         Y = self.weights.forward(X, fp8)
         if self.lora is None:
             return Y, None
@@ -97,34 +97,6 @@ class FusedLinear:
         for columns, ranks, part in zip(self.lora.split_outputs(Y), self.lora.split_ranks(XA), B, strict=True):
             columns.addmm_(ranks, part.T)
         return Y, XA
-
-    def _forward_augmented(self, augmented: Augmented) -> Tensor:
-        """Write XA next to X, and return Y, by columns: [XA0 | X] [s B0 | W0]', [X | XA1] [W1 | s B1]', and so on."""
-        assert self.lora
-        X, matrix, bias = augmented.X, augmented.matrix, self.weights.bias
-        end = self._left + augmented.columns
-        A, B = self.copies(X.dtype)
-        if self._left:
-            torch.mm(X, A[: self._left].T, out=matrix[:, : self._left])
-        torch.mm(X, A[self._left :].T, out=matrix[:, end:])
-        Y = X.new_empty(len(X), len(self.weights.W))
-        heights = [len(part) for part in B]
-        biases = [None] * len(B) if bias is None else bias.split(heights)
-        weights = [*self.weights.augmented, *self.weights.W.split(heights)[len(self.weights.augmented) :]]
-        # The first group's XA is on the left; that of the only group, or of the second, on the right.
-        spans = [slice(0, end)] if self._left else []
-        spans.append(slice(self._left, end + self._right))
-        for number, (columns, ranks, part) in enumerate(
-            zip(self.lora.split_outputs(Y), self._split_ranks(matrix), B, strict=True)
-        ):
-            span = spans[number] if number < len(spans) else slice(self._left, end)
-            if biases[number] is None:
-                torch.mm(matrix[:, span], weights[number].T, out=columns)
-            else:
-                torch.addmm(biases[number], matrix[:, span], weights[number].T, out=columns)
-            if number >= len(spans):
-                columns.addmm_(ranks, part.T)
-        return Y
 
     def dXA(self, dY: Float[Tensor, "rows outputs"] | None) -> Float[Tensor, "rows ranks"] | None:
         """Return dY (s B), None without adapters."""
@@ -182,13 +154,9 @@ class FusedLinear:
     def _split_ranks(self, XA: Tensor) -> Sequence[Tensor]:
         """Return the columns of each group in XA, or in an augmented matrix."""
         assert self.lora
-        if XA.shape[1] == self.lora.ranks:
+        if self._layout is None or XA.shape[1] == self.lora.ranks:
             return self.lora.split_ranks(XA)
-        inputs, sizes = self.weights.W.shape[1], [sum(group.ranks) for group in self.lora.groups]
-        if not self._left:
-            return XA.split([inputs, *sizes], dim=1)[1:]
-        first, _, *others = XA.split([sizes[0], inputs, *sizes[1:]], dim=1)
-        return [first, *others]
+        return self._layout.split_ranks(XA, self.lora)
 
     def refresh(self, dtype: torch.dtype) -> None:
         """Make all copies of the adapters as they are now, where a CUDA graph reads them."""
@@ -205,13 +173,8 @@ class FusedLinear:
     def _room(self, number: int, dtype: torch.dtype) -> Tensor | None:
         """Return the room next to the frozen weights for the B of a group, if there is some."""
         assert self.lora
-        weights, groups = self.weights, self.lora.groups
-        if self._right and not weights.augmented:
-            weights.make_room(self._left, self._right, [sum(group.widths) for group in groups])
-        if number >= len(weights.augmented) or dtype != weights.W.dtype:
-            return None
-        ranks, matrix = sum(groups[number].ranks), weights.augmented[number]
-        return matrix[:, :ranks] if self._left and number == 0 else matrix[:, -ranks:]
+        room = None if self._layout is None else self._layout.room(number, self.weights, self.lora)
+        return room if dtype == self.weights.W.dtype else None
 
 
 def can_fuse(layers: Sequence[Any]) -> bool:

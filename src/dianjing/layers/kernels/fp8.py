@@ -79,7 +79,7 @@ def empty_fp8(rows: int, columns: int, device: torch.device) -> Fp8Rows:
 
 def quantize_rows(x: Tensor, column_scale: Tensor | None = None) -> Fp8Rows:
     """See ops.quantize_rows."""
-    fp8 = empty_fp8(*x.shape, x.device)
+    fp8 = empty_fp8(len(x), x.shape[1], x.device)
     _launch_quantize(x, None, column_scale, None, fp8)
     return fp8
 

@@ -121,7 +121,7 @@ def swiglu_backward(
 ) -> tuple[Tensor | None, Fp8Rows | None, Tensor | None]:
     """See ops.swiglu_backward; the gradient is written over gate_up, the recomputed rows over dY."""
     number, columns = len(gate_up), gate_up.shape[1] // 2
-    fp8 = None if column_scale is None else empty_fp8(*gate_up.shape, gate_up.device)
+    fp8 = None if column_scale is None else empty_fp8(len(gate_up), gate_up.shape[1], gate_up.device)
     d_gate_up, rows = gate_up if keep else None, dY if recompute else None
     flags = {"KEEP": keep, "FP8": fp8 is not None, "RECOMPUTE": recompute}
     arguments = dY, gate_up, column_scale, d_gate_up, *(fp8 or (gate_up, gate_up)), rows, columns

@@ -172,7 +172,7 @@ def norm(
 ) -> NormOutput:
     """See ops.norm."""
     columns = x.shape[1]
-    total, in_fp8 = None if y is None else torch.empty_like(x), empty_fp8(*x.shape, x.device) if fp8 else None
+    total, in_fp8 = None if y is None else torch.empty_like(x), empty_fp8(len(x), x.shape[1], x.device) if fp8 else None
     if keep and augmented is None:
         augmented = Augmented(torch.empty_like(x), 0, columns)
     matrix, offset, _ = augmented or (x, 0, 0)
@@ -193,7 +193,7 @@ def norm_backward(
     column_scale: Tensor | None = None,
 ) -> tuple[Tensor, Fp8Rows | None]:
     """See ops.norm_backward."""
-    dX, fp8 = torch.empty_like(x), None if column_scale is None else empty_fp8(*x.shape, x.device)
+    dX, fp8 = torch.empty_like(x), None if column_scale is None else empty_fp8(len(x), x.shape[1], x.device)
     flags = {"CENTER": center, "RESIDUAL": residual is not None, "FP8": fp8 is not None}
     arguments = dY, x, weight, residual, dX, column_scale, *(fp8 or (x, x)), x.shape[1], eps
     launch(_norm_backward, len(x), *arguments, **flags, **row_shape(x.shape[1]))

@@ -19,7 +19,7 @@ from dianjing.model.towers.tower import Tower
 FAMILIES: tuple[Tower, ...] = (Clip(), Siglip())
 
 
-def family_of(config: Any) -> Tower:
+def tower_family(config: Any) -> Tower:
     """Return the family of a tower's configuration."""
     return next(family for family in FAMILIES if config.model_type in family.model_types)
 
@@ -64,7 +64,7 @@ def load_tower(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     """
     folder = Path(folder)
     config = tower_config(folder)
-    family = family_of(config)
+    family = tower_family(config)
     read = dict(read_weights(folder))
     weights = family.weights(read)
     tower = load_exactly(family.model_class, folder, dtype=dtype, weights=weights, config=config)
@@ -81,7 +81,7 @@ def empty_tower(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = tower_config(Path(folder))
     with torch.device("meta"):
-        return family_of(config).model_class._from_config(config, dtype=dtype)
+        return tower_family(config).model_class._from_config(config, dtype=dtype)
 
 
 def prepared_size(folder: Path, config: Any) -> Size:
@@ -90,28 +90,28 @@ def prepared_size(folder: Path, config: Any) -> Size:
     Raises:
         ModelError: the preprocessing says so, and is not there.
     """
-    family = family_of(config)
+    family = tower_family(config)
     side = config.image_size if family.sized_by_config else family.preprocessing(folder).size
     return side, side
 
 
 def layers_of(tower: Any) -> Any:
     """Return the layers of a tower, a ModuleList."""
-    return family_of(tower.config).layers(tower)
+    return tower_family(tower.config).layers(tower)
 
 
 def select_strategy(config: Any) -> str:
     """Return what LLaVA's configuration says of a tower's features: "default" leaves the first out, "full" none."""
-    return "default" if family_of(config).extra_tokens(config) else "full"
+    return "default" if tower_family(config).extra_tokens(config) else "full"
 
 
 def left_out(config: Any, strategy: str) -> int:
     """Return how many of a picture's states are not read: "default" leaves the extra tokens out, and at least one."""
-    return max(1, family_of(config).extra_tokens(config)) if strategy == "default" else 0
+    return max(1, tower_family(config).extra_tokens(config)) if strategy == "default" else 0
 
 
 def num_features(config: Any, strategy: str, size: Size) -> int:
     """Return how many features a prepared picture has."""
-    family = family_of(config)
+    family = tower_family(config)
     rows, columns = family.grid(config, size)
     return rows * columns + family.extra_tokens(config) - left_out(config, strategy)
