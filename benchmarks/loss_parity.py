@@ -129,8 +129,7 @@ def padded(recipe: Any) -> None:
         global_batch_size=recipe.train.global_batch_size,
         rank=0,
         world_size=1,
-        first_step=0,
-        last_step=steps,
+        steps=range(0, steps),
     )
     folder = Path(recipe.output)
     folder.mkdir(parents=True)

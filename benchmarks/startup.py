@@ -107,8 +107,7 @@ def measure_start(folder: Path, llm: str) -> dict[str, Any]:
             global_batch_size=BATCH,
             rank=0,
             world_size=1,
-            first_step=0,
-            last_step=1,
+            steps=range(0, 1),
         )
         first = next(step_batches(dataset, plan, workers=0))
         batched = time.perf_counter()

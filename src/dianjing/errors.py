@@ -1,6 +1,6 @@
 """Every error a user can meet.
 
-    DianjingError           exit code 2: something the user can put right
+    DianjingError           exit code 2: something the user can correct
     |-- ConfigError         a recipe or a flag
     |-- DataError           a record, a picture, a data file
     |-- ModelError          a model folder, weights that do not fit, a template

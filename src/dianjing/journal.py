@@ -24,7 +24,7 @@ class JournalFile:
         self._header = dict(header)
         """The first line, which says what kind of journal it is."""
         self._instead = instead
-        """What a user who cannot have this file may do."""
+        """The way out for a user who cannot have this file."""
         self._file = -1
 
     def open(self, take: Take) -> None:
@@ -65,7 +65,7 @@ class JournalFile:
         *lines, last = content.split(b"\n")
         torn = 0 if _is_object(last) else len(last)
         if torn and not lines and not json.dumps(self._header).startswith(last.decode(errors="replace")):
-            raise DataError(f"{self.path}: it is no journal; move it away, or {self._instead}")
+            raise DataError(f"{self.path}: it is not a journal; move it away, or {self._instead}")
         lines += [last] if last and not torn else []
         for number, line in enumerate(lines, 1):
             try:
@@ -77,7 +77,7 @@ class JournalFile:
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise DataError(
                     f"{self.path}: line {number} is not a line of this journal ({error}); remove that line if you "
-                    "edited it, or move the file away to begin anew"
+                    "edited it, or move the file away to begin again"
                 ) from None
         return len(content) - torn
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 Watch = Callable[[str, int, int], None]
-"""Is told what is being done, how far it is and how far it goes."""
+"""Called with the name of the work, how much is done and how much there is."""
 SAID_EVERY_SECONDS = 30.0
 
 

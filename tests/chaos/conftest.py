@@ -50,7 +50,7 @@ class Maker:
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
     """A maker whose retries do not wait long."""
-    monkeypatch.setattr("dianjing.make.work.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("dianjing.make.send.RETRY_SECONDS", 0.01)
     for name in ("OPENAI_API_KEY", "DIANJING_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     return Maker(tmp_path)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dianjing.cli.main import main
-from dianjing.make import work
+from dianjing.make import send
 from dianjing.make.pictures import data_uri
 from tests.chaos.endpoint import Endpoint, Hit
 from tests.chaos.pictures import write_pictures
@@ -60,7 +60,7 @@ class Outcome:
 
 def _child(arguments: list[str]) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    work.RETRY_SECONDS = 0.05
+    send.RETRY_SECONDS = 0.05
     sys.exit(main(arguments))
 
 

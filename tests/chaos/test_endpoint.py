@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dianjing.make import work
+from dianjing.make import send
 from tests.chaos.conftest import Maker
 from tests.chaos.endpoint import Behaviour, Endpoint, Hit
 
@@ -130,7 +130,7 @@ def test_what_no_call_can_pass_stops_the_run(
     with Endpoint(lambda hit: fault) as endpoint:
         assert make(endpoint) == 2
     assert message in capsys.readouterr().err
-    assert len(endpoint.hits) <= work.PROBES * (work.RETRIES + 1) * 3
+    assert len(endpoint.hits) <= send.PROBES * (send.RETRIES + 1) * 3
 
 
 def test_a_run_ends_when_nothing_comes_back_any_more(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +145,7 @@ def test_a_model_that_writes_no_json_is_not_paid_for_long(make: Maker, capsys: p
     make.pictures(40)
     with Endpoint(lambda hit: "small_talk") as endpoint:
         assert make(endpoint, "--concurrency", "1") == 1
-    assert len(endpoint.hits) == 2 * work.MOST_FAILURES
+    assert len(endpoint.hits) == 2 * send.MOST_FAILURES
     assert "can be asked with --questions" in capsys.readouterr().err
 
 

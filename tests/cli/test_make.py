@@ -101,7 +101,7 @@ def test_prompts_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_an_endpoint_that_is_not_there_is_a_user_error(images: Path) -> None:
     pytest.importorskip("openai", reason="dianjing make needs openai: pip install openai")
-    script = "import sys, dianjing.make.work as w; w.RETRY_SECONDS = 0.01; from dianjing.cli.main import main\n"
+    script = "import sys, dianjing.make.send as w; w.RETRY_SECONDS = 0.01; from dianjing.cli.main import main\n"
     arguments = ["make", str(images), "--out", str(images.parent / "data.json"), "--model", "m", "--base-url", URL]
     command = [sys.executable, "-c", f"{script}sys.exit(main({arguments!r}))"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

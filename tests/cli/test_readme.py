@@ -40,5 +40,5 @@ def test_every_command_of_the_readme_runs(reader: Path) -> None:
     assert len(RECIPES) == 2
     for command in COMMANDS:
         assert main(shlex.split(command, comments=True)) == 0, command
-    made = ("runs/eyes-pretrain/loss.png", "runs/eyes/train.jsonl", "compare.html", "my-llava/parity.json")
+    made = ("runs/eyes-pretrain/loss.svg", "runs/eyes/train.jsonl", "compare.html", "my-llava/parity.json")
     assert all((reader / name).is_file() for name in made)

@@ -81,7 +81,7 @@ def test_each_dependency_is_imported_explained_and_pinned() -> None:
     assert sorted({*always, *asked_for, *testing}) == sorted(names_in(pins))
     assert {*always, *asked_for} == set(explained) - {"package"}
     # torch.utils.tensorboard imports tensorboard; llama_cpp is compiled by who wants it.
-    imported = {name.replace("PIL", "pillow") for name in third_party()} | {"tensorboard"}
+    imported = {name.replace("PIL", "pillow") for name in third_party()}
     assert set(always) == imported - (asked_for - set(always)) - {"llama_cpp", "fastapi", "starlette", "triton"}
 
 

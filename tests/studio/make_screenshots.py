@@ -1,4 +1,4 @@
-"""Take the pictures of docs/studio.md and docs/studio_zh.md: `python -m tests.studio.make_screenshots demo-out`.
+"""Take the pictures of the README and of docs/studio.md: `python -m tests.studio.make_screenshots demo-out`.
 
 `demo-out` is what `dianjing demo` wrote. Its records get a few faults here, so that there is something to find.
 """
@@ -149,6 +149,15 @@ def take(page: Any, address: str, language: str) -> None:
     save(page, "chat", language)
 
 
+def take_report(browser: Any, demo: Path) -> None:
+    """Take the upper part of the demo's report."""
+    page = browser.new_page(viewport={"width": 1160, "height": 1450})
+    page.goto((demo / "report.html").resolve().as_uri())
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    image.save(OUT / "demo_report.png", optimize=True)
+    page.close()
+
+
 def main(demo: Path) -> None:
     """Take the pictures in both languages."""
     OUT.mkdir(exist_ok=True)
@@ -156,6 +165,7 @@ def main(demo: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         project, records = project_of(demo, Path(folder))
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        take_report(browser, demo)
         with endpoint(records) as base_url, studio(project, base_url) as address:
             for language in ("en", "zh"):
                 page = browser.new_page(viewport=SIZE)

@@ -12,8 +12,8 @@ from dianjing.check.codes import Finding, Findings
 from dianjing.check.gather import Gathered, Names, gather
 from dianjing.check.names import Folder
 from dianjing.check.pictures import Picture, PictureChecker
+from dianjing.check.set_findings import leaked_records, picture_findings, record_findings
 from dianjing.check.tokens import Reading
-from dianjing.check.whole import leaked_records, picture_findings, record_findings
 from dianjing.config.schema import Recipe
 from dianjing.data.pack import pack
 from dianjing.data.parallel import spread
@@ -25,7 +25,7 @@ PICTURES_AT_ONCE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is checked, and against what."""
+    """The files to check, with the model and recipe they are checked for."""
 
     paths: tuple[str, ...]
     images: str = ""
@@ -40,7 +40,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run with this recipe would begin with; the same numbers as in its first lines."""
+    """The counts that a run with this recipe prints in its first lines."""
 
     records: int
     skipped: int

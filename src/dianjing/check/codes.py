@@ -22,7 +22,7 @@ class Code:
     meaning: str
     fix: str
     fixed: bool
-    """Whether `--fix` puts it right."""
+    """True if `--fix` corrects it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Finding:
     code: str
     file: str
     text: str
-    """What is wrong here, in a sentence."""
+    """The fault found here, in a sentence."""
     record: int | None = None
     """Its number in the file, from 0."""
     id: str = ""
@@ -86,33 +86,33 @@ class Findings:
 _TABLE = """
 encoding | error | the text is not UTF-8 | save the file as UTF-8
 bom | note | the file begins with a byte order mark, which other readers stumble over | remove it | fixed
-json_syntax | error | not JSON | put the named place right
-json_unread | error | a part of the file that could not be told apart into records | put the named place right
+json_syntax | error | not JSON | correct the named place
+json_unread | error | a part of the file that could not be told apart into records | correct the named place
 json_comment | error | a comment; JSON has none | remove it | fixed
 json_trailing_comma | error | a comma before a closing bracket | remove it | fixed
-json_not_a_list | error | a .json file that is no list in [ and ] | put them around | fixed
+json_not_a_list | error | a .json file that is not a list in [ and ] | put them around | fixed
 file_empty | error | no record in the file | name another file
 record_too_large | error | a record of more than 64 MB, which is not even parsed | look at what is in it
-not_a_record | error | an element of the list that is no object | remove it
+not_a_record | error | an element of the list that is not an object | remove it
 id_missing | note | no id; XTuner refuses that | give it one | fixed
 id_not_string | note | the id is a number | write it as a string | fixed
 id_type | error | the id is neither a string nor a whole number | write a string
 id_duplicate | warning | an id that an earlier record has | give each record its own
-image_type | error | `image` is no path, list of paths or null | write the path of the picture
+image_type | error | `image` is not a path, a list of paths or null | write the path of the picture
 images_key | error | the pictures stand under `images` | rename it to `image` | fixed
 conversation_key | warning | `conversation` for `conversations`; others do not read it | rename it | fixed
 messages_key | error | the conversation stands under `messages` | rename it to `conversations` | fixed
 conversations_missing | error | no `conversations` | add them
-conversations_type | error | `conversations` is no list | write a list of messages
+conversations_type | error | `conversations` is not a list | write a list of messages
 conversations_empty | error | `conversations` has no message | add a question and its answer
-message_type | error | a message is no object | write {"from": ..., "value": ...}
+message_type | error | a message is not an object | write {"from": ..., "value": ...}
 role_content | error | a message has `role` and `content` | rename them to `from` and `value` | fixed
 role_alias | error | a role is called user, assistant or the like | call it human or gpt | fixed
 role_unknown | error | a role that is neither the asker's nor the answerer's, such as system | remove the message
-value_type | error | the text of a message is no string | write a string
+value_type | error | the text of a message is not a string | write a string
 text_surrogate | error | half a character (a lone surrogate) | remove it
-text_broken | warning | U+FFFD in a text: characters were lost on the way | write the text anew
-text_repeats | warning | a text repeats the same few words over and over | write it anew
+text_broken | warning | U+FFFD in a text: characters were lost on the way | write the text again
+text_repeats | warning | a text repeats the same few words over and over | write it again
 no_answer | error | no question has an answer | add one
 answer_empty | error | an answer without text | write it
 answer_first | warning | an answer before the first question, which is dropped | remove it, or swap the roles
@@ -123,7 +123,7 @@ answer_refusal | warning | an answer in which an assistant excuses itself | writ
 marker_missing | error | a picture, but no `<image>` in an answered question | write <image> where it belongs | fixed
 marker_count | error | not as many `<image>` as pictures | add the picture or remove a marker
 marker_in_answer | warning | `<image>` in an answer, which is learned as text | remove it
-types_count | error | `types` is no list of one string an answered turn | put it right or remove it
+types_count | error | `types` is not a list with one string for each answered turn | correct it or remove it
 type_unread | warning | a question type that is not read: another key, or not one string an answered turn | write `type`
 special_string | warning | a text contains a mark of the chat template, which ends a turn | remove it
 template_strings | error | special strings of the template that the tokenizer does not know | choose the LLM's own

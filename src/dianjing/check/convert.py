@@ -1,4 +1,4 @@
-"""Data sets of other layouts -> LLaVA JSON, its pictures as files beside it."""
+"""Data sets of other layouts -> LLaVA JSON with its pictures as files."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 @dataclass(kw_only=True)
 class Converted:
-    """What was written."""
+    """The files written, with counts."""
 
     layout: str
-    """What the file was found to be."""
+    """The layout that was recognised."""
     out: Path
     images: Path
     records: int = 0
@@ -43,7 +43,7 @@ class Converted:
     left_out: list[str] = field(default_factory=list[str])
     """One reason a record that could not be converted."""
     notices: Counter[str] = field(default_factory=Counter[str])
-    """What was done to records that is worth saying -> how often."""
+    """Changes made to records -> how often."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,7 @@ class _Row:
 
 
 def convert(path: str, out: str, images: str) -> Converted:
-    """Write the records of a file as LLaVA JSON to `out`, and their pictures into a folder beside it.
+    """Write the records of a file as LLaVA JSON to `out`, and their pictures into a folder next to it.
 
     `images` is the folder that picture paths of the file are relative to; "" = its own.
 
@@ -190,7 +190,7 @@ def _row(place: Place, value: Mapping[str, object], notices: Counter[str]) -> _R
     if isinstance(messages, Sequence) and not isinstance(messages, str):
         for message in cast(Sequence[Any], messages):
             if not isinstance(message, dict):
-                raise DataError("a message is no object")
+                raise DataError("a message is not an object")
             _add_message(row, cast(dict[str, object], message), notices)
     elif isinstance(value.get("texts"), Sequence):
         for pair in cast(Sequence[Mapping[str, object]], value["texts"]):

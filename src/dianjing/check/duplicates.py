@@ -1,4 +1,4 @@
-"""Hashes of records and pictures -> which are the same, and which look the same."""
+"""Hashes of records and pictures -> those that are the same or look the same."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Int, UInt8, UInt64
 
 BITS_APART = 2
-"""Pictures of one motif, saved again or scaled, differ in at most so many bits of their dHash..."""
+"""Most bits of the dHash in which pictures of one motif, saved again or scaled, differ..."""
 LEVELS_APART = 8
-"""...and in at most so many of 255 levels anywhere in their thumbnails."""
+"""...and most of 255 levels by which any pixel of their thumbnails differs."""
 BAND_BITS = 21
 """Of hashes that differ in two bits one of three bands is the same."""
 NEIGHBOURS = 64
-"""Pictures that share a band are compared with so many next to them in the order of their hashes."""
+"""Neighbours, in the order of hashes, with which a picture is compared in each band."""
 
 
 def repeated(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""A data file -> a copy in which all that is certain is put right, and a list of the changes."""
+"""A data file -> a copy in which all that is certain is fixed, with a list of the changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = 200
 
 @dataclass(kw_only=True)
 class Fixed:
-    """What was written."""
+    """The files written, with counts."""
 
     out: Path
     changes_file: Path
@@ -35,7 +35,7 @@ class Fixed:
 
 
 def fix(path: str, out: str, names: Mapping[str, tuple[str, str]]) -> Fixed:
-    """Write the corrected copy of a data file to `out` (JSON or JSONL) and its changes beside it.
+    """Write the corrected copy of a data file to `out` (JSON or JSONL) and its changes next to it.
 
     `names` are the picture paths to replace: path -> (code, path as it should be).
 

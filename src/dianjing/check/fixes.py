@@ -1,4 +1,4 @@
-"""What can be put right with certainty: in the text of a record, and in its fields."""
+"""Corrections that are certain: in the text of a record or in its fields."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _mend(text: str) -> tuple[str, list[Change]]:
 
 
 def corrected(value: Mapping[str, object], index: int) -> tuple[dict[str, object], list[Change]]:
-    """Return a record with all that is certain put right, and the list of changes."""
+    """Return a record with all that is certain corrected, and the list of changes."""
     fields = dict(value)
     changes: list[Change] = []
     if _pictures(fields.get("images")) and not fields.get("image"):

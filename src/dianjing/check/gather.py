@@ -1,4 +1,4 @@
-"""The files of a data set -> what is found in single records, and the numbers that the rest of the check needs."""
+"""The files of a data set -> findings in single records, with the numbers that the rest of the check needs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+from dianjing.check.chunk import ChunkResult
 from dianjing.check.codes import Finding, Findings
-from dianjing.check.look import ChunkResult
 from dianjing.check.records import Job, RecordChecker
 from dianjing.check.tokens import Reading
 from dianjing.data.parallel import spread
@@ -39,7 +39,7 @@ class Names:
 
 @dataclass(kw_only=True)
 class Items:
-    """What a run trains on, one entry each: a record, or one of its turns alone."""
+    """The samples of a run, one entry each: a record, or one of its turns alone."""
 
     record: array[int] = field(default_factory=lambda: array("Q"))
     positions: array[int] = field(default_factory=lambda: array("Q"))

@@ -1,4 +1,4 @@
-"""Picture files, each opened and decoded as training does it -> what is wrong with them, and what they look like."""
+"""Picture files, each opened and decoded as training does it -> their faults, with hashes of their looks."""
 
 from __future__ import annotations
 

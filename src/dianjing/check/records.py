@@ -1,4 +1,4 @@
-"""A chunk of a file -> what is found in its records, and the few numbers about each that the whole set needs."""
+"""A chunk of a file -> findings in its records, with the few numbers that the whole set needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import mmap
 from dataclasses import dataclass, replace
 from typing import cast
 
+from dianjing.check.chunk import ChunkResult, Where, add_record
 from dianjing.check.codes import Finding
 from dianjing.check.fixes import Change, corrected, read_value
-from dianjing.check.look import ChunkResult, Where, look
 from dianjing.check.tokens import Measurer, Reading
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.read import too_large
@@ -52,7 +52,7 @@ class RecordChecker:
         return result
 
     def _record(self, result: ChunkResult, place: Place, line: int, start: int, end: int) -> Record | None:
-        """Check one record; return it, put right where that is certain."""
+        """Check one record; return it, corrected where that is certain."""
         value, mended = self._value(result, place, line, start, end)
         examined = examine(value, place) if value is not None else None
         usable = examined is not None and examined.record is not None and not mended
@@ -72,7 +72,7 @@ class RecordChecker:
         result.lines.append(line)
         result.usable.append(usable)
         result.images.append(record.images if record else ())
-        look(result, where, record, self._special_strings)
+        add_record(result, where, record, self._special_strings)
         return record
 
     def _value(self, result: ChunkResult, place: Place, line: int, start: int, end: int) -> tuple[object, bool]:

@@ -1,4 +1,4 @@
-"""What a check found -> one self-contained HTML page."""
+"""The findings of a check -> one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dianjing.pictures.picture import PictureError, load_image
 SHOWN = 20
 """Findings of a code on the page."""
 OPEN = 5
-"""Up to so many kinds of errors lie open."""
+"""Most kinds of errors that lie open."""
 PICTURES_SHOWN = 8
-"""...of which so many with their picture."""
+"""...of which this number with their picture."""
 BARS = {
     "turns": "Turns in a record",
     "pictures": "Pictures of a record",

@@ -1,4 +1,4 @@
-"""What a check found, for the terminal and as numbers for a page."""
+"""The findings of a check, for the terminal and as numbers for a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one question or answer is like: repetition, excuses, script, yes or no."""
+"""Properties of one question or answer: repetition, excuses, script, yes or no."""
 
 from __future__ import annotations
 

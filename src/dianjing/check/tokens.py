@@ -1,4 +1,4 @@
-"""How many tokens each record has for one LLM, and what a recipe does with the long ones: training's own encoder."""
+"""The number of tokens of each record for one LLM, with what a recipe does to the long ones: training's own encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dianjing.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What decides how records become tokens; small enough to be sent to every process."""
+    """The settings that decide how records become tokens; small enough to be sent to every process."""
 
     tokenizer_folder: str
     template: str

@@ -18,7 +18,7 @@ SUMMARY = "ask a model about pictures"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The command line."""
+    """The command line of `dianjing chat`."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run, an exported folder, or the folder of a text LLM ("tinyworld")."""

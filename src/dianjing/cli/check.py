@@ -1,4 +1,4 @@
-"""`dianjing check DATA --images DIR`: everything that is wrong with a data set, before a run."""
+"""`dianjing check DATA --images DIR`: faults in a data set, before a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from dianjing.check.tokens import Reading
 
 NAME = "check"
-SUMMARY = "find everything that is wrong with a data set, and put right what is certain"
+SUMMARY = "find faults in a data set, and fix those that are certain"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives."""
+    """The command line of `dianjing check`."""
 
     data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...")] = ()
     """LLaVA JSON or JSONL; the recipe's if not given."""
@@ -46,7 +46,7 @@ class Arguments:
     report: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Write an HTML page with histograms and pictures."""
     fix: Annotated[str, tyro.conf.arg(metavar="OUT")] = ""
-    """Write a corrected copy (.json or .jsonl) here, and OUT.changes.jsonl beside it."""
+    """Write a corrected copy (.json or .jsonl) here, and OUT.changes.jsonl next to it."""
     convert: Annotated[str, tyro.conf.arg(metavar="OUT")] = ""
     """Check nothing: turn OpenAI messages, ShareGPT or parquet into LLaVA JSON."""
 

@@ -19,7 +19,7 @@ SUMMARY = "show the answers of several models next to the pictures, on one HTML 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Asking):
-    """What the command line gives."""
+    """The command line of `dianjing compare`."""
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")]
     """Runs, exported folders, or folders of text LLMs ("tinyworld"): one column each."""

@@ -17,7 +17,7 @@ SUMMARY = "watch a blind model learn to see, on drawn scenes"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives."""
+    """The command line of `dianjing demo`."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("demo-out")
     """Folder for data, runs, export, results.json and report.html; an earlier demo in it is replaced."""

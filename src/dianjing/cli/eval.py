@@ -26,7 +26,7 @@ SUMMARY = "score a model with the right picture, with another one, and with none
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Asking):
-    """What the command line gives."""
+    """The command line of `dianjing eval`."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run, an exported folder, or the folder of a text LLM ("tinyworld")."""

@@ -37,7 +37,7 @@ def taken_by(option: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The command line."""
+    """The command line of `dianjing export`."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of a run."""

@@ -18,7 +18,7 @@ SUMMARY = "make a run of a checkpoint of XTuner or LLaVA, or an LLM's folder of 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives."""
+    """The command line of `dianjing import`."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """iter_N.pth (file or DeepSpeed folder), a folder XTuner converted, mm_projector.bin, a LLaVA folder,

@@ -1,4 +1,4 @@
-"""`dianjing VERB ...`: finds the verb, runs it, and prints what a user can put right without a traceback."""
+"""`dianjing VERB ...`: finds the verb, runs it, prints errors of the input without a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dianjing.errors import ConfigError, DianjingError
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
     "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
-    "check": "find everything that is wrong with a data set, and put right what is certain",
+    "check": "find faults in a data set, and fix those that are certain",
     "recipes": "list the shipped recipes, or copy one to edit",
     "show": "show what the model sees of each record, and what it learns from it",
     "import": "make a run of a checkpoint of XTuner or LLaVA, or an LLM's folder of a GGUF file",

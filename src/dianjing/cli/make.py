@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dianjing.make.cost import Budget, Prices
     from dianjing.make.journal import Journal
     from dianjing.make.pictures import Pictures
-    from dianjing.make.run import Asked, Job, Result
-    from dianjing.make.work import Work
+    from dianjing.make.run import AskOutcome, Job, Result
+    from dianjing.make.send import Sender
 
 NAME = "make"
 SUMMARY = "make records about pictures with a vision model behind an OpenAI-compatible endpoint"
@@ -31,12 +31,12 @@ LISTED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives. The endpoint's key comes from DIANJING_API_KEY or OPENAI_API_KEY alone."""
+    """The command line of `dianjing make`. The endpoint's key comes from DIANJING_API_KEY or OPENAI_API_KEY alone."""
 
     images: Annotated[Positional[Path], arg(metavar="IMAGES")]
     """Folder of pictures, or a text file that names one a line; "prompts" lists the shipped prompts instead."""
     out: Annotated[Path, arg(metavar="FILE")]
-    """The records, as LLaVA JSON; journal and report lie beside it. The same command goes on after a stop."""
+    """The records, as LLaVA JSON; the journal and the report lie next to it. The same command goes on after a stop."""
     model: str
     """The model, as the endpoint calls it."""
     base_url: Annotated[str, arg(metavar="URL")] = ""
@@ -66,7 +66,7 @@ class Arguments:
     max_cost: float | None = None
     """Stop before all runs on this output together could cost more."""
     max_requests: Annotated[int | None, arg(metavar="N")] = None
-    """Stop when all runs on this output together have made so many calls."""
+    """Stop when all runs on this output together have made this number of calls."""
     blind_check: bool = False
     """Ask each question again without the picture, and drop those with the same answer. One more call each."""
     held_out: Annotated[float, arg(metavar="SHARE")] = 0.0
@@ -83,10 +83,10 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptArguments:
-    """What `dianjing make prompts` is given."""
+    """The command line of `dianjing make prompts`."""
 
     action: Positional[Literal["list", "copy"]] = "list"
-    """What to do."""
+    """The action."""
     name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """The prompt to copy."""
     dest: Annotated[Positional[Path], arg(metavar="[DEST]")] = Path()
@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.make.journal import Journal
-    from dianjing.make.run import Asked, check_held_out, journal_path, write
+    from dianjing.make.run import AskOutcome, check_held_out, journal_path, write
 
     notices = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     journal = Journal(journal_path(given.out))
@@ -116,7 +116,7 @@ def run(arguments: list[str]) -> int:
         budget = _budget(given, job, journal)
         if given.batch_out:
             return _write_batch(given.batch_out, job, journal)
-        asked = Asked()
+        asked = AskOutcome()
         if given.batch_in:
             _read_batch(given.batch_in, job, journal, budget)
         else:
@@ -270,7 +270,7 @@ def _read_batch(path: Path, job: Job, journal: Journal, budget: Budget) -> None:
     print(f"{path}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
 
 
-def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: Console) -> Asked:
+def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: Console) -> AskOutcome:
     """Ask with a progress bar."""
     from dianjing.make.run import ask
 
@@ -283,9 +283,9 @@ def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: 
     with Progress(*columns, TextColumn("{task.fields[state]}"), console=notices, transient=True) as progress:
         task = progress.add_task("asking", total=None, state="")
 
-        def show(work: Work, line: str) -> None:
-            count, gate = work.count, work.gate
-            waiting = gate.pause_seconds
+        def show(sender: Sender, line: str) -> None:
+            count, limiter = sender.count, sender.limiter
+            waiting = limiter.pause_seconds
             description = f"waiting {waiting:.0f} s" if waiting >= 1 else "asking"
             cost = f", cost {budget.spent():.4f}" if budget.prices else ""
             state = f"{count.failed} failed, {count.waiting} to try again{cost}"
@@ -320,7 +320,7 @@ def _print_result(job: Job, journal: Journal, budget: Budget, result: Result, no
     notices.print(f"in all runs: {totals.calls:,} calls, {totals.unanswered:,} without an answer, {tokens}{cost}")
 
 
-def _exit_code(asked: Asked, job: Job, result: Result, notices: Console) -> int:
+def _exit_code(asked: AskOutcome, job: Job, result: Result, notices: Console) -> int:
     made, refused = result.made, len(job.pictures.refused)
     if asked.stopped:
         notices.print(f"stopped: {asked.stopped}")

@@ -23,10 +23,10 @@ SUMMARY = "list the shipped recipes, or copy one to edit"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives."""
+    """The command line of `dianjing recipes`."""
 
     action: Positional[Literal["list", "copy"]] = "list"
-    """What to do."""
+    """The action."""
     name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """The recipe to copy."""
     dest: Annotated[Positional[Path], arg(metavar="[DEST]")] = Path()

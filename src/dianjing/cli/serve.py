@@ -24,7 +24,7 @@ KEY = "DIANJING_SERVE_KEY"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The command line; the environment may hold a key in DIANJING_SERVE_KEY that requests must bring."""
+    """The command line of `dianjing serve`; DIANJING_SERVE_KEY may hold a key that requests must bring."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run, which is exported first, or a folder that `dianjing export` wrote."""

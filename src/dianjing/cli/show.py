@@ -40,7 +40,7 @@ STYLES = {"plain": "", "supervised": "bold green", "picture": "cyan"}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives."""
+    """The command line of `dianjing show`."""
 
     data: tyro.conf.Positional[str]
     """LLaVA JSON or JSONL."""

@@ -30,16 +30,16 @@ SUMMARY = "review records, follow runs and ask models on a page of this machine"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line gives. The endpoint's key comes from DIANJING_API_KEY or OPENAI_API_KEY alone."""
+    """The command line of `dianjing studio`. The endpoint's key comes from DIANJING_API_KEY or OPENAI_API_KEY alone."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")] = Path()
     """Its recipes and runs are shown; nothing else is read but what the flags name. This folder if not given."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """LLaVA JSON or JSONL to review; it is never changed, decisions are kept beside it."""
+    """LLaVA JSON or JSONL to review; it is never changed, decisions are kept next to it."""
     images: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Folder of the pictures; the data file's own if not given."""
     model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MODEL")] = ()
-    """Run, exported folder or text LLM ("tinyworld") that can be asked, beside the folder's runs; several times."""
+    """Run, exported folder or text LLM ("tinyworld") to ask, in addition to the folder's runs; may be repeated."""
     recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = ""
     """Show what the model of this recipe sees of a record; the folder's recipes and runs can be chosen too."""
     base_url: Annotated[str, tyro.conf.arg(metavar="URL")] = ""

@@ -23,7 +23,7 @@ class Range:
     """The numbers that a field takes; all are finite."""
 
     words: str
-    """What a number must be, as an error says it."""
+    """The range as an error names it: "it must be at least 0"."""
     holds: Callable[[float], bool] = field(repr=False)
 
 
@@ -85,7 +85,7 @@ class VisionTowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """What lies between tower and LLM; trained in both stages."""
+    """The layers between tower and LLM; trained in both stages."""
 
     kind: ProjectorKind = "mlp"
     """"mlp": two linear layers (LLaVA 1.5)."""

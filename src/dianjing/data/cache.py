@@ -1,4 +1,4 @@
-"""What a survey found, kept on disk under the hash of all that decides it."""
+"""The results of a survey, kept on disk under the hash of all that decides them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dianjing.progress import Watch
 
 MODULES = (encode, picture, picture_tokens, read, record, source, split, survey, template)
 DECIDING = [*(str(module.__file__) for module in MODULES), __file__]
-"""The files of the program that decide what a survey finds; with any change in them it is made anew."""
+"""The files of the program that decide what a survey finds; with any change in them it is made again."""
 KEPT = 32
 """Surveys on disk, those used last."""
 

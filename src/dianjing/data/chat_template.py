@@ -30,7 +30,7 @@ Render = Callable[[Sequence[Message], bool], str]
 QUESTIONS = ("first-question-qz", "second-question-qz", "third-question-qz")
 ANSWERS = ("first-answer-qz", "second-answer-qz")
 HARD_TEXTS = ("{x} 'a' \"b\" <b>&amp;</b> \\n \\", "你好，世界 😀", "several\n\nlines\tand  blanks", "word" * 500)
-"""What a template must leave as it is."""
+"""Texts that a template must leave as they are."""
 STOPPED_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """Put before a template that writes today's date, since a prompt must be the same tomorrow; the date is the one that
 Llama 3.1 and 3.2 have for readers without a clock."""
@@ -48,7 +48,7 @@ class TurnsError(ModelError):
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """What a chat template writes around questions and answers."""
+    """The texts that a chat template writes around questions and answers."""
 
     begin: str
     """Before the first turn, BOS and a system text included."""
@@ -96,14 +96,14 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
         raise TurnsError(f'{folder}: none of the chat templates of its tokenizer is named "default", but {names}')
     if not isinstance(named["default"], str):
         kind = type(named["default"]).__name__
-        raise TurnsError(f"{folder}: the chat template of its tokenizer is no text, but of type {kind}")
+        raise TurnsError(f"{folder}: the chat template of its tokenizer is not text, but of type {kind}")
     return named["default"]
 
 
 def _in_limits(read: Callable[[], Turns]) -> Turns:
     """Return what `read` returns, called in a child process that is ended: a template can loop and grow for ever.
 
-    The child is a fork, since one that began anew would import transformers, for a second. It does nothing but render.
+    The child is a fork, since a new process would import transformers, for a second. It does nothing but render.
 
     Raises:
         TurnsError: as `read` raises it, or it takes too much time or memory.

@@ -104,7 +104,7 @@ class Batch:
 
     @property
     def pixel_values(self) -> Float[Tensor, "images 3 height width"]:
-        """What the vision tower reads, computed anew each time."""
+        """The input of the vision tower, computed again each time."""
         return pixel_values(self.pixels, self.pixel_table)
 
     @property
@@ -146,7 +146,7 @@ def collate(
     nothing = torch.zeros(0, 3, image_processor.size, image_processor.size, dtype=torch.uint8)
     lengths = [len(example.input_ids) for example in examples]
     input_ids = torch.tensor([token for example in examples for token in example.input_ids])
-    # The first token of a record follows nothing: it is no target.
+    # The first token of a record follows nothing: it is not a target.
     labels = torch.tensor([label for example in examples for label in [IGNORE_INDEX, *example.labels[1:]]])
     supervised = (labels != IGNORE_INDEX).nonzero()[:, 0]
     return Batch(

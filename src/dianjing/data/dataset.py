@@ -47,13 +47,13 @@ class Dataset:
     modality_lengths: tuple[int, ...]
     """Tokens of each record, a picture counted as one; negative for a record without pictures (XTuner's)."""
     report: dict[str, int]
-    """What was found -> how often, for printing."""
+    """Kind of finding -> how often, for printing."""
     skipped: tuple[str, ...]
     """One message a record that was left out."""
     fingerprint: str
     """Changes with any id, label, picture name or picture file's size."""
     opened: str = ""
-    """What is worth saying about the cache."""
+    """A line about the cache, for printing."""
 
     def __post_init__(self) -> None:
         side = self.image_processor.size if self.image_processor else 1

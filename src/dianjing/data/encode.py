@@ -110,7 +110,7 @@ class Encoder:
         return input_ids, labels, truncated
 
     def counts(self, pictures: int, sizes: Sequence[Size] = ()) -> tuple[int, ...]:
-        """Return the tokens of each of so many pictures; `sizes` are those of the first of them."""
+        """Return the tokens of each of a number of pictures; `sizes` are those of the first of them."""
         known = [*sizes[:pictures], *[None] * (pictures - len(sizes))]
         return tuple(self.picture_tokens(size) for size in known)
 

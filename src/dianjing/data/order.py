@@ -30,7 +30,7 @@ def epoch_order(
 
 
 def _length_grouped(lengths: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
-    """Return an order in which neighbours are of like length, and of one modality but for the end.
+    """Return an order in which neighbours are of similar length, and of one modality but for the end.
 
     Random groups of some batches, each sorted from long to short; the groups shuffled; the longest record first, so
     that too little memory shows at once.
@@ -86,14 +86,13 @@ def run_indices(
     global_batch_size: int,
     rank: int,
     world_size: int,
-    first_step: int,
-    last_step: int,
+    steps: range,
 ) -> Iterator[list[int]]:
-    """Yield one rank's records of the steps first_step..last_step - 1, counted from the start of the run."""
-    steps = steps_per_epoch(n, global_batch_size)
+    """Yield one rank's records of each step; `steps` are counted from the start of the run."""
+    in_epoch = steps_per_epoch(n, global_batch_size)
     order: list[int] = []
-    for step in range(first_step, last_step):
-        epoch, step_of_epoch = divmod(step, steps)
+    for step in steps:
+        epoch, step_of_epoch = divmod(step, in_epoch)
         if not order or step_of_epoch == 0:
             order = epoch_order(n, seed, epoch, mode, lengths=lengths, global_batch_size=global_batch_size)
         yield step_indices(order, step_of_epoch, global_batch_size, rank, world_size)

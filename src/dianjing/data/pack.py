@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def pack(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
     """Return packs of indices into `lengths`, each index once, no pack longer than pack_tokens.
 
-    As few packs as best fit, longest first, finds. Where records of like length can share them, they do, and the
+    As few packs as best fit, longest first, finds. Where records of similar length can share them, they do, and the
     packs are made as even as that allows: attention is faster so, and memory is what the longest pack takes.
 
         lengths [3, 6, 4, 2], pack_tokens 8 -> [[1, 3], [0, 2]]          (like lengths would take three packs)
@@ -43,7 +43,7 @@ def _best_fit(lengths: Sequence[int], order: Sequence[int], pack_tokens: int) ->
 
 
 def _cut(lengths: Sequence[int], parts: int, most: int) -> list[tuple[int, int]] | None:
-    """Return where to cut a row of lengths into at most so many parts, the longest as short as it can be.
+    """Return where to cut a row of lengths into at most `parts` parts, the longest as short as it can be.
 
     None if one of them would be longer than `most`.
     """

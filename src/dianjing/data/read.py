@@ -54,7 +54,7 @@ def _require_small_records(path: str, lines: bool) -> None:
 
 
 def too_large(size: int) -> str:
-    """Return what a message says of a record of so many bytes."""
+    """Return the message about a record of this many bytes."""
     return (
         f"{size / 2**20:.0f} MB in one record; more than {MAX_RECORD_BYTES >> 20} are not parsed; look at what is in it"
     )

@@ -24,13 +24,13 @@ NOTICES: Mapping[str, str] = {
     "question_unanswered": "unanswered last questions dropped",
     "type_unread": 'question types that are not read; write "type", a string or a list of one for each answered turn',
 }
-"""What is accepted but is worth saying, by its code."""
+"""Notices about what is accepted, by their codes."""
 TYPE_KEY = re.compile(r"(question|answer|qa?|task)?[ _-]?types?|(question)?[ _-]?category", re.IGNORECASE)
 """How others call the question type."""
 
 
 class RecordError(DataError):
-    """What is wrong with one field of a record; the message does not name the record."""
+    """A fault of one field of a record; the message does not name the record."""
 
     def __init__(self, code: str, field: str, message: str) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ class RecordSet:
 
     records: tuple[Record, ...]
     notices: Mapping[str, int]
-    """What was accepted but is worth saying -> how often."""
+    """Notice about what was accepted -> how often."""
     skipped: tuple[str, ...]
     """One message a record that cannot be used."""
 
@@ -120,7 +120,7 @@ def parse_record(value: object, place: Place) -> tuple[Record, Counter[str]]:
     """Return the record that a JSON value describes, and what was noticed in it.
 
     Raises:
-        DataError: the value is no usable record.
+        DataError: the value is not a usable record.
     """
     examined = examine(value, place)
     if examined.record is None:

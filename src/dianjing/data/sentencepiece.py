@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dianjing.errors import ModelError
 
 BLANK = "▁"
-"""What sentencepiece writes for a blank."""
+"""The character that sentencepiece writes for a blank."""
 CONTROL, USER_DEFINED = 3, 4
 BPE = 2
 
@@ -25,7 +25,7 @@ Fields = dict[int, list[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePiece:
-    """What a tokenizer.model holds, as far as it decides ids."""
+    """The contents of a tokenizer.model, as far as it decides ids."""
 
     pieces: tuple[str, ...]
     scores: tuple[float, ...]

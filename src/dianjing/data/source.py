@@ -1,4 +1,4 @@
-"""Data files held open, and their records, each parsed when it is asked for."""
+"""Data files held open, whose records are parsed when they are asked for."""
 
 from __future__ import annotations
 

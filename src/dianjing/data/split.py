@@ -27,7 +27,7 @@ Element = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """What is wrong between the records of a file, and at which byte."""
+    """A fault between the records of a file, with its byte."""
 
     code: str
     offset: int

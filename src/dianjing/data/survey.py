@@ -84,7 +84,7 @@ class Pictures:
 
 @dataclass(kw_only=True)
 class Survey:
-    """What is known of a data set."""
+    """The facts about a data set."""
 
     rows: NDArray[np.void]
     """ROW, one for each record that is trained on, in order."""
@@ -92,7 +92,7 @@ class Survey:
     picture_of: NDArray[np.int32]
     """The pictures of all rows, one row after another."""
     report: dict[str, int]
-    """What was found -> how often."""
+    """Kind of finding -> how often."""
     skipped: tuple[str, ...]
     """One message a record that is left out."""
     fingerprint: str
@@ -169,7 +169,7 @@ def _look(folder: str, name: str) -> tuple[int, int]:
 
 @dataclass(kw_only=True)
 class _Found:
-    """What one process found in a chunk; one entry a row, unless said otherwise."""
+    """The findings of one process in a chunk; one entry a row, unless said otherwise."""
 
     file: int
     end: int
@@ -285,7 +285,7 @@ def _json(text: str) -> object:
 
 
 class _Gathered:
-    """What all chunks held, in order."""
+    """The contents of all chunks, in order."""
 
     def __init__(self, files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> None:
         self._files, self._config, self._encoder = files, config, encoder

@@ -26,7 +26,7 @@ class Template:
 
     name: str
     instruction: str
-    """What stands before an answer, with {input} for the question and maybe {round} for its number from 1."""
+    """The text before an answer, with {input} for the question and maybe {round} for its number from 1."""
     suffix: str
     """Ends an answer and is learned with it."""
     suffix_as_eos: bool

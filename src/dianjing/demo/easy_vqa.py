@@ -114,7 +114,7 @@ def _caption(asked: Sequence[Asked]) -> str:
 
 def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
     """Return which of the words is true of the picture: as an answer, or in a question that says it of the picture."""
-    for _question, answer in asked:
+    for _, answer in asked:
         if answer in words:
             return answer
     for question, answer in asked:

@@ -1,4 +1,4 @@
-"""What the demo measured -> two self-contained pages: report.html and compare.html."""
+"""The results of the demo -> two self-contained pages: report.html and compare.html."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dianjing.data.record import without_markers
 from dianjing.demo.run import STAGES, Results
 from dianjing.eval.compare import Column, page, thumbnail
 from dianjing.infer.answers import load_pictures
+from dianjing.run.layout import CURVE
 from dianjing.tinyworld.grammar import QUESTION_TYPES
-from dianjing.train.log import CURVE
 
 SHOWN = 2 * len(QUESTION_TYPES)
 """Questions on the report: each type in both languages."""
@@ -57,12 +57,12 @@ def write_report(out: Path, results: Results) -> Path:
         stages=STAGES,
         types=[name for name in QUESTION_TYPES if name in results.stages["finetune"].report.by_type],
         cards=cards,
-        curves={name: _png(out / name / CURVE) for name in STAGES[1:]},
+        curves={name: _inline(out / name / CURVE) for name in STAGES[1:]},
     )
     report = out / "report.html"
     report.write_text(text, encoding="utf-8")
     return report
 
 
-def _png(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _inline(path: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 100
 
 @dataclass(kw_only=True)
 class Stage:
-    """What one stage's model can do."""
+    """The scores of one stage's model."""
 
     report: Report
     """On held-out scenes, with the right picture, another one, and none."""

@@ -19,7 +19,7 @@ CAPTION_TYPE = "caption"
 CAPTION_F1 = 0.75
 """From this token F1 with a caption on, an answer is that caption; a word of it alone is not."""
 REQUESTS = {False: "Describe the picture.", True: "请描述这张图片。"}
-"""What asks for a caption, by whether the question is Chinese."""
+"""The request for a caption, by whether the question is Chinese."""
 
 
 def caption_request(question: Question) -> Question:

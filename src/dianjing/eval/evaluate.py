@@ -1,4 +1,4 @@
-"""LoadedModel and questions -> answers with the right picture, with another one, with none, and what they are worth."""
+"""LoadedModel and questions -> answers with the right picture, with another one, with none; all scored."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Answered:
 
     @cached_property
     def scored(self) -> Scored:
-        """What the answers are worth."""
+        """The scores of the answers."""
         habits: dict[str, float] = {}
         if self.captions:
             habits[CAPTION] = float(is_caption(self.answer, self.question.reference, self.captions))

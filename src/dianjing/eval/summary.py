@@ -15,10 +15,10 @@ RIGHT, OTHER_PICTURE, NO_PICTURE = "", "_other_picture", "_no_picture"
 WAYS: Mapping[str, str] = {RIGHT: "right picture", OTHER_PICTURE: "other picture", NO_PICTURE: "no picture"}
 """How a question is asked: the end of a value's JSON name -> its label."""
 SIGHT = "sight"
-"""What is left of a metric with the right picture when that with another one is taken away."""
+"""A metric with the right picture minus the same with another one."""
 CAPTION, SAME_ANSWER = "captions", "same_answer"
 HABITS: Mapping[str, str] = {CAPTION: "caption", SAME_ANSWER: "same answer"}
-"""What an answer may be whether it is right or not: JSON name -> label."""
+"""Habits that an answer may have, right or wrong: JSON name -> label."""
 
 RESAMPLES = 1000
 CHUNK = 2**22

@@ -1,4 +1,4 @@
-"""The tokens of a record as text again, cut into supervised ones, others, and pictures."""
+"""The tokens of a record as text again, cut into supervised ones, others and pictures."""
 
 from __future__ import annotations
 

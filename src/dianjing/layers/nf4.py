@@ -1,4 +1,4 @@
-"""Frozen linear layers of the LLM's decoder in four bits (NF4), and back.
+"""Frozen linear layers of the LLM's decoder in four bits (NF4).
 
 NF4 with double quantization (QLoRA, arXiv 2305.14314, section 3) through bitsandbytes: blocks of 64 weights, each
 weight one of 16 values times the largest of its block; these largest values are held in 8 bits. XTuner computes with

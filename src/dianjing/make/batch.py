@@ -1,4 +1,4 @@
-"""Requests as files of OpenAI's Batch API, and its results into the journal."""
+"""Requests as files of OpenAI's Batch API, whose results go into the journal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dianjing.make.endpoint import read_reply
 from dianjing.make.journal import Journal
 from dianjing.make.pictures import data_uri
 from dianjing.make.requests import Dialect, Parameters, Request, body
-from dianjing.make.work import judged
+from dianjing.make.send import judged
 
 FILE_BYTES = 190_000_000
 FILE_REQUESTS = 50_000
-"""What the API takes in one file, with some room."""
+"""Most that the API takes in one file, with some room."""
 PATH = "/v1/chat/completions"
 
 
@@ -62,7 +62,7 @@ def read_batch(
     A result that the journal already has is not counted again; one of another plan is left out.
 
     Raises:
-        DataError: the file cannot be read or is no batch result.
+        DataError: the file cannot be read or is not a batch result.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

@@ -1,4 +1,4 @@
-"""Journal -> LLaVA records, in an order that no interruption changes; and what was dropped or failed, and why."""
+"""Journal -> LLaVA records, in an order that no interruption changes, with all that was dropped or failed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Failed:
 
 @dataclass(kw_only=True)
 class Made:
-    """What the journal gives."""
+    """The records that the journal gives."""
 
     records: list[RecordJson] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Made:
     unasked: int = 0
     """Requests that no call was made for yet."""
     blind_requests: list[Request] = field(default_factory=list)
-    """What the blind check asks; their answers are in the journal or not."""
+    """The questions of the blind check; their answers are in the journal or not."""
 
     @property
     def drops(self) -> dict[str, int]:

@@ -20,19 +20,19 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """What a million tokens cost, in whatever currency."""
+    """The price of a million tokens, in any currency."""
 
     tokens_in: float
     tokens_out: float
 
     def of(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """Return the price of so many tokens."""
+        """Return the price of these numbers of tokens."""
         return (prompt_tokens * self.tokens_in + completion_tokens * self.tokens_out) / MILLION
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What the requests that remain will take."""
+    """The tokens and money that the remaining requests will take."""
 
     requests: int
     prompt_tokens: int

@@ -16,7 +16,7 @@ from dianjing.errors import ConfigError
 
 KEY_VARIABLES = ("DIANJING_API_KEY", "OPENAI_API_KEY")
 NO_KEY = "none"
-"""What a server gets that asks for no key."""
+"""The key for a server that asks for none."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 SECRET_CHARACTERS = 8
@@ -26,7 +26,7 @@ SHOWN_CHARACTERS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What an endpoint answered."""
+    """The answer of an endpoint."""
 
     text: str
     finish_reason: str
@@ -34,7 +34,7 @@ class Reply:
     usage: dict[str, int] | None
     """prompt_tokens and completion_tokens, if the endpoint counts them."""
     model: str
-    """What it says it is."""
+    """The model that it names."""
 
 
 class CallError(Exception):
@@ -50,7 +50,7 @@ class CallError(Exception):
         self.wait_seconds = wait_seconds
         """How long the endpoint asks to wait; None if it does not say."""
         self.fatal = fatal
-        """What the user must put right before any other call can succeed."""
+        """The fault that the user must correct before any other call can succeed."""
 
 
 def api_key() -> str:
@@ -61,7 +61,7 @@ def api_key() -> str:
 def without_key(text: str) -> str:
     """Return the text with the key blotted out: an endpoint may repeat it.
 
-    A short one ("EMPTY", as some local servers want) is no secret, but may be a word of an answer.
+    A short one ("EMPTY", as some local servers want) is not a secret, but may be a word of an answer.
     """
     key = api_key()
     return text.replace(key, "***") if len(key) >= SECRET_CHARACTERS else text
@@ -71,7 +71,7 @@ def check_base_url(base_url: str) -> str:
     """Return a warning about an endpoint's address, "" if there is nothing to say.
 
     Raises:
-        ConfigError: it is no http(s) address, or holds a password.
+        ConfigError: it is not an http(s) address, or holds a password.
     """
     try:
         parts = urlsplit(base_url)
@@ -206,7 +206,7 @@ def read_reply(value: object) -> Reply:
     """Return the reply that a chat completion holds.
 
     Raises:
-        ValueError: it is no chat completion.
+        ValueError: it is not a chat completion.
     """
     top = _mapping(value, "the body")
     choices = top.get("choices")
@@ -230,7 +230,7 @@ def read_reply(value: object) -> Reply:
 
 def _mapping(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is no object")
+        raise ValueError(f"{name} is not an object")
     return cast(dict[str, Any], value)
 
 

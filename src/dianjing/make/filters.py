@@ -14,7 +14,7 @@ REASONS = {
     "empty": "there is no word in it",
     "too_long": "the question or the answer is longer than any should be",
     "echo": "the answer only repeats the question",
-    "language": "it is not in the language asked for (Chinese, or not, told by the script)",
+    "language": "it is not in the language asked for (Chinese or not, by the script)",
     "same_question": "the question was put to this picture before",
     "blind": "the model gives the same answer without the picture",
 }

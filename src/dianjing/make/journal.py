@@ -27,7 +27,7 @@ NO_ANSWER = ("timeout", "connection")
 
 @dataclass(kw_only=True)
 class Entry:
-    """What the journal knows of one request."""
+    """The state of one request, by the journal."""
 
     status: Status | None = None
     """Of the last outcome; None if there is none."""
@@ -57,7 +57,7 @@ class Usage:
 
 @dataclass(kw_only=True)
 class Totals:
-    """What all runs on this journal have sent, received and paid."""
+    """The totals of all runs on this journal: sent, received and paid."""
 
     calls: int = 0
     """Sent in all, those that failed or got no answer included."""
@@ -101,7 +101,7 @@ class Journal:
         """Take in what is on disk, if anything is; the call of a torn last line counts as without an answer.
 
         Raises:
-            DataError: a line that is not the last is no JSON object.
+            DataError: a line that is not the last is not a JSON object.
         """
         self._file.read(self._take)
 

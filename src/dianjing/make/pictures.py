@@ -21,7 +21,7 @@ from dianjing.pictures.picture import load_image, opaque
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 JPEG_QUALITY = 92
 NEAR = 3
-"""Pictures whose dHashes differ in at most so many of 64 bits count as near-duplicates."""
+"""Most bits, of 64, in which the dHashes of near-duplicates differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What a folder or a list holds; each name stands in one of the three."""
+    """The contents of a folder or a list; each name stands in one of the three."""
 
     root: str
     kept: tuple[Picture, ...]
@@ -49,7 +49,7 @@ class Pictures:
     duplicates: dict[str, str]
     """Name -> the first picture with the same content, which is asked about instead."""
     other_files: int
-    """Files of a folder whose suffix is no picture's."""
+    """Files of a folder without the suffix of a picture."""
 
 
 def find_pictures(images: Path) -> tuple[str, list[str], int]:

@@ -14,7 +14,7 @@ from dianjing.config.fields import nearest
 from dianjing.errors import ConfigError
 
 Form = Literal["text", "pairs"]
-"""What a reply is: "text", the answer itself; "pairs", questions and answers as JSON."""
+"""The form of a reply: "text", the answer itself; "pairs", questions and answers as JSON."""
 Language = Literal["en", "zh"]
 HEADER = {"kind": (), "language": get_args(Language), "reply": get_args(Form)}
 """The header lines a prompt file must have, `# name: value` -> the values allowed (none listed: any word)."""
@@ -33,7 +33,7 @@ class Prompt:
 
     name: str
     kind: str
-    """What its records are called: caption, conversation, ..."""
+    """The kind of its records: caption, conversation, ..."""
     language: Language | None
     """None: any; its replies are not checked for it."""
     reply: Form
@@ -92,7 +92,7 @@ def read_prompt(path: Path, pairs: int) -> Prompt:
     """Return the prompt of a file, `{pairs}` replaced in its text.
 
     Raises:
-        ConfigError: the file cannot be read or is no prompt.
+        ConfigError: the file cannot be read or is not a prompt.
     """
     content = _read(path)
     header, body = _divide(content, path)

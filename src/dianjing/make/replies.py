@@ -24,7 +24,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["pairs"],
     "additionalProperties": False,
 }
-"""The subset that all servers know: every field required, none beside them, no limits (those are checked here)."""
+"""The subset that all servers know: every field required, no others, no limits (those are checked here)."""
 SCHEMA_NAME = "question_answer_pairs"
 MAX_CHARACTERS = 50_000
 MAX_READINGS = 20
@@ -35,7 +35,7 @@ THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 class InvalidReply(Exception):
-    """A reply is not what was asked for; the text says why, so that the model can be told."""
+    """A reply is not what was asked for; the text says why, so that the model can be asked again with it."""
 
 
 @dataclass(frozen=True)

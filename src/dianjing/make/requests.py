@@ -1,4 +1,4 @@
-"""Which questions are put to the endpoint, each with the key it has in the journal, and the body that is sent."""
+"""The questions put to the endpoint, each with its key in the journal and the body that is sent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLIND_PROMPT = "blind_check"
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """What is sent with every message."""
+    """The settings sent with every message."""
 
     model: str
     max_tokens: int = 1024
@@ -43,7 +43,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """What an endpoint was found to understand."""
+    """The features that an endpoint understands."""
 
     rung: Rung = "json_schema"
     token_limit: TokenLimit = "max_tokens"

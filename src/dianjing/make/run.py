@@ -27,14 +27,14 @@ from dianjing.make.journal import Journal
 from dianjing.make.pictures import Pictures
 from dianjing.make.prompts import Prompt
 from dianjing.make.requests import Parameters, Request
-from dianjing.make.work import Work
+from dianjing.make.send import Sender
 
 INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be made of which pictures."""
+    """The records to make, of which pictures."""
 
     pictures: Pictures
     prompts: Sequence[Prompt]
@@ -58,7 +58,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class AskOutcome:
     """How the asking ended."""
 
     stopped: str = ""
@@ -71,7 +71,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was written."""
+    """The files written, with counts."""
 
     made: Made
     train: int
@@ -85,18 +85,18 @@ def journal_path(out: Path) -> Path:
     """Return where the journal of an output file is.
 
     Raises:
-        ConfigError: the output is no .json file, or one that this verb did not write.
+        ConfigError: the output is not a .json file, or one that this verb did not write.
     """
     if out.suffix != ".json":
         raise ConfigError(f"--out {out}: the records are written as JSON; give a name that ends in .json")
     path = out.with_name(f"{out.stem}.journal.jsonl")
     if out.exists() and not path.exists():
-        raise ConfigError(f"{out}: it exists, and has no journal ({path.name}) beside it; give another --out")
+        raise ConfigError(f"{out}: it exists, and has no journal ({path.name}) next to it; give another --out")
     return path
 
 
 def check_held_out(job: Job) -> None:
-    """Refuse to leave held-out records of an earlier run beside training records that would now include them.
+    """Refuse to leave held-out records of an earlier run with training records that would now include them.
 
     Raises:
         ConfigError: there are some, and this job holds nothing out.
@@ -114,8 +114,8 @@ def ask(
     base_url: str,
     timeout_seconds: float,
     concurrency: int,
-    show: Callable[[Work, str], None],
-) -> Asked:
+    show: Callable[[Sender, str], None],
+) -> AskOutcome:
     """Ask what the journal has no answer to.
 
     Raises:
@@ -124,28 +124,28 @@ def ask(
     if importlib.util.find_spec("openai") is None:
         raise ConfigError('making records needs the package openai; pip install "dianjing[make]"')
 
-    async def work_through() -> Work:
+    async def send_all() -> Sender:
         async with Endpoint(base_url, timeout_seconds) as endpoint:
-            work = Work(endpoint, journal, job.pictures.root, job.parameters, budget, concurrency, show)
-            with _interruptible(work):
-                await work.ask_all(job.requests)
-                if job.blind_check and not work.gate.reason:
+            sender = Sender(endpoint, journal, job.pictures.root, job.parameters, budget, concurrency, show)
+            with _interruptible(sender):
+                await sender.ask_all(job.requests)
+                if job.blind_check and not sender.limiter.reason:
                     blind = build(job.requests, job.prompts, journal, job.parameters, blind=True).blind_requests
-                    show(work, f"asking {len(blind)} questions again without the picture")
-                    await work.ask_all(blind)
-        return work
+                    show(sender, f"asking {len(blind)} questions again without the picture")
+                    await sender.ask_all(blind)
+        return sender
 
     try:
-        work = asyncio.run(work_through())
+        sender = asyncio.run(send_all())
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
-    reason = work.gate.reason
-    code = 130 if reason == INTERRUPTED else 2 if work.fatal else 0
-    return Asked(stopped=reason, exit_code=code, problems=work.problems)
+    reason = sender.limiter.reason
+    code = 130 if reason == INTERRUPTED else 2 if sender.fatal else 0
+    return AskOutcome(stopped=reason, exit_code=code, problems=sender.problems)
 
 
 @contextmanager
-def _interruptible(work: Work) -> Iterator[None]:
+def _interruptible(sender: Sender) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait for the answers under way, which are paid for; the second one does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield  # who called has the signals
@@ -155,8 +155,8 @@ def _interruptible(work: Work) -> Iterator[None]:
     def hear() -> None:
         for number in numbers:
             loop.remove_signal_handler(number)
-        work.gate.stop(INTERRUPTED)
-        work.show("stopping when the answers under way are here (once more: at once)")
+        sender.limiter.stop(INTERRUPTED)
+        sender.show("stopping when the answers under way are here (once more: at once)")
 
     for number in numbers:
         loop.add_signal_handler(number, hear)

@@ -1,4 +1,4 @@
-"""What a LoRA run has learned, as a small folder in peft's format, and back.
+"""The weights that a LoRA run has learned, as a small folder in peft's format.
 
     adapter/
         recipe.toml             the run's recipe: it names the two base folders
@@ -152,7 +152,7 @@ def _lora_config(
 
 
 def _absolute(folder: str) -> str:
-    """Return the whole path of a folder; a name that is no path ("tinyworld") stays as it is."""
+    """Return the whole path of a folder; a name that is not a path ("tinyworld") stays as it is."""
     path = Path(folder).expanduser()
     return str(path.resolve()) if folder != TINYWORLD and path.is_dir() else folder
 

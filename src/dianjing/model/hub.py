@@ -17,13 +17,13 @@ ONLINE = "DIANJING_ONLINE"
 """Set by the command line where HF_HUB_OFFLINE is its own precaution and not the user's wish."""
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATA = (".json", ".model", ".txt", ".jinja")
-"""What is fetched beside weights. Nothing that could run is."""
+"""The files fetched with the weights. Nothing that could run is."""
 WEIGHTS = (re.compile(r"model(-\d+-of-\d+)?\.safetensors"), re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"))
 """Files with weights; the second kind only where the first is not there."""
 
 
 def is_hub_name(folder: str) -> bool:
-    """Return whether a text can only be a model on the hub: owner/name, where `owner` is no folder here."""
+    """Return whether a text can only be a model on the hub: owner/name, where `owner` is not a folder here."""
     return bool(NAME.fullmatch(folder)) and not Path(folder.split("/")[0]).is_dir()
 
 

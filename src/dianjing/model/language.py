@@ -39,12 +39,12 @@ INTERNLM2_SETTINGS = (
 )
 
 BAD_CONFIG = (KeyError, TypeError, ValueError, ZeroDivisionError, StrictDataclassError)
-"""What a configuration class raises for values that it cannot have."""
+"""The exceptions that a configuration class raises for values that it cannot have."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was read from where, a line a part, to be printed."""
+    """The files that were read, a line for each part, for printing."""
 
     lines: tuple[str, ...]
 
@@ -59,7 +59,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrai
     """Return the causal LM of a folder, its weights in `dtype`, and what was read; no code of the folder is run.
 
     Raises:
-        ModelError: the folder is no causal LM that can be read, or its weights are not exactly the model's.
+        ModelError: the folder is not a causal LM that can be read, or its weights are not exactly the model's.
     """
     folder = Path(folder)
     config, model_class = _configured(folder)
@@ -76,7 +76,7 @@ def empty_language_model(folder: str | Path, dtype: torch.dtype) -> PreTrainedMo
     """Return the causal LM of a folder's config.json, its weights without numbers (torch's meta device).
 
     Raises:
-        ModelError: the folder is no causal LM that can be read.
+        ModelError: the folder is not a causal LM that can be read.
     """
     folder = Path(folder)
     config, model_class = _configured(folder)
@@ -101,7 +101,7 @@ def _configured(folder: Path) -> tuple[dict[str, Any], Any]:
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return config, getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
     raise ModelError(
-        f'{folder}: model_type "{kind}" is no text LLM that can be read; give the folder of a causal LM whose '
+        f'{folder}: model_type "{kind}" is not a text LLM that can be read; give the folder of a causal LM whose '
         "architecture transformers knows by itself (code in a model folder is never run)"
     )
 
@@ -142,7 +142,7 @@ def load_exactly(
             **source, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (*BAD_CONFIG, OSError, RuntimeError, SafetensorError) as error:
-        if "ignore_mismatched_sizes" in str(error):  # transformers says so, beside the sizes of each tensor
+        if "ignore_mismatched_sizes" in str(error):  # transformers says so, with the sizes of each tensor
             text = "the weights are of other sizes than its config.json asks for; copy the folder again"
             raise ModelError(f"{folder}: {text}") from None
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error

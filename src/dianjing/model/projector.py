@@ -24,7 +24,7 @@ class Kind:
     module: Callable[[LlavaConfig], nn.Module]
     """A class; its forward takes (pictures, features, width) and returns (pictures, tokens, hidden)."""
     words: str
-    """What it is, for messages."""
+    """Its name in messages."""
     merges: int = 1
     """Side of the square of features that become one token."""
     foreign: Mapping[str, str] | None = None
@@ -33,7 +33,7 @@ class Kind:
     """Export formats that can hold it; "adapter" always can."""
 
     def tokens(self, features: int) -> int:
-        """Return the tokens that so many features become."""
+        """Return the number of tokens that this many features become."""
         return features // self.merges**2
 
     def new(self, config: LlavaConfig, seed: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which parameters train in a stage, and the table that says so."""
+"""The parameters that train in a stage, with the table that says so."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAD = "lm_head"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
 
 TRAINING_BYTES = 12
-"""What training keeps of a parameter beside its weight: the gradient and AdamW's two means, in fp32."""
+"""Bytes that training keeps of a parameter in addition to its weight: the gradient and AdamW's two means, in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class PartReport:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What trains and what does not; rich prints it as a table."""
+    """The parts that train and those that do not; rich prints it as a table."""
 
     stage: str
     parts: tuple[PartReport, ...]

@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit, and what its packs could be in one that does."""
+"""Changes to a recipe that does not fit, or to the packs of one that does."""
 
 from __future__ import annotations
 

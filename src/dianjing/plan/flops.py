@@ -20,7 +20,7 @@ class Flops:
     frozen: float
     """The part of `useful` in the decoder's frozen linear layers, which FP8 makes faster."""
     again: float
-    """What activation checkpointing computes a second time; not in `useful`."""
+    """The operations that activation checkpointing repeats; not in `useful`."""
 
 
 def flops(shapes: Shapes, recipe: Recipe, lengths: Lengths) -> Flops:

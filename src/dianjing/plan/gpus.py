@@ -1,4 +1,4 @@
-"""GPUs people train on, by their data sheets; and the one that is here."""
+"""GPUs people train on, by their data sheets, with the one of this machine."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def any_gpu(gib: float, tflops: float | None) -> Gpu:
-    """Return a GPU of which only this is known; its bandwidth is taken to be as large beside its speed as an H200's."""
+    """Return a GPU of which only this is known; its bandwidth is in proportion to its speed, as an H200's."""
     speed = math.nan if tflops is None else tflops
     return Gpu(name=f"{gib:g} GiB", gib=gib, bf16=speed, bandwidth=speed * GPUS[0].bandwidth / GPUS[0].bf16)
 

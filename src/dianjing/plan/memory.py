@@ -1,4 +1,4 @@
-"""What a run takes of a GPU's memory, part by part, from shapes alone.
+"""The memory of a GPU that a run takes, part by part, from shapes alone.
 
 What a layer keeps for its backward pass was counted in the layers themselves, plain, compiled and fused (autograd's
 saved tensors, tests/unit/plan/test_memory.py); the sums were held against the peaks measured on a GPU (docs/plan.md).
@@ -43,7 +43,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What the GPU must have."""
+        """The memory that the GPU must have."""
         return sum(self.parts.values())
 
 

@@ -22,7 +22,7 @@ class Verdict:
 
     gpu: Gpu
     checkpointing: bool
-    """Whether activations are checkpointed: because they must be, or because the recipe says so."""
+    """True if activations are checkpointed: because they must be, or because the recipe says so."""
     needed: int
     """Bytes, on each GPU."""
     samples_per_second: float
@@ -32,13 +32,13 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Whether memory will do."""
+        """True if memory will do."""
         return not self.refused and self.needed <= self.gpu.num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe takes."""
+    """The needs of a recipe."""
 
     recipe: Recipe
     weights: Weights

@@ -28,7 +28,7 @@ class Shapes:
     patches: int = 576
     """Features of one picture, as the projector gets them."""
     image_tokens: int = 576
-    """What the projector makes of them."""
+    """Tokens that the projector makes of them."""
     positions: int = 577
     """Patches, and class and register tokens."""
     patch_inputs: int = 588

@@ -45,7 +45,7 @@ def samples_per_second(
 ) -> float:
     """Return the samples that `gpus` GPUs get done in a second; nan if its speed is not known, or the run is in fp32.
 
-    A step has `records` over all GPUs, in so many `packs` on each. Few records a pack leave a GPU waiting for its CPU:
+    A step has `records` over all GPUs, in `packs` packs on each. Few records a pack leave a GPU waiting for its CPU:
     a step takes no less than it takes to start.
     """
     llm = recipe.language_model

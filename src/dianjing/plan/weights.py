@@ -1,4 +1,4 @@
-"""A recipe -> its model without numbers, and what its weights take: nothing is downloaded, loaded or allocated."""
+"""A recipe -> its model without numbers, with the memory of its weights: nothing is downloaded, loaded or allocated."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Adapters:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What a run holds before its first pack."""
+    """The memory of a run before its first pack."""
 
     shapes: Shapes
     parameters: Mapping[str, int]
@@ -54,9 +54,9 @@ class Weights:
     decoder: Adapters
     tower: Adapters
     fused_decoder: bool = False
-    """Whether the decoder's layers are fused on a GPU (layers/fused/families.py), not compiled."""
+    """True if the decoder's layers are fused on a GPU (layers/fused/families.py), not compiled."""
     qk_norm: bool = False
-    """Whether fused decoder layers norm queries and keys."""
+    """True if fused decoder layers norm queries and keys."""
     fused_tower: bool = False
 
     @property
@@ -74,7 +74,7 @@ def empty_model(recipe: Recipe, dtype: torch.dtype) -> Any:
     """Return a recipe's model in its stage, made of two config.json alone; frozen weights are held in `dtype`.
 
     Raises:
-        ModelError: a folder is no model that can be used.
+        ModelError: a folder is not a model that can be used.
     """
     llm = empty_language_model(llm_folder(recipe), dtype)
     folder = resolve(recipe.vision_tower.folder, "vision_tower", weights=False)
@@ -91,7 +91,7 @@ def weights_of_recipe(recipe: Recipe) -> Weights:
     """Return what a recipe's weights will take, as `weights_of` would of the built model.
 
     Raises:
-        ModelError: a folder is no model that can be used.
+        ModelError: a folder is not a model that can be used.
     """
     model = empty_model(recipe, torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16)
     weights = weights_of(model)

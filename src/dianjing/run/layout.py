@@ -10,7 +10,8 @@ runs/x/
             state.json              how far the run is: TrainState
             manifest.json           size and SHA-256 of the three; written last
     train.jsonl             one line of metrics every train.log_every steps
-    loss.png, tensorboard/  the same, drawn
+    loss.svg                the same, drawn
+    tensorboard/            the same, if TensorBoard is installed (extra tensorboard)
     samples.jsonl           sample answers, if the recipe asks for them
     samples.html            the same, as a page
 """
@@ -27,7 +28,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 JOURNAL = "train.jsonl"
-CURVE = "loss.png"
+CURVE = "loss.svg"
 BOARD = "tensorboard"
 SAMPLES = "samples.jsonl"
 SAMPLES_PAGE = "samples.html"

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dianjing.check.check import Settings, check
+from dianjing.check.chunk import ChunkResult, Where, add_record
 from dianjing.check.codes import Finding
-from dianjing.check.look import ChunkResult, Where, look
 from dianjing.check.pictures import PictureChecker
 from dianjing.data.record import NOTICES, Place, examine
 from dianjing.errors import DianjingError
@@ -23,7 +23,7 @@ def findings_of(fields: Mapping[str, Any], place: Place, root: str, images: Sequ
     if not examined.problems:
         found += [where.finding(code, NOTICES[code]) for code in examined.noticed]
     result = ChunkResult()
-    look(result, where, examined.record, ())
+    add_record(result, where, examined.record, ())
     found += result.findings
     for name, picture in zip(images, PictureChecker(root)(images), strict=True):
         if picture.code:

@@ -14,7 +14,7 @@ from dianjing.make.journal import Journal
 from dianjing.make.pictures import Pictures, look_at
 from dianjing.make.prompts import choose_prompts
 from dianjing.make.requests import Parameters, plan
-from dianjing.make.run import Asked, Job, ask
+from dianjing.make.run import AskOutcome, Job, ask
 from dianjing.studio.records import Message
 
 PAIRS = 5
@@ -88,7 +88,7 @@ class Proposer:
         )
 
 
-def _why_nothing(made: Made, asked: Asked) -> str:
+def _why_nothing(made: Made, asked: AskOutcome) -> str:
     if asked.stopped:
         return asked.stopped
     if made.failed:

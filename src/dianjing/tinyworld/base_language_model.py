@@ -67,7 +67,7 @@ CYCLES = (
     Cycle(seed=2, peak=7e-4, steps=21_000),
     Cycle(seed=3, peak=5e-4, steps=7_000, gathered=0.5),
 )
-"""What each was needed for: the second, gentler one for relations (0.84 of them right after the first); the third so
+"""The purpose of each: the second, gentler one for relations (0.84 of them right after the first); the third so
 that a model of five million parameters reads several words at one position, as larger models do of themselves."""
 
 
@@ -229,7 +229,7 @@ def train_language_model(
     """Train for one cycle, from the weights in `folder` if there are any, and save them as bf16 safetensors.
 
     Returns:
-        share of answers right, by question type and "all", the scene being told in words; and "gathered".
+        share of answers right, by question type and "all", the scene told in words; and "gathered".
     """
     shards = 64
     jobs = [
@@ -283,13 +283,13 @@ def score_language_model(
     """
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(DEVICE).eval()
-    told = make_dialogues(str(folder), seed, number, gathered, True)
+    described = make_dialogues(str(folder), seed, number, gathered, True)
     right, total = Counter(), Counter()
     for start in range(0, number, 200):
         rows = slice(start, start + 200)
-        embeddings = embed(model, told.ids[rows].long().to(DEVICE), told.phrases[rows].long().to(DEVICE))
+        embeddings = embed(model, described.ids[rows].long().to(DEVICE), described.phrases[rows].long().to(DEVICE))
         guess = model(inputs_embeds=embeddings, use_cache=False).logits.argmax(-1).cpu()
-        for row_guess, row_labels, row_types in zip(guess, told.labels[rows], told.types[rows], strict=True):
+        for row_guess, row_labels, row_types in zip(guess, described.labels[rows], described.types[rows], strict=True):
             supervised = row_labels != IGNORE_INDEX
             starts = (supervised & ~supervised.roll(1)).nonzero().flatten().tolist()
             for begin, type_ in zip(starts, row_types, strict=True):

@@ -1,4 +1,4 @@
-"""What can be said of a scene, in English and Chinese: questions, answers, captions, descriptions.
+"""Sentences about a scene, in English and Chinese: questions, answers, captions, descriptions.
 
 Answers are exact: each question has one right sentence, so a score is a comparison of strings.
 """

@@ -113,8 +113,8 @@ def _in_words(folder: Path, scenes: list[Scene], seed: int) -> Path:
     records = []
     for index, scene in enumerate(scenes):
         turns = _one_question(rng, scene, index)
-        told = describe(rng, scene, LANGUAGES[index % 2], forms[index % 3])
-        turns = [Question(turn.type, f"{told}\n{turn.text}", turn.answer) for turn in turns]
+        description = describe(rng, scene, LANGUAGES[index % 2], forms[index % 3])
+        turns = [Question(turn.type, f"{description}\n{turn.text}", turn.answer) for turn in turns]
         records.append(_record("held_out_in_words", index, turns, picture=False))
     return _save(folder / "held_out_in_words.json", records)
 

@@ -1,6 +1,6 @@
 """Make the tiny world's base models from nothing: `python -m dianjing.tinyworld.train_base OUT` (needs one GPU).
 
-The packaged ones were made by this command; their scores are in scores.json beside them.
+The packaged ones were made by this command; their scores are in scores.json next to them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GATE = 0.98
 
 
 def main() -> None:
-    """Train tokenizer, language model and vision tower, and write their scores beside them."""
+    """Train tokenizer, language model and vision tower, and write their scores next to them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=("both", "language_model", "vision_tower"), default="both")

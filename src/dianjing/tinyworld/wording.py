@@ -1,4 +1,4 @@
-"""Scenes in words: the many ways a text-only model is told of a scene, and small talk.
+"""Scenes in words: the many ways a scene is described to a text-only model, and small talk.
 
 The base language model learns from these alone; no picture, picture token or picture feature is involved.
 """
@@ -127,12 +127,12 @@ def gather(rng: random.Random, scene: Scene) -> list[str]:
 
 def told_dialogue(rng: random.Random, scene: Scene, number: int, description: str | None = None) -> list[Question]:
     """A dialogue that opens with the scene in words; description and questions may be in different languages."""
-    spoken, told = rng.choice(LANGUAGES), rng.choice(LANGUAGES)
+    spoken, written = rng.choice(LANGUAGES), rng.choice(LANGUAGES)
     questions = ask_several(rng, scene, spoken, number)
     if rng.random() < 0.4:
         questions.insert(rng.randint(0, len(questions)), caption_question(rng, scene, spoken))
     first = questions[0]
-    description = description or describe(rng, scene, told, rng.choice(FORMS))
+    description = description or describe(rng, scene, written, rng.choice(FORMS))
     return [Question(first.type, f"{description}\n{first.text}", first.answer), *questions[1:]]
 
 

@@ -1,7 +1,8 @@
-"""One dict of metrics -> progress bar, train.jsonl, TensorBoard and loss.png."""
+"""The metrics of each step -> progress bar, train.jsonl, loss.svg, TensorBoard's files."""
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.model.stage import in_units
 from dianjing.run.journal import Journal
 from dianjing.run.layout import BOARD, CURVE
+from dianjing.train.curve import draw_curve
 
 SKIPPED_SHOWN = 5
 
@@ -99,6 +101,7 @@ class StepLog:
         self._run = run
         self._first_step, self._total_steps, self._log_every = first_step, total_steps, log_every
         self._window: list[StepResult] = []
+        self._board: Any = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -112,10 +115,11 @@ class StepLog:
 
     def __enter__(self) -> StepLog:
         if self._run:
-            from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
-
             self._journal = Journal(self._run, self._first_step, self._log.warn)
-            self._board = SummaryWriter(str(self._run / BOARD), purge_step=self._first_step + 1)
+            if importlib.util.find_spec("tensorboard"):  # an extra
+                from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
+
+                self._board = SummaryWriter(str(self._run / BOARD), purge_step=self._first_step + 1)
         self._progress.start()
         self._task = self._progress.add_task("step", total=self._total_steps, completed=self._first_step, metrics="")
         return self
@@ -126,6 +130,7 @@ class StepLog:
         self._progress.stop()
         if self._run:
             self._journal.close()
+        if self._board:
             self._board.close()
 
     def step(self, result: StepResult) -> None:
@@ -147,7 +152,7 @@ class StepLog:
         self._window = []
 
     def curve(self) -> None:
-        """Draw the loss so far to loss.png."""
+        """Draw the loss so far."""
         if self._run and self._journal.rows:
             draw_curve(self._journal.rows, self._run / CURVE)
 
@@ -170,22 +175,5 @@ class StepLog:
     def _record(self, metrics: dict[str, float], notes: list[str]) -> None:
         self._journal.append({**metrics, **({"notes": notes} if notes else {})})
         for name, value in metrics.items():
-            if name != "step":
+            if self._board and name != "step":
                 self._board.add_scalar(f"train/{name}", value, int(metrics["step"]))
-
-
-def draw_curve(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss over steps, and the learning rate below it."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    steps = [row["step"] for row in rows]
-    loss.plot(steps, [row["loss"] for row in rows], linewidth=1.2)
-    loss.set_ylabel("loss per supervised token")
-    loss.grid(alpha=0.3)
-    rate.plot(steps, [row["learning_rate"] for row in rows], linewidth=1.2, color="tab:orange")
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel("optimizer step")
-    rate.grid(alpha=0.3)
-    figure.savefig(path)

@@ -112,7 +112,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
     )
     _take_all_steps(parts, strategy, state, log, samples, run)
     log.peak_memory(accelerator.device)
-    log.show(f"done: {run} holds the checkpoint, loss.png and train.jsonl; try: dianjing chat {run} --image PICTURE")
+    log.show(f"done: {run} holds the checkpoint, loss.svg and train.jsonl; try: dianjing chat {run} --image PICTURE")
 
 
 def _take_all_steps(parts: Parts, strategy: Strategy, state: TrainState, log: Log, samples: Samples, run: Path) -> None:
@@ -153,8 +153,7 @@ def _batches(parts: Parts, strategy: Strategy, state: TrainState) -> Iterator[tu
         global_batch_size=parts.recipe.train.global_batch_size,
         rank=parts.accelerator.process_index,
         world_size=parts.accelerator.num_processes,
-        first_step=state.step,
-        last_step=state.total_steps,
+        steps=range(state.step, state.total_steps),
     )
     began = time.perf_counter()
     for batches in step_batches(parts.dataset, plan, strategy.workers, pinned=strategy.pinned):

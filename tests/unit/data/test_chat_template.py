@@ -260,8 +260,8 @@ def test_a_fault_of_ours_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"a": "{{ 1 }}"}, 'none of the chat templates of its tokenizer is named "default", but "a"'),
         ({"a": "{{ 1 }}", "b": "{{ 2 }}"}, 'none of .* is named "default", but "a", "b"'),
         ({"a": 1}, 'none of .* is named "default", but "a"'),
-        ({"default": 1}, "is no text, but of type int"),
-        (5, "is no text, but of type int"),
+        ({"default": 1}, "is not text, but of type int"),
+        (5, "is not text, but of type int"),
     ],
 )
 def test_chat_templates_without_a_default_text_are_refused_by_folder(templates: Any, complaint: str) -> None:

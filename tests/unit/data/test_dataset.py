@@ -91,9 +91,7 @@ def test_packs_hold_the_records_of_a_step(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(dataset: Dataset, workers: int) -> None:
-    plan = list(
-        run_indices(8, seed=5, mode="shuffle", global_batch_size=3, rank=0, world_size=1, first_step=1, last_step=5)
-    )
+    plan = list(run_indices(8, seed=5, mode="shuffle", global_batch_size=3, rank=0, world_size=1, steps=range(1, 5)))
     alone = list(step_batches(dataset, plan, workers=0))
     shared = list(step_batches(dataset, plan, workers=workers))
     assert [Counter(id for batch in step for id in batch.ids) for step in alone] == [

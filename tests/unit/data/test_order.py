@@ -111,8 +111,7 @@ def test_ranks_share_the_order_by_length() -> None:
                 global_batch_size=4,
                 rank=rank,
                 world_size=world_size,
-                first_step=0,
-                last_step=4,
+                steps=range(0, 4),
             )
         )
 
@@ -148,8 +147,7 @@ def test_a_run_shows_each_record_once_an_epoch_and_ends_where_it_is_told() -> No
                 global_batch_size=2,
                 rank=rank,
                 world_size=world_size,
-                first_step=first,
-                last_step=last,
+                steps=range(first, last),
             )
         )
 

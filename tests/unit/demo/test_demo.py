@@ -50,7 +50,7 @@ def test_everything_is_left_to_look_at(demo: tuple[Path, Results]) -> None:
         assert "http://" not in page.replace("http://www.w3.org", "")
         assert 'src="/' not in page
     assert (out / "export" / "parity.json").exists()
-    assert (out / "finetune" / "loss.png").exists()
+    assert (out / "finetune" / "loss.svg").exists()
     assert score_table(demo[1]).row_count == 6
 
 

@@ -229,7 +229,7 @@ def test_a_value_that_a_config_cannot_have_is_refused(folder: Path, tmp_path: Pa
         with pytest.raises(ModelError, match=r"'hidden_size' expected int, got str"):
             load_language_model(broken, torch.float32)
     change_config(folder, model_type=["llama"])
-    with pytest.raises(ModelError, match="is no text LLM"):
+    with pytest.raises(ModelError, match="is not a text LLM"):
         load_language_model(folder, torch.float32)
 
 

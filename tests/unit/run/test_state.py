@@ -40,6 +40,13 @@ def test_the_state_goes_through_json(recipe: Any, dataset: Dataset) -> None:
     require_same_run(TrainState.from_json(state.to_json()), state_at(0, recipe, dataset), "here")
 
 
+def test_a_checkpoint_from_before_a_field_was_renamed_is_of_the_same_run(recipe: Any, dataset: Dataset) -> None:
+    state = state_at(5, recipe, dataset)
+    before = state.to_json().replace("language_model.quantization", "language_model.frozen")
+    assert before != state.to_json()
+    assert TrainState.from_json(before) == state
+
+
 def test_the_fields_that_are_free_exist() -> None:
     assert recipe_fields().keys() > FREE_TO_CHANGE
 

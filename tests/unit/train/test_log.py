@@ -5,14 +5,14 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dianjing.run.journal import read_journal
+from dianjing.train.curve import draw_curve, ticks
 from dianjing.train.log import Log, StepResult
 
 
@@ -55,11 +55,44 @@ def test_a_line_covers_the_steps_since_the_last_one(tmp_path: Path) -> None:
     }
 
 
-def test_the_curve_is_a_picture(tmp_path: Path) -> None:
+def test_the_curve_goes_through_every_line(tmp_path: Path) -> None:
     take(tmp_path, 0, 7)
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.size == (840, 600)
-        assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 10
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.parse(tmp_path / "loss.svg").getroot()
+    lines = [line.attrib["points"].split() for line in root.iter(f"{svg}polyline")]
+    loss, rate = ([[float(number) for number in point.split(",")] for point in line] for line in lines)
+    rows = read_journal(tmp_path)
+    assert [x for x, _ in loss] == [x for x, _ in rate] == pytest.approx(even([row["step"] for row in rows], loss, 0))
+    assert [y for _, y in loss] == pytest.approx(even([row["loss"] for row in rows], loss, 1), abs=0.2)
+    assert [y for _, y in rate] == pytest.approx(even([row["learning_rate"] for row in rows], rate, 1), abs=0.2)
+    assert loss[0][1] > loss[-1][1]  # this loss rises, and y counts from the top
+    assert "loss per supervised token" in [text.text for text in root.iter(f"{svg}text")]
+
+
+def even(values: list[float], points: list[list[float]], axis: int) -> list[float]:
+    """Return where the values lie if the first and last lie where they are drawn."""
+    start, end = points[0][axis], points[-1][axis]
+    return [start + (value - values[0]) / (values[-1] - values[0]) * (end - start) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.31, 2.9], [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]),
+        ([1e-5, 5e-3], [0.0, 0.001, 0.002, 0.003, 0.004, 0.005]),
+        ([1, 300], [0, 50, 100, 150, 200, 250, 300]),
+        ([5.0], [5.0, 6.0]),
+        ([0.0, float("nan")], [0.0, 0.2]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_values(values: list[float], expected: list[float]) -> None:
+    assert ticks(values) == pytest.approx(expected)
+
+
+def test_a_value_that_is_not_finite_leaves_a_gap(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": [3.0, 2.0, float("nan"), 1.0][step], "learning_rate": 0.0} for step in range(4)]
+    draw_curve(rows, tmp_path / "loss.svg")
+    assert (tmp_path / "loss.svg").read_text(encoding="utf-8").count("<polyline") == 3
 
 
 def test_a_resumed_run_goes_on_with_the_same_lines(tmp_path: Path) -> None:
@@ -72,12 +105,21 @@ def test_a_resumed_run_goes_on_with_the_same_lines(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install 'dianjing[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     take(tmp_path, 0, 7)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
         (row["step"], pytest.approx(row["loss"])) for row in read_journal(tmp_path)
     ]
+
+
+def test_without_tensorboard_the_rest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dianjing.train.log.importlib.util.find_spec", lambda name: None)
+    take(tmp_path, 0, 7)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "loss.svg"}
 
 
 def test_a_rank_that_is_not_the_main_one_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Template -> the chat template inside a GGUF, and Ollama's Modelfile."""
+"""Template -> the chat template inside a GGUF or in Ollama's Modelfile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and tensors -> a GGUF file, and back."""
+"""Keys and tensors <-> a GGUF file."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class LoraAdapters:
 
     @property
     def draws(self) -> bool:
-        """Whether dropout is on."""
+        """True if dropout is on."""
         return self._p > 0 and self._layers[0].training
 
     def draw_seeds(self, device: torch.device) -> Seeds:

@@ -38,7 +38,7 @@ from dianjing.layers.fused.ops import (
 from dianjing.layers.padded import PaddedLayout, with_spare_tokens
 
 States = tuple[Float[Tensor, "rows hidden"], Float[Tensor, "rows hidden"] | None]
-"""What one layer hands to the next: x and y, whose sum the next norm makes. Both have the gradient of the sum."""
+"""The output of one layer for the next: x and y, whose sum the next norm makes. Both have the gradient of the sum."""
 
 
 class PackLayout(NamedTuple):

@@ -1,4 +1,4 @@
-"""Frozen linear layers with the same input, and their LoRA adapters, fused into as few GEMMs as a GPU wants.
+"""Frozen linear layers with the same input and their LoRA adapters, fused into as few GEMMs as a GPU wants.
 
     Y  = X W' + b + s (X A') B'
     dX = dY W + s (dY B) A  =  dY (W + s B A)
@@ -49,17 +49,17 @@ class FusedLinear:
 
     @property
     def is_fp8(self) -> bool:
-        """Whether the frozen weights are in FP8."""
+        """True if the frozen weights are in FP8."""
         return self.weights.scale is not None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What trains: the A and B of each adapter in turn."""
+        """The weights that train: the A and B of each adapter in turn."""
         return self.lora.parameters if self.lora else []
 
     @property
     def reads_rows(self) -> bool:
-        """Whether X (and dY) is read as it is, not only in FP8."""
+        """True if X (and dY) is read as it is, not only in FP8."""
         return self.lora is not None or not self.is_fp8
 
     def draw_seeds(self) -> Seeds:

@@ -1,4 +1,4 @@
-"""What a layer does between its GEMMs, forward and backward: norms, RoPE, gates, activations, dropout, gathers.
+"""The operations of a layer between its GEMMs, forward and backward: norms, RoPE, gates, activations, dropout, gathers.
 
 Here each operator is written in torch, which runs on a CPU; on a GPU the kernel of the same name runs instead
 (backend.py), in one pass over memory. Sums are made in fp32. `keep` asks for the result as it is, `fp8` for the result
@@ -82,7 +82,7 @@ def transpose_fp8(matrix: Float8e4m3fn[Tensor, "rows columns"]) -> Float8e4m3fn[
 
 
 class NormOutput(NamedTuple):
-    """What `norm` returns; None for what was not asked for."""
+    """The results of `norm`; None for what was not asked for."""
 
     total: Float[Tensor, "rows columns"] | None
     """x + y."""

@@ -1,4 +1,4 @@
-"""Where the frozen weights of fused linear layers lie in memory, and the GEMMs with them."""
+"""The frozen weights of fused linear layers in memory, with their GEMMs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder with a vision tower -> the tower; and which family a tower is of."""
+"""A folder with a vision tower -> the tower, of the family it belongs to."""
 
 from __future__ import annotations
 

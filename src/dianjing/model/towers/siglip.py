@@ -1,4 +1,4 @@
-"""The vision tower of SigLIP, and of SigLIP 2 of fixed size; alone or out of a whole SigLIP."""
+"""The vision tower of SigLIP or of SigLIP 2 of fixed size, alone or out of a whole SigLIP."""
 
 from __future__ import annotations
 

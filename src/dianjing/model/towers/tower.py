@@ -1,4 +1,4 @@
-"""What the rest of the code asks about a family of vision towers; one file here answers for each family."""
+"""The questions that the rest of the code asks about a family of vision towers; each family has a file."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Tower(Protocol):
     not_needed: ClassVar[tuple[str, ...]] = ()
     """How the names of tensors begin that stand next to a tower in its file and are not read."""
     prefixes: ClassVar[tuple[str, ...]] = ()
-    """What stands before a tower's names in some files."""
+    """The prefix of a tower's names in some files."""
     sized_by_config: ClassVar[bool] = True
-    """Whether pictures have config.json's image_size; else the preprocessing says how large they are."""
+    """True if pictures have config.json's image_size; else the preprocessing says how large they are."""
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the configuration class is given of a folder's config.json."""

@@ -1,4 +1,4 @@
-"""What only the whole set shows: duplicates, leaks, answers that tell nothing apart."""
+"""Faults that only the whole set shows: duplicates, leaks, answers that tell nothing apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dianjing.check.pictures import THUMB, Picture
 
 SAME_ANSWER_RECORDS = 10
 SAME_ANSWER_SHARE = 0.02
-"""A long answer is everywhere when so many records have it, and so large a share of all."""
+"""A long answer is everywhere when this number of records have it, and this share of all."""
 FEW_RECORDS = 5
 """Fewer may well have the same answer."""
 YES_NO_ANSWERS = 40

@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from dianjing.make.gate import LONGEST_PAUSE_SECONDS, MOST_PAUSES, Gate, full_jitter
+from dianjing.make.rate_limiter import LONGEST_PAUSE_SECONDS, MOST_PAUSES, RateLimiter, full_jitter
 
 
 def test_no_more_than_the_limit_at_once() -> None:
     async def story() -> int:
-        gate, most = Gate(3), 0
+        gate, most = RateLimiter(3), 0
 
         async def call() -> None:
             nonlocal most
@@ -29,7 +29,7 @@ def test_no_more_than_the_limit_at_once() -> None:
 
 def test_one_volley_of_refusals_halves_once_and_answers_bring_it_back() -> None:
     async def story() -> None:
-        gate = Gate(8)
+        gate = RateLimiter(8)
         for _ in range(8):
             gate.pause(30)
         assert gate.limit == 4
@@ -46,7 +46,7 @@ def test_one_volley_of_refusals_halves_once_and_answers_bring_it_back() -> None:
 @pytest.mark.parametrize("asked", [LONGEST_PAUSE_SECONDS + 1, 0.0])
 def test_waiting_has_an_end(asked: float) -> None:
     async def story() -> int:
-        gate = Gate(2)
+        gate = RateLimiter(2)
         times = 0
         while not gate.stopped.is_set():
             gate.pause(asked)
@@ -60,7 +60,7 @@ def test_waiting_has_an_end(asked: float) -> None:
 
 def test_a_stop_wakes_all_who_wait() -> None:
     async def story() -> list[bool]:
-        gate = Gate(1)
+        gate = RateLimiter(1)
         await gate.enter()
         waiting = [asyncio.create_task(gate.enter()) for _ in range(3)]
         await asyncio.sleep(0)

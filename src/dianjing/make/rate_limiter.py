@@ -1,4 +1,4 @@
-"""How many calls may be under way at once, and the pause that all of them share."""
+"""The number of calls under way at once, with the pause that all of them share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_PAUSES = 10
 """Pauses in a row without an answer between them, after which a run gives up."""
 
 
-class Gate:
+class RateLimiter:
     """Lets calls through: fewer after each refusal for coming too fast, one more again after a volley of answers."""
 
     def __init__(self, concurrency: int) -> None:
@@ -81,7 +81,7 @@ class Gate:
             self.limit = min(self.limit + 1, self.concurrency)
 
     def pause(self, asked_seconds: float | None) -> float:
-        """Close the gate for everyone because a call came too fast; return for how many seconds from now.
+        """Let no call start for a while, because one came too fast; return for how many seconds from now.
 
         Calls that were under way together count as one refusal: they halve the limit once.
         """

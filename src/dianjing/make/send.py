@@ -12,9 +12,9 @@ from dianjing.errors import DataError
 from dianjing.make.cost import Budget
 from dianjing.make.endpoint import CallError, Endpoint, Reply
 from dianjing.make.filters import is_refusal
-from dianjing.make.gate import Gate, full_jitter
 from dianjing.make.journal import Journal, Status
 from dianjing.make.pictures import data_uri
+from dianjing.make.rate_limiter import RateLimiter, full_jitter
 from dianjing.make.replies import InvalidReply, read_pairs, read_strict, read_text
 from dianjing.make.requests import RUNGS, Dialect, Parameters, Request, body
 
@@ -41,8 +41,8 @@ class Count:
     """Requests that wait before they are tried again."""
 
 
-class Work:
-    """One run's way through its requests."""
+class Sender:
+    """Sends the requests of one run, and keeps count."""
 
     def __init__(
         self,
@@ -52,94 +52,62 @@ class Work:
         parameters: Parameters,
         budget: Budget,
         concurrency: int,
-        show: Callable[[Work, str], None],
+        show: Callable[[Sender, str], None],
     ) -> None:
         self.endpoint, self.journal, self.parameters, self.budget = endpoint, journal, parameters, budget
-        self.gate = Gate(concurrency)
+        self.limiter = RateLimiter(concurrency)
         self.count = Count()
         self.problems: dict[str, str] = {}
         """Key -> why a request could not be sent at all."""
         self.fatal = False
-        """Whether the run stopped for something that the user has to put right."""
+        """True if the run stopped for a fault that the user must correct."""
         self.dialect = Dialect()
         self._concurrency = concurrency
         self._failures_in_a_row = 0
-        self._probing = False
+        self.probing = False
+        """True while the first requests show what the endpoint understands."""
         self._show = show
-        """Called whenever something changed, with a line to print or ""."""
         self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, parameters.long_edge))
 
     def show(self, line: str = "") -> None:
-        """Tell whoever watches that something changed."""
+        """Report that something changed, with a line to print or ""."""
         self._show(self, line)
 
     async def ask_all(self, requests: Sequence[Request]) -> None:
-        """Settle every request that the journal has no answer to; `gate.reason` says why some were left."""
-        pending = list({request.key: request for request in requests if not self._settled(request)}.values())
+        """Settle every request that the journal has no answer to; `limiter.reason` says why some were left."""
+        pending = list({request.key: request for request in requests if not self.settled(request)}.values())
         self.count = Count(total=len(pending))
         self.show()
         if pending:
-            await self._find_dialect(pending)
+            await find_dialect(self, pending)
         rest = iter(pending)
 
         async def work() -> None:
             for request in rest:
-                if self.gate.stopped.is_set():
+                if self.limiter.stopped.is_set():
                     return
-                if not self._settled(request):
-                    await self._settle(request)
-                    self._done(request)
+                if not self.settled(request):
+                    await self.settle(request)
+                    self.note_done(request)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._concurrency, len(pending))):
                 group.create_task(work())
 
-    def _settled(self, request: Request) -> bool:
+    def settled(self, request: Request) -> bool:
+        """Return whether the journal has an answer to a request, or the last of its failures."""
         return self.journal.entry(request.key).settled
 
-    async def _find_dialect(self, pending: Sequence[Request]) -> None:
-        """Learn from the first request what the endpoint understands, and show it."""
-        structured = [request for request in pending if request.reply == "pairs"]
-        error: CallError | None = None
-        for request in (structured or list(pending))[:PROBES]:
-            error = await self._probe(request)
-            if error is None or not error.status or self.gate.stopped.is_set():
-                break
-        if error and not self.gate.reason:
-            self.fatal = True
-            self.gate.stop(f"the endpoint accepts no request: {error}")
-        if not self.gate.stopped.is_set():
-            self.show(f"replies are asked for as: {self.dialect.rung}")
-
-    async def _probe(self, request: Request) -> CallError | None:
-        """Settle a request with the strictest way to ask for JSON that works, and keep to that way."""
-        rungs = list(RUNGS) if request.reply == "pairs" else ["text"]
-        error: CallError | None = None
-        self._probing = True
-        while rungs and not self.gate.stopped.is_set():
-            self.dialect = replace(self.dialect, rung=rungs[0])
-            error = await self._settle(request)
-            if error is None or error.status not in (400, 422, 500, 501):
-                break
-            if self.dialect.token_limit == "max_tokens" and "max_completion_tokens" in str(error):
-                self.dialect = replace(self.dialect, token_limit="max_completion_tokens")
-            else:
-                rungs.pop(0)
-        self._probing = False
-        if self._settled(request):
-            self._done(request)
-        return error
-
-    async def _settle(self, request: Request) -> CallError | None:
+    async def settle(self, request: Request) -> CallError | None:
         """Ask until the request is settled; return the error on which it was given up."""
         tries = limited = 0
-        while not self._settled(request) and not self.gate.stopped.is_set():
+        while not self.settled(request) and not self.limiter.stopped.is_set():
             error = await self._call(request)
             if error is None:
                 continue
             if error.fatal:
                 self.fatal = True
-                self.gate.stop(f"{error.fatal} ({error})")
+                self.limiter.stop(f"{error.fatal} ({error})")
             elif error.status == 429 and limited < LIMITED_RETRIES:
                 limited += 1
                 self._pause(error)
@@ -152,15 +120,15 @@ class Work:
         return None
 
     def _pause(self, error: CallError) -> None:
-        before = self.gate.pause_seconds
-        after = self.gate.pause(error.wait_seconds)
+        before = self.limiter.pause_seconds
+        after = self.limiter.pause(error.wait_seconds)
         if after > before + 0.5:
-            self.show(f"waiting {after:.0f} s, then {self.gate.limit} at once: {error}")
+            self.show(f"waiting {after:.0f} s, then {self.limiter.limit} at once: {error}")
 
     async def _wait(self, seconds: float) -> None:
         self.count.waiting += 1
         self.show()
-        await self.gate.sleep(seconds)
+        await self.limiter.sleep(seconds)
         self.count.waiting -= 1
 
     async def _call(self, request: Request) -> CallError | None:
@@ -172,7 +140,7 @@ class Work:
             return CallError(str(error))
         entry = self.journal.entry(request.key)
         message = body(request, image, self.parameters, self.dialect, entry.invalid[-1] if entry.invalid else None)
-        if not await self.gate.enter():
+        if not await self.limiter.enter():
             return None
         try:
             if not await self._affordable(request):
@@ -187,18 +155,18 @@ class Work:
             self._receive(request, reply)
             return None
         finally:
-            self.gate.leave()
+            self.limiter.leave()
 
     async def _affordable(self, request: Request) -> bool:
         """Return whether the budget allows one more call, waiting for those under way to show their true cost."""
         while reason := self.budget.refuses(request):
-            if self.gate.under_way == 1:  # this one
-                self.gate.stop(f"{reason}; raise the limit and run the same command to go on")
+            if self.limiter.under_way == 1:  # this one
+                self.limiter.stop(f"{reason}; raise the limit and run the same command to go on")
                 return False
-            self.gate.under_way -= 1
-            await self.gate.change()
-            self.gate.under_way += 1
-            if self.gate.stopped.is_set():
+            self.limiter.under_way -= 1
+            await self.limiter.change()
+            self.limiter.under_way += 1
+            if self.limiter.stopped.is_set():
                 return False
         return True
 
@@ -206,22 +174,58 @@ class Work:
         """Write a reply to the journal, and learn whether the endpoint minds how JSON is asked for."""
         status, fields = judged(request, reply, self.budget.cost(request, reply.usage))
         self.journal.received(request.key, status, fields)
-        self.gate.answered()
-        if self._probing and request.reply == "pairs" and ignores_response_format(reply):
+        self.limiter.answered()
+        if self.probing and request.reply == "pairs" and ignores_response_format(reply):
             self.dialect = replace(self.dialect, rung="text")
 
-    def _done(self, request: Request) -> None:
+    def note_done(self, request: Request) -> None:
+        """Count a request that was tried; stop the run after too many failures in a row."""
         entry = self.journal.entry(request.key)
         ok = entry.status in ("ok", "refused")
-        given_up = not ok and not self.gate.stopped.is_set()
+        given_up = not ok and not self.limiter.stopped.is_set()
         self.count.done += ok
         self.count.failed += given_up
         self._failures_in_a_row = self._failures_in_a_row + 1 if given_up else 0
         if self._failures_in_a_row >= MOST_FAILURES:
             hint = "; a model that writes no JSON can be asked with --questions" if entry.status == "invalid" else ""
             reason = self.problems.get(request.key, entry.reason)
-            self.gate.stop(f"{MOST_FAILURES} requests in a row brought nothing usable, the last one: {reason}{hint}")
+            self.limiter.stop(f"{MOST_FAILURES} requests in a row brought nothing usable, the last one: {reason}{hint}")
         self.show()
+
+
+async def find_dialect(sender: Sender, pending: Sequence[Request]) -> None:
+    """Learn from the first request what the endpoint understands, and show it."""
+    structured = [request for request in pending if request.reply == "pairs"]
+    error: CallError | None = None
+    for request in (structured or list(pending))[:PROBES]:
+        error = await _probe(sender, request)
+        if error is None or not error.status or sender.limiter.stopped.is_set():
+            break
+    if error and not sender.limiter.reason:
+        sender.fatal = True
+        sender.limiter.stop(f"the endpoint accepts no request: {error}")
+    if not sender.limiter.stopped.is_set():
+        sender.show(f"replies are asked for as: {sender.dialect.rung}")
+
+
+async def _probe(sender: Sender, request: Request) -> CallError | None:
+    """Settle a request with the strictest way to ask for JSON that works, and keep to that way."""
+    rungs = list(RUNGS) if request.reply == "pairs" else ["text"]
+    error: CallError | None = None
+    sender.probing = True
+    while rungs and not sender.limiter.stopped.is_set():
+        sender.dialect = replace(sender.dialect, rung=rungs[0])
+        error = await sender.settle(request)
+        if error is None or error.status not in (400, 422, 500, 501):
+            break
+        if sender.dialect.token_limit == "max_tokens" and "max_completion_tokens" in str(error):
+            sender.dialect = replace(sender.dialect, token_limit="max_completion_tokens")
+        else:
+            rungs.pop(0)
+    sender.probing = False
+    if sender.settled(request):
+        sender.note_done(request)
+    return error
 
 
 def judged(request: Request, reply: Reply, cost: float | None) -> tuple[Status, dict[str, Any]]:
@@ -251,7 +255,7 @@ def judged(request: Request, reply: Reply, cost: float | None) -> tuple[Status, 
 
 
 def ignores_response_format(reply: Reply) -> bool:
-    """Return whether a whole reply is no plain JSON although the endpoint was told to write nothing else."""
+    """Return whether a complete reply is not plain JSON, although the endpoint was asked for nothing else."""
     if reply.refusal or reply.finish_reason in ("length", "content_filter") or is_refusal(reply.text):
         return False
     try:

@@ -1,4 +1,4 @@
-"""A record that can be read -> what is odd in its texts, and the few numbers that the whole set needs of it."""
+"""A record that can be read -> oddities of its texts, with the few numbers that the whole set needs of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dianjing.constants import IMAGE_MARKER
 from dianjing.data.record import Record, Turn
 
 LONG_ANSWER = 24
-"""Bytes of an answer from which on it is no coincidence when another picture has it too."""
+"""Bytes of an answer from which on it is not a coincidence when another picture has it too."""
 ECHO_BYTES = 12
 SWITCH_CHARACTERS = 12
 """Question and answer are both longer than this when their languages are compared."""
@@ -22,14 +22,14 @@ SWITCH_CHARACTERS = 12
 
 @dataclass(kw_only=True)
 class ChunkResult:
-    """What one chunk holds; arrays have one entry a record, unless they say otherwise."""
+    """The contents of one chunk; arrays have one entry a record, unless they say otherwise."""
 
     findings: list[Finding] = field(default_factory=list[Finding])
     ids: list[str] = field(default_factory=list[str])
     lines: array[int] = field(default_factory=lambda: array("Q"))
     images: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
     usable: list[bool] = field(default_factory=list[bool])
-    """Whether training can use the record as it is written, pictures apart."""
+    """True if training can use the record as it is written, pictures apart."""
     content: array[int] = field(default_factory=lambda: array("Q"))
     """Hash of pictures and texts; 0 for a record that cannot be read."""
     alike: array[int] = field(default_factory=lambda: array("Q"))
@@ -62,7 +62,7 @@ class Where:
         )
 
 
-def look(result: ChunkResult, where: Where, record: Record | None, special_strings: tuple[str, ...]) -> None:
+def add_record(result: ChunkResult, where: Where, record: Record | None, special_strings: tuple[str, ...]) -> None:
     """Add what a record says to the result; None stands for one that cannot be read."""
     if record is None:
         for hashes in (result.content, result.alike, result.answer):
