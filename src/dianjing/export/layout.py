@@ -25,13 +25,13 @@ LIVE_HEAD = "lm_head.weight"
 _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
 
 
-def hub_name(live: str) -> str:
-    """Return the hub's name of a weight.
+def hub_name(live: str, tower_prefix: str) -> str:
+    """Return the hub's name of a weight; `tower_prefix` stands before the tower's own names there.
 
         model.vision_tower.embeddings.class_embedding -> vision_tower.vision_model.embeddings.class_embedding
 
@@ -40,6 +40,7 @@ def hub_name(live: str) -> str:
     """
     for prefix, written in _PREFIXES:
         if live.startswith(prefix):
+            written += tower_prefix if written == "vision_tower." else ""
             return written + live.removeprefix(prefix)
     raise ExportError(f"weight {live!r} is of no part of a LLaVA; the export would lose it")
 
@@ -65,7 +66,7 @@ def _longer(rows: Tensor, image_token_id: int, stand_in_id: int) -> Tensor:
     return torch.cat([rows, rows[stand_in_id].expand(missing, -1)])
 
 
-def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype, tower_prefix: str) -> dict[str, Tensor]:
     """Return live weights under the hub's names; the head is left out where it is the embedding itself (tied).
 
     Raises:
@@ -79,7 +80,7 @@ def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
         rounded = weight.to(dtype).contiguous()
         if not rounded.isfinite().all():
             raise ExportError(f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; take bf16")
-        written[hub_name(name)] = rounded
+        written[hub_name(name, tower_prefix)] = rounded
     return written
 
 
@@ -136,7 +137,7 @@ def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
         "processor_class": "LlavaProcessor",
         "do_pad": processor.aspect == "pad",
         "do_resize": True,
-        "size": {"shortest_edge": size} if processor.crop else {"height": size, "width": size},
+        "size": {"shortest_edge": processor.edge or size} if processor.crop else {"height": size, "width": size},
         "resample": processor.resample,
         "do_center_crop": processor.crop,
         "crop_size": {"height": size, "width": size},

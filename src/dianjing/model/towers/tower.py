@@ -29,6 +29,8 @@ class Tower(Protocol):
     """As config.json names the tower itself, then a whole model with the tower in it."""
     config_class: ClassVar[type[PreTrainedConfig]]
     model_class: ClassVar[type[PreTrainedModel]]
+    model_settings: ClassVar[Mapping[str, Any]] = {}
+    """What the model class is given next to its configuration."""
     layers_name: ClassVar[str]
     """Of the list of layers, within the model."""
     unused: ClassVar[tuple[str, ...]]
@@ -37,6 +39,8 @@ class Tower(Protocol):
     """How the names of tensors begin that stand next to a tower in its file and are not read."""
     prefixes: ClassVar[tuple[str, ...]] = ()
     """What stands before a tower's names in some files."""
+    hub_prefix: ClassVar[str] = "vision_model."
+    """What stands before the tower's names in a LLaVA of the hub, behind "vision_tower."."""
     sized_by_config: ClassVar[bool] = True
     """Whether pictures have config.json's image_size; else the preprocessing says how large they are."""
 
@@ -85,7 +89,10 @@ class Tower(Protocol):
         fused: Sequence[Any] | None = None,
     ) -> Float[Tensor, "images states width"]:
         """Return the hidden states of pictures after `depth` layers; `fused` are those, as `fuse` returned them."""
-        ...
+        hidden = tower.embeddings(pixel_values)
+        for layer in self.layers(tower)[:depth]:
+            hidden = layer(hidden)
+        return hidden
 
     def fuse(self, layers: Sequence[nn.Module]) -> Sequence[Any] | None:
         """Return layers as they compute faster on a GPU; None: they are compiled instead."""
