@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig
 
 from dianjing.errors import ExportError
+from dianjing.model.towers.tower import Tower
 from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
 VOCAB_MULTIPLE = 64
@@ -30,8 +31,8 @@ _PREFIXES = (
 )
 
 
-def hub_name(live: str, tower_prefix: str) -> str:
-    """Return the hub's name of a weight; `tower_prefix` stands before the tower's own names there.
+def hub_name(live: str, family: Tower) -> str:
+    """Return the hub's name of a weight; the family knows what its tower's are.
 
         model.vision_tower.embeddings.class_embedding -> vision_tower.vision_model.embeddings.class_embedding
 
@@ -40,8 +41,8 @@ def hub_name(live: str, tower_prefix: str) -> str:
     """
     for prefix, written in _PREFIXES:
         if live.startswith(prefix):
-            written += tower_prefix if written == "vision_tower." else ""
-            return written + live.removeprefix(prefix)
+            own = live.removeprefix(prefix)
+            return written + (family.hub_name(own) if written == "vision_tower." else own)
     raise ExportError(f"weight {live!r} is of no part of a LLaVA; the export would lose it")
 
 
@@ -66,7 +67,7 @@ def _longer(rows: Tensor, image_token_id: int, stand_in_id: int) -> Tensor:
     return torch.cat([rows, rows[stand_in_id].expand(missing, -1)])
 
 
-def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype, tower_prefix: str) -> dict[str, Tensor]:
+def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype, family: Tower) -> dict[str, Tensor]:
     """Return live weights under the hub's names; the head is left out where it is the embedding itself (tied).
 
     Raises:
@@ -80,7 +81,7 @@ def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype, tower_prefix: str
         rounded = weight.to(dtype).contiguous()
         if not rounded.isfinite().all():
             raise ExportError(f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; take bf16")
-        written[hub_name(name, tower_prefix)] = rounded
+        written[hub_name(name, family)] = rounded
     return written
 
 

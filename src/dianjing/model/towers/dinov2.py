@@ -20,7 +20,6 @@ class Dinov2(Tower):
     prefixes = ("dinov2.",)
     not_needed = ("classifier.",)
     sized_by_config = False
-    hub_prefix = ""
 
     def extra_tokens(self, config: Any) -> int:
         """Return 1, the class token."""
@@ -30,6 +29,10 @@ class Dinov2(Tower):
         """Return the MLP's inner width; SwiGLU has three matrices of two thirds of it, rounded up to eights."""
         inner = int(config.hidden_size * config.mlp_ratio)
         return (int(inner * 2 / 3) + 7) // 8 * 8 * 3 // 2 if config.use_swiglu_ffn else inner
+
+    def hub_name(self, name: str) -> str:
+        """Return the name as the tower's own files have it."""
+        return name
 
     def layouts(self, config: Any) -> Layouts:
         """Return transformers' LLaVA, which leaves one token out, as it must be here."""

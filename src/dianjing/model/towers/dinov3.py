@@ -21,7 +21,6 @@ class Dinov3(Tower):
     layers_name = "model.layer"
     unused = ("norm.", "embeddings.mask_token")
     sized_by_config = False
-    hub_prefix = ""
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return config.json without the random changes of positions that DINOv3's own training made."""
@@ -34,6 +33,10 @@ class Dinov3(Tower):
     def mlp_width(self, config: Any) -> int:
         """Return the MLP's inner width; a gated one has three matrices."""
         return config.intermediate_size * 3 // 2 if config.use_gated_mlp else config.intermediate_size
+
+    def hub_name(self, name: str) -> str:
+        """Return the name as the tower's own files have it."""
+        return name.removeprefix("model.")
 
     def layouts(self, config: Any) -> Layouts:
         """Return transformers' LLaVA for a model without registers, which it would take for patches."""

@@ -39,8 +39,6 @@ class Tower(Protocol):
     """How the names of tensors begin that stand next to a tower in its file and are not read."""
     prefixes: ClassVar[tuple[str, ...]] = ()
     """What stands before a tower's names in some files."""
-    hub_prefix: ClassVar[str] = "vision_model."
-    """What stands before the tower's names in a LLaVA of the hub, behind "vision_tower."."""
     sized_by_config: ClassVar[bool] = True
     """Whether pictures have config.json's image_size; else the preprocessing says how large they are."""
 
@@ -76,6 +74,10 @@ class Tower(Protocol):
     def layouts(self, config: Any) -> Layouts:
         """Return the export formats that can hold such a tower."""
         return frozenset()
+
+    def hub_name(self, name: str) -> str:
+        """Return a weight's name in a LLaVA of the hub, behind "vision_tower."."""
+        return f"vision_model.{name}"
 
     def layers(self, tower: nn.Module) -> Any:
         """Return the tower's layers, a ModuleList."""
