@@ -82,7 +82,7 @@ def write(row: Row, folder: Path) -> Any:
     model = row.model(row.config).eval()
     model.save_pretrained(folder)
     row.processor.save_pretrained(folder)
-    return model.base_model
+    return getattr(model, "dinov2", getattr(model, "vit", model))
 
 
 @pytest.mark.parametrize("name", ROWS)
