@@ -18,10 +18,9 @@ from dianjing.model.towers.dinov2_with_registers import Dinov2WithRegisters
 from dianjing.model.towers.dinov3 import Dinov3
 from dianjing.model.towers.siglip import Siglip
 from dianjing.model.towers.tower import Tower
-from dianjing.model.towers.toy import Toy
 from dianjing.model.towers.vit import ViT
 
-FAMILIES: tuple[Tower, ...] = (Clip(), Siglip(), Dinov2(), Dinov2WithRegisters(), Dinov3(), ViT(), Toy())
+FAMILIES: tuple[Tower, ...] = (Clip(), Siglip(), Dinov2(), Dinov2WithRegisters(), Dinov3(), ViT())
 
 
 def tower_family(config: Any) -> Tower:
