@@ -15,7 +15,6 @@ from dianjing.data.picture_tokens import FixedCount, PictureTokens, Size
 from dianjing.errors import ModelError
 from dianjing.formats.xtuner import LINEARS
 from dianjing.model.pixel_shuffle import SIDE, PixelShuffleProjector
-from dianjing.model.toy_projector import ToyProjector
 from dianjing.model.towers.families import num_features, tower_family
 from dianjing.model.towers.tower import Layouts
 
@@ -65,7 +64,6 @@ KINDS: dict[str, Kind] = {
         merges=SIDE,
         layouts=frozenset(),
     ),
-    "toy": Kind(module=ToyProjector, words="one linear layer", layouts=frozenset()),
 }
 """By the name that a recipe gives them (projector.kind)."""
 
