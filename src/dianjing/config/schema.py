@@ -10,7 +10,7 @@ Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
 Quantization = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
-ProjectorKind = Literal["mlp"]
+ProjectorKind = Literal["mlp", "pixel_shuffle"]
 Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
 EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2"]
@@ -68,7 +68,7 @@ class VisionTowerConfig:
     """The image encoder."""
 
     folder: str
-    """Folder of a CLIP or SigLIP, or of its vision tower; owner/name on the hub; or "tinyworld"."""
+    """Folder of a CLIP, SigLIP, DINOv2, DINOv3 or ViT; owner/name on the hub; or "tinyworld"."""
     feature_layer: int = -2
     """Which hidden states the projector reads, counted as Hugging Face counts them."""
     tuning: Tuning = "frozen"
@@ -88,7 +88,8 @@ class ProjectorConfig:
     """The layers between tower and LLM; trained in both stages."""
 
     kind: ProjectorKind = "mlp"
-    """"mlp": two linear layers (LLaVA 1.5)."""
+    """"mlp": two linear layers (LLaVA 1.5); "pixel_shuffle": the same on squares of 2 by 2 features, a quarter of the
+    tokens."""
     init_from: str = ""
     """A run to take the projector from (finetune starts from its pretrain run); "" = new, from the seed."""
     learning_rate: NotNegative | None = None

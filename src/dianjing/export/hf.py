@@ -67,7 +67,7 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
     """
     tokenizer, encoder = loaded.tokenizer, loaded.encoder
     config: Any = loaded.model.config
-    weights = hub_state(_merged(loaded), DTYPES[options.dtype])
+    weights = hub_state(_merged(loaded), DTYPES[options.dtype], tower_family(config.vision_config))
     save_weights(weights, folder)
 
     chat_template = jinja(encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))

@@ -17,6 +17,7 @@ from transformers import LlavaConfig, PreTrainedConfig
 from dianjing.errors import ExportError
 from dianjing.model.projector import KINDS
 from dianjing.model.towers.families import tower_family
+from dianjing.model.towers.tower import Tower
 from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
 
 VOCAB_MULTIPLE = 64
@@ -27,7 +28,7 @@ LIVE_HEAD = "lm_head.weight"
 _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
 
@@ -45,8 +46,8 @@ def not_held(format: str, tower: Any, projector: str) -> str | None:
     return None
 
 
-def hub_name(live: str) -> str:
-    """Return the hub's name of a weight.
+def hub_name(live: str, family: Tower) -> str:
+    """Return the hub's name of a weight; the family knows what its tower's are.
 
         model.vision_tower.embeddings.class_embedding -> vision_tower.vision_model.embeddings.class_embedding
 
@@ -55,7 +56,8 @@ def hub_name(live: str) -> str:
     """
     for prefix, written in _PREFIXES:
         if live.startswith(prefix):
-            return written + live.removeprefix(prefix)
+            own = live.removeprefix(prefix)
+            return written + (family.hub_name(own) if written == "vision_tower." else own)
     raise ExportError(f"weight {live!r} is of no part of a LLaVA; the export would lose it")
 
 
@@ -80,7 +82,7 @@ def _longer(rows: Tensor, image_token_id: int, stand_in_id: int) -> Tensor:
     return torch.cat([rows, rows[stand_in_id].expand(missing, -1)])
 
 
-def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype, family: Tower) -> dict[str, Tensor]:
     """Return live weights under the hub's names; the head is left out where it is the embedding itself (tied).
 
     Raises:
@@ -94,7 +96,7 @@ def hub_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
         rounded = weight.to(dtype).contiguous()
         if not rounded.isfinite().all():
             raise ExportError(f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold; take bf16")
-        written[hub_name(name)] = rounded
+        written[hub_name(name, family)] = rounded
     return written
 
 
@@ -151,7 +153,7 @@ def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
         "processor_class": "LlavaProcessor",
         "do_pad": processor.aspect == "pad",
         "do_resize": True,
-        "size": {"shortest_edge": size} if processor.crop else {"height": size, "width": size},
+        "size": {"shortest_edge": processor.edge or size} if processor.crop else {"height": size, "width": size},
         "resample": processor.resample,
         "do_center_crop": processor.crop,
         "crop_size": {"height": size, "width": size},

@@ -12,8 +12,10 @@ from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from dianjing.data.picture_tokens import FixedCount, PictureTokens, Size
+from dianjing.errors import ModelError
 from dianjing.formats.xtuner import LINEARS
-from dianjing.model.towers.families import num_features
+from dianjing.model.pixel_shuffle import SIDE, PixelShuffleProjector
+from dianjing.model.towers.families import num_features, tower_family
 from dianjing.model.towers.tower import Layouts
 
 
@@ -50,6 +52,12 @@ KINDS: dict[str, Kind] = {
         foreign={layer: number for number, layer in LINEARS.items()},
         layouts=frozenset({"hf", "llava", "xtuner", "gguf"}),
     ),
+    "pixel_shuffle": Kind(
+        module=PixelShuffleProjector,
+        words=f"two linear layers with biases on squares of {SIDE} by {SIDE} features",
+        merges=SIDE,
+        layouts=frozenset(),
+    ),
 }
 """By the name that a recipe gives them (projector.kind)."""
 
@@ -65,5 +73,15 @@ def name_of(projector: nn.Module) -> str:
 
 
 def picture_tokens(config: Any, size: Size, kind: Kind) -> PictureTokens:
-    """Return how many tokens pictures have in a LLaVA of this configuration, prepared pictures being of this size."""
+    """Return how many tokens pictures have in a LLaVA of this configuration, prepared pictures being of this size.
+
+    Raises:
+        ModelError: the grid of features cannot be divided into the projector's squares.
+    """
+    rows, columns = tower_family(config.vision_config).grid(config.vision_config, size)
+    if kind.merges > 1 and (rows % kind.merges or rows != columns):
+        raise ModelError(
+            f"a picture has {rows} by {columns} features, which squares of {kind.merges} by {kind.merges} do not fill; "
+            'set projector.kind to "mlp", or take a vision tower with another size of pictures'
+        )
     return FixedCount(kind.tokens(num_features(config.vision_config, config.vision_feature_select_strategy, size)))

@@ -33,7 +33,9 @@ class ImageProcessor:
     size: int
     """Height and width of the result in pixels."""
     crop: bool
-    """The shorter side becomes `size`, the centre is kept (CLIP); else both are stretched to it (SigLIP)."""
+    """The shorter side becomes `edge`, the centre is kept (CLIP); else both are stretched to `size` (SigLIP)."""
+    edge: int = 0
+    """The shorter side before the centre is cut out (DINOv2: larger than `size`); 0 = `size`."""
     resample: int
     """Pillow's number of the resampling filter."""
     rescale: float
@@ -57,10 +59,10 @@ class ImageProcessor:
         """
         path, config = _read_config(Path(folder))
         try:
-            size = _side(config["size"])
+            edge = size = _side(config["size"])
             crop = bool(config.get("do_center_crop", "crop_size" in config))
-            if crop and _side(config["crop_size"]) != size:
-                raise ValueError(f"crop_size {config['crop_size']} differs from size {config['size']}")
+            if crop and (size := _side(config["crop_size"])) > edge:
+                raise ValueError(f"crop_size {config['crop_size']} is larger than size {config['size']}")
             if not crop and isinstance(config["size"], Mapping) and "shortest_edge" in config["size"]:
                 raise ValueError("it makes pictures of any shape (shortest_edge, and nothing is cropped)")
             for step in ("do_resize", "do_rescale", "do_normalize"):
@@ -69,6 +71,7 @@ class ImageProcessor:
             return cls(
                 size=size,
                 crop=crop,
+                edge=edge,
                 resample=int(config.get("resample", Image.Resampling.BICUBIC)),
                 rescale=float(config.get("rescale_factor", 1 / 255)),
                 mean=_colour(config["image_mean"]),
@@ -78,7 +81,7 @@ class ImageProcessor:
             )
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ModelError(f"{path}: not the preprocessing of a CLIP or SigLIP tower: {reason}") from None
+            raise ModelError(f"{path}: not a preprocessing that can be done here: {reason}") from None
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         """Return the pixel values of an RGB or RGBA picture."""
@@ -115,8 +118,9 @@ class ImageProcessor:
         resample = Image.Resampling(self.resample)
         if not self.crop:
             return image.resize((self.size, self.size), resample)
-        longer = int(self.size * max(image.size) / min(image.size))
-        width, height = (self.size, longer) if image.width <= image.height else (longer, self.size)
+        edge = self.edge or self.size
+        longer = int(edge * max(image.size) / min(image.size))
+        width, height = (edge, longer) if image.width <= image.height else (longer, edge)
         image = image.resize((width, height), resample)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))

@@ -6,6 +6,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from dianjing.errors import ExportError
 from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_name, hub_state, with_image_row
+from dianjing.model.towers.clip import Clip
 
 
 @pytest.mark.parametrize(
@@ -22,12 +23,12 @@ from dianjing.export.layout import EMBEDDING, HEAD, hub_config, hub_name, hub_st
     ],
 )
 def test_hub_name(live: str, written: str) -> None:
-    assert hub_name(live) == written
+    assert hub_name(live, Clip()) == written
 
 
 def test_a_weight_of_no_part_is_refused() -> None:
     with pytest.raises(ExportError, match="of no part of a LLaVA"):
-        hub_name("model.audio_tower.weight")
+        hub_name("model.audio_tower.weight", Clip())
 
 
 def state(rows: int, *, tied: bool) -> dict[str, torch.Tensor]:
@@ -38,7 +39,7 @@ def state(rows: int, *, tied: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("rows", "image", "padded"), [(320, 320, 384), (63, 63, 64), (384, 320, 384)])
 def test_the_image_token_gets_a_row_and_never_a_say(rows: int, image: int, padded: int) -> None:
-    written = hub_state(with_image_row(state(rows, tied=False), image, 1), torch.float32)
+    written = hub_state(with_image_row(state(rows, tied=False), image, 1), torch.float32, Clip())
     for name, first in ((EMBEDDING, 2.0), (HEAD, 102.0)):
         assert written[name].shape == (padded, 2)
         assert torch.equal(
@@ -53,7 +54,7 @@ def test_the_image_token_gets_a_row_and_never_a_say(rows: int, image: int, padde
 
 
 def test_a_tied_head_is_written_once() -> None:
-    assert set(hub_state(with_image_row(state(4, tied=True), 4, 1), torch.float32)) == {EMBEDDING}
+    assert set(hub_state(with_image_row(state(4, tied=True), 4, 1), torch.float32, Clip())) == {EMBEDDING}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_rope_is_written_as_both_readers_know_it(rope: dict, theta: float, scali
     config = LlavaConfig(
         text_config=LlamaConfig(rope_parameters=rope, dtype="bfloat16"),
         vision_config=CLIPVisionConfig(image_size=28, patch_size=14),
+        image_seq_length=4,
     )
     written = hub_config(config, vocab_size=384, tied=False, image_token_id=320, dtype=torch.float32)
     text = written["text_config"]

@@ -144,7 +144,7 @@ def test_what_is_no_model_is_refused(make_recipe: MakeRecipe, tmp_path: Path) ->
         load_for_use(str(tmp_path))
     other = {"model_type": "llava", "vision_config": {"model_type": "pixtral"}}
     (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ModelError, match=r'its vision tower.*"pixtral" is not a CLIP'):
+    with pytest.raises(ModelError, match=r'its vision tower.*"pixtral" is none of the vision towers'):
         load_for_use(str(tmp_path))
     layers = {"vision_config": {"model_type": "clip_vision_model"}, "vision_feature_layer": [-2, -5]}
     (tmp_path / "config.json").write_text(json.dumps(other | layers))

@@ -13,10 +13,14 @@ from dianjing.errors import ModelError
 from dianjing.formats.weights import read_config, read_weights
 from dianjing.model.language import LoadReport, count, load_exactly, make_config
 from dianjing.model.towers.clip import Clip
+from dianjing.model.towers.dinov2 import Dinov2
+from dianjing.model.towers.dinov2_with_registers import Dinov2WithRegisters
+from dianjing.model.towers.dinov3 import Dinov3
 from dianjing.model.towers.siglip import Siglip
 from dianjing.model.towers.tower import Tower
+from dianjing.model.towers.vit import ViT
 
-FAMILIES: tuple[Tower, ...] = (Clip(), Siglip())
+FAMILIES: tuple[Tower, ...] = (Clip(), Siglip(), Dinov2(), Dinov2WithRegisters(), Dinov3(), ViT())
 
 
 def tower_family(config: Any) -> Tower:
@@ -33,15 +37,16 @@ def family_named(model_type: str, where: object) -> Tower:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    names = " or ".join(family.name for family in FAMILIES)
     if model_type.removesuffix("_vision_model") == "siglip2":
         raise ModelError(
             f'{where}: model_type "{model_type}" is a SigLIP 2 of any resolution (NaFlex), whose number of patches '
             "changes with each picture; give one of the SigLIP 2 towers of fixed size, such as "
             "siglip2-so400m-patch14-384"
         )
+    names = ", ".join(family.name for family in FAMILIES)
     raise ModelError(
-        f'{where}: model_type "{model_type}" is not a {names}; give the folder of one, or of its vision tower'
+        f'{where}: model_type "{model_type}" is none of the vision towers that can be read ({names}); give the folder '
+        "of one, or of a model that contains it"
     )
 
 
@@ -67,7 +72,9 @@ def load_tower(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     family = tower_family(config)
     read = dict(read_weights(folder))
     weights = family.weights(read)
-    tower = load_exactly(family.model_class, folder, dtype=dtype, weights=weights, config=config)
+    tower = load_exactly(
+        family.model_class, folder, dtype=dtype, weights=weights, config=config, **family.model_settings
+    )
     unread = len(read) - len(weights)
     rest = f" ({unread} other tensors there are not needed)" if unread else ""
     return tower, LoadReport((f"vision tower: {type(tower).__name__}, {count(tower)} from {folder}{rest}",))
@@ -80,8 +87,9 @@ def empty_tower(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         ModelError: it is of no known family.
     """
     config = tower_config(Path(folder))
+    family = tower_family(config)
     with torch.device("meta"):
-        return tower_family(config).model_class._from_config(config, dtype=dtype)
+        return family.model_class._from_config(config, dtype=dtype, **family.model_settings)
 
 
 def prepared_size(folder: Path, config: Any) -> Size:

@@ -30,6 +30,8 @@ class Tower(Protocol):
     """As config.json names the tower itself, then a whole model with the tower in it."""
     config_class: ClassVar[type[PreTrainedConfig]]
     model_class: ClassVar[type[PreTrainedModel]]
+    model_settings: ClassVar[Mapping[str, Any]] = {}
+    """What the model class is given next to its configuration."""
     layers_name: ClassVar[str]
     """Of the list of layers, within the model."""
     unused: ClassVar[tuple[str, ...]]
@@ -76,6 +78,10 @@ class Tower(Protocol):
         """Return the export formats that can hold such a tower."""
         return frozenset()
 
+    def hub_name(self, name: str) -> str:
+        """Return a weight's name in a LLaVA of the hub, behind "vision_tower."."""
+        return f"vision_model.{name}"
+
     def layers(self, tower: nn.Module) -> Any:
         """Return the tower's layers, a ModuleList."""
         return tower.get_submodule(self.layers_name)
@@ -88,7 +94,10 @@ class Tower(Protocol):
         fused: Sequence[Any] | None = None,
     ) -> Float[Tensor, "images states width"]:
         """Return the hidden states of pictures after `depth` layers; `fused` are those, as `fuse` returned them."""
-        ...
+        hidden = tower.embeddings(pixel_values)
+        for layer in self.layers(tower)[:depth]:
+            hidden = layer(hidden)
+        return hidden
 
     def fuse(self, layers: Sequence[nn.Module]) -> Sequence[Any] | None:
         """Return layers as they compute faster on a GPU; None: they are compiled instead."""
