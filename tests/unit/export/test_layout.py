@@ -71,6 +71,7 @@ def test_rope_is_written_as_both_readers_know_it(rope: dict, theta: float, scali
     config = LlavaConfig(
         text_config=LlamaConfig(rope_parameters=rope, dtype="bfloat16"),
         vision_config=CLIPVisionConfig(image_size=28, patch_size=14),
+        image_seq_length=4,
     )
     written = hub_config(config, vocab_size=384, tied=False, image_token_id=320, dtype=torch.float32)
     text = written["text_config"]
