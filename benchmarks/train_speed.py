@@ -41,7 +41,7 @@ from dianjing.plan.flops import flops
 from dianjing.plan.lengths import lengths_of
 from dianjing.plan.plan import make_plan
 from dianjing.plan.shapes import INTERNLM2_1_8B
-from dianjing.train.ranks import is_main, leave
+from dianjing.train.ranks import is_main, leave_group
 
 ROOF = 790e12
 """Operations a second that an H200 reaches in a large bf16 product of random matrices."""
@@ -146,7 +146,7 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
     with sensors:
         train(recipe, quiet=False)
-    leave()
+    leave_group()
     assert not gates, f"never learned: {gates[:3]}"
     if not is_main():
         return {}

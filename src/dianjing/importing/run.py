@@ -42,7 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class ImportOptions:
     """What the user says about a checkpoint; "" and 0 leave it to the checkpoint."""
 
     config: Path | None = None
@@ -57,7 +57,7 @@ class Wishes:
     weights_only: bool = False
 
 
-def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
+def import_run(source: Path, out: Path, options: ImportOptions) -> list[str]:
     """Write the run and return what was found, a line each.
 
     Raises:
@@ -66,9 +66,9 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     """
     if os.path.lexists(out):
         raise ConfigError(f"{out}: already there; remove it or give another name")
-    foreign = open_foreign(source, optimizer=not wishes.weights_only)
-    config = _config_of(foreign, source, wishes)
-    recipe = _recipe(foreign, config, source, out, wishes)
+    foreign = open_foreign(source, optimizer=not options.weights_only)
+    config = _config_of(foreign, source, options)
+    recipe = _recipe(foreign, config, source, out, options)
     # Names and shapes are compared, not numbers: half the memory will do.
     light = replace(recipe, train=replace(recipe.train, precision="bf16"))
     light = replace(light, language_model=replace(light.language_model, quantization=""))
@@ -80,11 +80,11 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     except HeadsError as error:
         raise ModelError(f"{source}: {error} (--llm)") from None
     _require_match(found, trainable_state(built.model), source)
-    memory = {} if wishes.weights_only else _optimizer_state(foreign, found, text_config, source)
-    fresh = not memory and not foreign.iteration and bool(wishes.data) and not wishes.weights_only
+    memory = {} if options.weights_only else _optimizer_state(foreign, found, text_config, source)
+    fresh = not memory and not foreign.iteration and bool(options.data) and not options.weights_only
     if fresh:
         memory = _fresh_memory(found.live)
-    dataset, why_not = _dataset(recipe, built, foreign, config, bool(wishes.data)) if memory else (None, "")
+    dataset, why_not = _dataset(recipe, built, foreign, config, bool(options.data)) if memory else (None, "")
     accumulation = config.accumulation if config else 1
     state = _write(out, recipe, foreign.iteration // accumulation, dataset, found.live, memory)
     return [*_report(foreign, found, memory, fresh), *_outlook(state, dataset, why_not, config)]
@@ -120,31 +120,31 @@ def _write(
     return state
 
 
-def _config_of(foreign: Foreign, source: Path, wishes: Wishes) -> XTunerConfig | None:
-    if wishes.config:
+def _config_of(foreign: Foreign, source: Path, options: ImportOptions) -> XTunerConfig | None:
+    if options.config:
         try:
-            text = wishes.config.read_text(encoding="utf-8-sig")
+            text = options.config.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{wishes.config}: cannot be read: {error}; --config names XTuner's config") from None
-        return read_xtuner_config(text, str(wishes.config))
+            raise ConfigError(f"{options.config}: cannot be read: {error}; --config names XTuner's config") from None
+        return read_xtuner_config(text, str(options.config))
     return read_xtuner_config(foreign.config, f"{source} (its config)") if foreign.config else None
 
 
-def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Path, wishes: Wishes) -> Recipe:
+def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Path, options: ImportOptions) -> Recipe:
     """Return the recipe that would have made the checkpoint.
 
     Raises:
         ConfigError: something is not known and must be given; the flag is named.
     """
     require_two_layers(foreign.weights, source)
-    parts = {part: _tuning(part, foreign, config, source, wishes) for part in SECTIONS}
+    parts = {part: _tuning(part, foreign, config, source, options) for part in SECTIONS}
     tuned = any(fields[f"{SECTIONS[part]}.tuning"] != "frozen" for part, fields in parts.items())
     given = {
-        "language_model.folder": wishes.llm,
-        "vision_tower.folder": wishes.vision_tower,
-        "data.path": wishes.data,
-        "data.images": wishes.images,
-        "language_model.template": wishes.template,
+        "language_model.folder": options.llm,
+        "vision_tower.folder": options.vision_tower,
+        "data.path": options.data,
+        "data.images": options.images,
+        "language_model.template": options.template,
     }
     values: dict[str, Any] = {
         "data.path": "",
@@ -160,11 +160,11 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     if config:
         values.setdefault("language_model.template", config.template)
         values["train.global_batch_size"] = (
-            config.batch_size * config.accumulation * (wishes.gpus or foreign.ranks or 1)
+            config.batch_size * config.accumulation * (options.gpus or foreign.ranks or 1)
         )
         if not values["language_model.template"]:
             raise ConfigError(f"{source}: its chat template is none that we know; give --template NAME")
-    if wishes.data and not wishes.images:
+    if options.data and not options.images:
         values["data.images"] = ""  # of another machine
     if foreign.seed is not None:
         values["seed"] = foreign.seed
@@ -177,8 +177,10 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     )
 
 
-def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Path, wishes: Wishes) -> dict[str, Any]:
-    """Return how a part was tuned: by the tensors, with what they do not tell from the files beside them."""
+def _tuning(
+    part: str, foreign: Foreign, config: XTunerConfig | None, source: Path, options: ImportOptions
+) -> dict[str, Any]:
+    """Return how a part was tuned, by its tensors and the files next to them."""
     section = SECTIONS[part]
     names = [name for name in foreign.weights if name.startswith(f"{part}.")]
     adapted = [name for name in names if ".lora_A." in name]
@@ -192,7 +194,7 @@ def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Pa
     if told != rank:
         raise ConfigError(f"{source}: the LoRA of {part} has rank {rank}, its config says {told}: of another run")
     adapter = foreign.adapters.get(part) or (config.adapters.get(part) if config else None)
-    alpha = wishes.llm_alpha if part == "llm" else wishes.tower_alpha
+    alpha = options.llm_alpha if part == "llm" else options.tower_alpha
     if alpha:
         adapter = Adapter(alpha=alpha, dropout=adapter.dropout if adapter else 0.0)
     if not adapter:

@@ -34,13 +34,13 @@ from dianjing.run.lock import locked
 from dianjing.run.state import TrainState, state_at
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
-from dianjing.train.memory import WithinMemory, explained, plan_checkpointing
-from dianjing.train.ranks import SILENCE_MINUTES, one_voice
+from dianjing.train.memory import WithinMemory, out_of_memory_explained, plan_checkpointing
+from dianjing.train.ranks import SILENCE_MINUTES, one_error
 from dianjing.train.samples import Samples
 from dianjing.train.shards import require_engine, start_engine
+from dianjing.train.silent_failures import SilentFailures, require_pictures
 from dianjing.train.step import Parts, over_ranks, take_step
 from dianjing.train.strategy import Strategy, strategy_of
-from dianjing.train.watch import Watch, require_pictures
 
 BYTES_PER_PARAMETER = 12
 """What a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
@@ -60,7 +60,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     main = accelerator.is_main_process
     run = Path(recipe.output).expanduser()
     log = Log(run, quiet=quiet or not main, write=main)
-    with one_voice(), explained(), locked(run, log.warn) if main else nullcontext():
+    with one_error(), out_of_memory_explained(), locked(run, log.warn) if main else nullcontext():
         _train(recipe, accelerator, log, run, resume=resume)
     return run
 
@@ -107,7 +107,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
         model=built.model.train(),
         engine=engine,
         dataset=dataset,
-        watch=Watch(),
+        silent_failures=SilentFailures(),
         within_memory=WithinMemory(built.model, recipe, accelerator, checkpointing=checkpointing, warn=log.warn),
     )
     _take_all_steps(parts, strategy, state, log, samples, run)

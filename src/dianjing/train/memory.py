@@ -184,7 +184,7 @@ def _records(batch: Batch, bounds: Sequence[tuple[int, int]], ids: Sequence[str]
 
 
 @contextmanager
-def explained() -> Generator[None]:
+def out_of_memory_explained() -> Generator[None]:
     """Say what to do when memory runs out where nothing smaller can be tried.
 
     Raises:

@@ -21,7 +21,7 @@ def is_main() -> bool:
 
 
 @contextmanager
-def one_voice() -> Generator[None]:
+def one_error() -> Generator[None]:
     """Raise what went wrong on the rank that it met first; end the others without a word, with the same exit code."""
     try:
         yield
@@ -43,7 +43,7 @@ def one_voice() -> Generator[None]:
         ) from None
 
 
-def leave() -> None:
+def leave_group() -> None:
     """Part from the other ranks at the end of a program; torch complains about those that just go."""
     if dist.is_initialized():
         dist.destroy_process_group()

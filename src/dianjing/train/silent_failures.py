@@ -25,7 +25,7 @@ def require_pictures(dataset: Dataset, stage: str) -> None:
         )
 
 
-class Watch:
+class SilentFailures:
     """Stops a run that would go on for nothing; asked before each optimizer step."""
 
     def __init__(self) -> None:

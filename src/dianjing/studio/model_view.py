@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dianjing.pictures.image import ImageProcessor
 
 
-class Seen:
+class ModelView:
     """Reads records as runs do; the tokenizer and the preprocessing of a recipe are loaded once."""
 
     def __init__(self) -> None:
