@@ -148,12 +148,12 @@ def _given(body: Mapping[str, Any], name: str, kind: type[Result]) -> Result:
 def _index(request: Request) -> int:
     index, number = request.path_params["index"], len(_session(request).records)
     if index >= number:
-        raise DataError(f"there is no record {index}; there are {number}")
+        raise DataError(f"no record {index}; there are {number} records")
     return index
 
 
 def _png(image: Image.Image) -> Response:
-    """Return a picture written anew: of the file itself nothing is sent."""
+    """Return a picture encoded again: no byte of the file itself is sent."""
     shown = opaque(image).copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     file = io.BytesIO()
@@ -221,7 +221,7 @@ async def _proposal(request: Request) -> Response:
         raise DataError("no endpoint is named; give --base-url and --model-name on the command line")
     prompt = _given(body, "prompt", str)
     if prompt not in shipped_prompts():
-        raise Unusable("there is no such prompt")
+        raise Unusable("no such prompt")
     name = session.picture_name(index, 0)
     proposal = await in_thread(studio.proposer.propose, name, prompt)
     fields = ("conversations", "model", "calls", "dropped")
@@ -238,7 +238,7 @@ async def _seen(request: Request) -> Response:
     recipe = studio.recipe_path(request.query_params.get("recipe", ""))
     fields = session.fields(index)
     if fields is None:
-        raise DataError("this record is no JSON object; a model sees nothing of it")
+        raise DataError("this record is not a JSON object, so no model can see it")
     return Answer(await in_thread(studio.model_view.text, recipe, fields, session.place(index)))
 
 

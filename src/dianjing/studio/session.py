@@ -33,7 +33,7 @@ class ReviewSession:
         self.data = data
         self.root = images or str(data.parent)
         if not Path(self.root).is_dir():
-            raise DataError(f"{self.root}: there is no such image folder; name it (--images)")
+            raise DataError(f"{self.root}: no such image folder; name it (--images)")
         self.records = RecordFile(str(data))
         self.journal = data.with_name(f"{data.stem}.review.jsonl")
         self.review = Review(self.journal, self.records.sha256, len(self.records))
@@ -122,7 +122,7 @@ class ReviewSession:
             DataError: the data file was changed on disk.
         """
         if self.records.changed():
-            raise DataError(f"{self.data}: it was changed on disk while it is reviewed; start the studio again")
+            raise DataError(f"{self.data}: it has changed on disk since the studio was started; start the studio again")
         if op == "edit" and self.records[index].fields is None:
             raise DataError("this record is not a JSON object; fix it in the file, or reject it")
         self.review.change(index, version, op, conversations)
@@ -153,7 +153,7 @@ class ReviewSession:
             DataError: another file has its name, or the data was changed on disk.
         """
         if self.records.changed():
-            raise DataError(f"{self.data}: it was changed on disk while it is reviewed; start the studio again")
+            raise DataError(f"{self.data}: it has changed on disk since the studio was started; start the studio again")
         out = reviewed_path(self.data)
         with self._exporting:
             return {"file": str(out), "counts": export(self.records, self.review, out)}

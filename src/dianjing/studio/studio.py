@@ -53,7 +53,7 @@ class Studio:
             return name
         if name in self.runs.listing()["runs"]:
             return str(self.runs.folder / name)
-        raise DataError(f'there is no model "{name[:200]}"; name it on the command line (--model)')
+        raise DataError(f'no model "{name[:200]}"; name it on the command line (--model)')
 
     def recipe_path(self, name: str) -> str:
         """Return the file of a recipe whose reading may be shown.

@@ -84,7 +84,7 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
 def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> Float[Tensor, " packs"]:
     """Leave the gradient of the mean loss over the step's tokens; return each pack's share of that mean.
 
-    Ranks may have unlike numbers of packs; where the engine needs like numbers, packs of no record fill them up.
+    Ranks may have different numbers of packs; if the engine needs equal numbers, empty packs fill them up.
     """
     device = parts.accelerator.device
     missing = parts.engine.num_packs(len(batches)) - len(batches)

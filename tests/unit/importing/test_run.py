@@ -42,7 +42,7 @@ def test_the_run_is_whole_and_says_what_became_of_each_tensor(tmp_path: Path) ->
     assert report[1] == "matched: 50, as 54 of ours (9,712 parameters)"
     assert report[2] == "missing: 0, unexpected: 0"
     assert report[3].startswith("dropped: 12, behind the layer of the tower that the projector reads (")
-    assert report[4] == "optimizer: AdamW's memory of 54 tensors"
+    assert report[4] == "optimizer: AdamW's state of 54 tensors"
     assert "/data/llava/train/train.json" in report[5]
     recipe, checkpoint = load_recipe(tmp_path / "run" / "recipe.toml"), newest(tmp_path / "run")
     assert not damage(checkpoint)
@@ -157,7 +157,7 @@ BIAS = "projector.model.2.bias"
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (lambda weight: weight * float("nan"), "hold values that are no finite numbers.* earlier checkpoint"),
+        (lambda weight: weight * float("nan"), "hold values that are not finite.* earlier checkpoint"),
         *(
             (lambda weight, dtype=dtype: weight.to(dtype), rf"\({dtype}\) cannot be read; save it again in fp32")
             for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn)
@@ -186,9 +186,9 @@ def pretrain_at(path: Path, iteration: int, last: int, **spoiled: Any) -> Path:
         ("exp_avg_sq", torch.zeros(1), "is of size 1, not 32"),
         ("exp_avg_sq", -torch.ones(32), "is below 0"),
         ("exp_avg_sq", torch.ones(32, dtype=torch.int8), r"is of torch\.int8"),
-        ("exp_avg", torch.full((32,), float("nan")), "has values that are no finite numbers"),
+        ("exp_avg", torch.full((32,), float("nan")), "has values that are not finite"),
         ("step", torch.tensor(-3.0), "is below 0"),
-        ("step", torch.tensor(float("nan")), "has values that are no finite numbers"),
+        ("step", torch.tensor(float("nan")), "has values that are not finite"),
     ],
 )
 def test_what_cannot_be_adamws_memory_is_not_taken_over(tmp_path: Path, kind: str, value: Any, fault: str) -> None:
@@ -231,7 +231,7 @@ def test_a_tower_that_is_no_name_is_asked_for(tmp_path: Path, tower: Any) -> Non
         {name.replace("projector.model", "mm_projector"): one for name, one in weights.items()}, tmp_path / "x.bin"
     )
     (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": tower}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="which is no folder here; give --vision-tower DIR"):
+    with pytest.raises(ConfigError, match="which is not a folder here; give --vision-tower DIR"):
         import_run(tmp_path / "x.bin", tmp_path / "run", replace(HERE, vision_tower=""))
 
 
@@ -255,7 +255,7 @@ def test_what_is_not_known_is_asked_for_by_its_flag(tmp_path: Path) -> None:
             import_run(source, tmp_path / "run", replace(HERE, **options))
         return str(caught.value)
 
-    assert 'names its LLM as "/data/llava/models/tiny_internlm2", which is no folder here; give --llm DIR' in refusal(
+    assert 'names its LLM as "/data/llava/models/tiny_internlm2", which is not a folder here; give --llm DIR' in refusal(
         FINETUNE, llm=""
     )
     assert "give --vision-tower DIR" in refusal(FINETUNE, vision_tower="")
@@ -269,7 +269,7 @@ def test_what_is_not_known_is_asked_for_by_its_flag(tmp_path: Path) -> None:
     config = tmp_path / "config.py"
     text = read_checkpoint(FINETUNE)["meta"]["cfg"]
     config.write_text(text.replace("r=4", "r=8"), encoding="utf-8")
-    assert "has rank 4, its config says 8" in refusal(bare, config=config)
+    assert "has rank 4, but the config says 8" in refusal(bare, config=config)
     config.write_text(text.replace("PROMPT_TEMPLATE.internlm2_chat", "PROMPT_TEMPLATE.mine"), encoding="utf-8")
     assert "give --template NAME" in refusal(bare, config=config)
 
