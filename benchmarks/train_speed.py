@@ -215,8 +215,8 @@ class Sensors(Thread):
 
 def never_learned(parts: Any) -> list[str]:
     """Return which of the weights that train never had a gradient, and which adapters are where they were."""
-    memory = parts.engine.memory()
-    still = [name for name, value in memory.items() if name.endswith("/exp_avg_sq") and not value.any()]
+    state = parts.engine.optimizer_state()
+    still = [name for name, value in state.items() if name.endswith("/exp_avg_sq") and not value.any()]
     return still + [name for name, weight in parts.engine.weights().items() if ".lora_B." in name and not weight.any()]
 
 

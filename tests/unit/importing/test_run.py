@@ -103,7 +103,7 @@ def test_weights_alone_with_data_begin_a_run(tmp_path: Path, tiny_dataset: TinyD
     options = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images), template="internlm2_chat")
     report = import_run(tmp_path / "init.safetensors", tmp_path / "imported", options)
     assert "optimizer: none in it; training begins with a new one" in report
-    recipe = load_recipe(tmp_path / "imported" / "recipe.toml", {"train.global_batch_size": "4", "train.epochs": "2"})
+    recipe = load_recipe(tmp_path / "imported" / "recipe.toml", {"train.global_batch_size": 4, "train.epochs": 2})
     own = replace(
         recipe,
         output=str(tmp_path / "own"),

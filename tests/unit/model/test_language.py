@@ -271,7 +271,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     (folder / "pytorch_model.bin").unlink()
     index = {"weight_map": dict.fromkeys(weights, names[0]) | {"model.norm.weight": names[1]}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=rf"{names[1]}: model.norm.weight is in {names[0]} too"):
+    with pytest.raises(ModelError, match=rf"{names[1]}: model.norm.weight is also in {names[0]}"):
         load_language_model(folder, torch.float32)
 
 

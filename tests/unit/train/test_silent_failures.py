@@ -56,8 +56,8 @@ def test_a_step_is_taken_or_changes_nothing(make_recipe: Any, loss: float, gradi
         return engine.step(torch.tensor(loss), projector)
 
     def state() -> list[torch.Tensor]:
-        memory = engine.memory()
-        return [*(weight.clone() for weight in projector.parameters()), *(memory[name].clone() for name in memory)]
+        moments = engine.optimizer_state()
+        return [*(weight.clone() for weight in projector.parameters()), *(moments[name].clone() for name in moments)]
 
     assert step(1.0, 0.25).finite
     before = state()
@@ -69,7 +69,7 @@ def test_a_step_is_taken_or_changes_nothing(make_recipe: Any, loss: float, gradi
 
 
 def test_a_step_without_supervised_tokens() -> None:
-    with pytest.raises(TrainError, match="step 4: none of its tokens is supervised"):
+    with pytest.raises(TrainError, match="step 4: none of its tokens are supervised"):
         SilentFailures().supervised(0, 4)
 
 
