@@ -255,7 +255,7 @@ def test_what_is_not_known_is_asked_for_by_its_flag(tmp_path: Path) -> None:
             import_run(source, tmp_path / "run", replace(HERE, **options))
         return str(caught.value)
 
-    assert 'names its LLM as "/data/llava/models/tiny_internlm2", which is not a folder here; give --llm DIR' in refusal(
+    assert 'names its LLM as "/data/llava/models/tiny_internlm2", which is not a folder here; give --llm' in refusal(
         FINETUNE, llm=""
     )
     assert "give --vision-tower DIR" in refusal(FINETUNE, vision_tower="")
