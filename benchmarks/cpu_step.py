@@ -43,8 +43,8 @@ from dianjing.tinyworld.wording import FORMS, describe
 from dianjing.train.memory import WithinMemory
 from dianjing.train.optim import learning_rate_factor, make_optimizer, set_learning_rates
 from dianjing.train.shards import start_engine
+from dianjing.train.silent_failures import SilentFailures
 from dianjing.train.step import Parts, take_step
-from dianjing.train.watch import Watch
 
 RECIPE = "tinyworld_finetune"
 BATCH_SIZE = 16
@@ -92,7 +92,7 @@ def packed(recipe: Recipe, built: Built, dataset: Dataset) -> Step:
         model=model,
         engine=start_engine(recipe, accelerator, model),
         dataset=dataset,
-        watch=Watch(),
+        silent_failures=SilentFailures(),
         within_memory=WithinMemory(model, recipe, accelerator, checkpointing=False, warn=print),
     )
 

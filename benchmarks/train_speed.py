@@ -42,7 +42,7 @@ from dianjing.plan.flops import flops
 from dianjing.plan.lengths import lengths_of
 from dianjing.plan.plan import make_plan
 from dianjing.plan.shapes import INTERNLM2_1_8B
-from dianjing.train.ranks import is_main, leave
+from dianjing.train.ranks import is_main, leave_group
 
 ROOF = 790e12
 """Operations a second that an H200 reaches in a large bf16 product of random matrices."""
@@ -147,7 +147,7 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
     with sensors:
         train(recipe, quiet=False)
-    leave()
+    leave_group()
     assert not gates, f"never learned: {gates[:3]}"
     if not is_main():
         return {}
@@ -216,8 +216,8 @@ class Sensors(Thread):
 
 def never_learned(parts: Any) -> list[str]:
     """Return which of the weights that train never had a gradient, and which adapters are where they were."""
-    memory = parts.engine.memory()
-    still = [name for name, value in memory.items() if name.endswith("/exp_avg_sq") and not value.any()]
+    state = parts.engine.optimizer_state()
+    still = [name for name, value in state.items() if name.endswith("/exp_avg_sq") and not value.any()]
     return still + [name for name, weight in parts.engine.weights().items() if ".lora_B." in name and not weight.any()]
 
 

@@ -24,11 +24,11 @@ class JournalFile:
         self._header = dict(header)
         """The first line, which says what kind of journal it is."""
         self._instead = instead
-        """The way out for a user who cannot have this file."""
+        """What the user can do instead of using this file."""
         self._file = -1
 
     def open(self, take: Take) -> None:
-        """Lock and read the journal; make it if there is none.
+        """Lock and read the journal; a missing one is made.
 
         Raises:
             DataError: another process has it open, or it is not a journal of this kind.
@@ -59,13 +59,13 @@ class JournalFile:
         The last line of a killed run may be torn, and is left out.
 
         Raises:
-            DataError: a line that is not the last is none of this journal's.
+            DataError: a line other than the last does not belong to this journal.
         """
         content = self.path.read_bytes() if self.path.exists() else b""
         *lines, last = content.split(b"\n")
         torn = 0 if _is_object(last) else len(last)
         if torn and not lines and not json.dumps(self._header).startswith(last.decode(errors="replace")):
-            raise DataError(f"{self.path}: it is not a journal; move it away, or {self._instead}")
+            raise DataError(f"{self.path}: not a journal; move it away, or {self._instead}")
         lines += [last] if last and not torn else []
         for number, line in enumerate(lines, 1):
             try:
@@ -77,7 +77,7 @@ class JournalFile:
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise DataError(
                     f"{self.path}: line {number} is not a line of this journal ({error}); remove that line if you "
-                    "edited it, or move the file away to begin again"
+                    "edited it, or move the file away to start again"
                 ) from None
         return len(content) - torn
 

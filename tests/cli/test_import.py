@@ -28,7 +28,7 @@ def test_a_checkpoint_becomes_a_run_that_answers(tmp_path: Path, capsys: pytest.
         "matched: 50, as 54 of ours (9,712 parameters)",
         "missing: 0, unexpected: 0",
         "dropped: 12, behind the layer of the tower that the projector reads",
-        "optimizer: AdamW's memory of 54 tensors",
+        "optimizer: AdamW's state of 54 tensors",
         "it can be asked and exported, not trained on: its data (/data/llava/train/train.json",
     ):
         assert line in shown.err

@@ -1,4 +1,4 @@
-"""What DeepSpeed itself writes is read as what it holds: its fp32 weights and AdamW's memory of them."""
+"""What DeepSpeed itself writes is read as what it holds: its fp32 weights and AdamW's state of them."""
 
 from __future__ import annotations
 

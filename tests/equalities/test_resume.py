@@ -44,7 +44,7 @@ def recipe(request: pytest.FixtureRequest, make_recipe: Any, tmp_path: Path) -> 
 
 
 def learned(run: Path) -> dict[str, bytes]:
-    """Return what a run ended with: weights, the optimizer's memory and the place in the data."""
+    """Return what a run ended with: weights, optimizer state and the place in the data."""
     return {path.name: path.read_bytes() for path in newest(run).iterdir() if path.name != "manifest.json"}
 
 

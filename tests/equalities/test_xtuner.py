@@ -18,7 +18,7 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Example
 from dianjing.formats.source import open_foreign
-from dianjing.importing.run import Wishes, import_run
+from dianjing.importing.run import ImportOptions, import_run
 from dianjing.infer.generate import LoadedModel
 from dianjing.infer.load import load_for_use
 from dianjing.model.forward import embed, forward_loss, image_features
@@ -56,7 +56,7 @@ def restore(tmp_path_factory: pytest.TempPathFactory) -> Any:
             checkpoint = open_foreign(TINY / f"{stage}_iter_10.pth")
             config.write_text(checkpoint.config, encoding="utf-8")
             source = TINY / f"{state}.{'safetensors' if state.endswith('init') else 'pth'}"
-            import_run(source, run, Wishes(config=config, llm=str(LLM), vision_tower=str(TOWER)))
+            import_run(source, run, ImportOptions(config=config, llm=str(LLM), vision_tower=str(TOWER)))
         return load_for_use(str(run), "cpu")
 
     return make

@@ -13,7 +13,7 @@ import pytest
 
 from dianjing.config.load import load_recipe
 from dianjing.formats.source import open_foreign
-from dianjing.importing.run import Wishes, import_run
+from dianjing.importing.run import ImportOptions, import_run
 from dianjing.train.loop import train
 from tests.xtuner import IMAGES, XTUNER
 
@@ -27,15 +27,15 @@ def losses_of(tmp_path: Path, stage: str, start: str) -> list[dict[str, Any]]:
     config.write_text(open_foreign(TINY / f"{stage}_iter_10.pth").config, encoding="utf-8")
     records = json.loads((TINY / "train_unique.json").read_text(encoding="utf-8"))
     data.write_text(json.dumps(records * 10), encoding="utf-8")
-    wishes = Wishes(
+    options = ImportOptions(
         config=config,
         llm=str(TINY / "tiny_internlm2"),
         vision_tower=str(TINY / "tiny_clip"),
         data=str(data),
         images=str(IMAGES),
     )
-    import_run(TINY / f"{stage}_{start}", tmp_path / "run", wishes)
-    run = train(load_recipe(tmp_path / "run" / "recipe.toml", {"train.log_every": 1}), resume=True, quiet=True)
+    import_run(TINY / f"{stage}_{start}", tmp_path / "run", options)
+    run = train(load_recipe(tmp_path / "run" / "recipe.toml", {"train.log_every": "1"}), resume=True, quiet=True)
     return [json.loads(line) for line in (run / "train.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

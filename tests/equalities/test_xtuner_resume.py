@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import Recipe
 from dianjing.formats.xtuner import from_live
-from dianjing.importing.run import Wishes, import_run
+from dianjing.importing.run import ImportOptions, import_run
 from dianjing.run.checkpoint import newest
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
@@ -162,13 +162,13 @@ def test_going_on_from_xtuners_checkpoint_is_going_straight(straight: Straight, 
         assert not any(name.startswith(tuple(absent)) for name in sys.modules)
         run = tmp_path / f"from {form}"
         recipe = straight.recipe
-        wishes = Wishes(
+        options = ImportOptions(
             llm=recipe.language_model.folder,
             vision_tower=recipe.vision_tower.folder,
             data=str(recipe.data.path),
             images=recipe.data.images,
         )
-        report = import_run(source, run, wishes)
+        report = import_run(source, run, options)
         assert f"it can be trained on: step {MIDDLE} of {END}" in report, form
         train(load_recipe(run / "recipe.toml"), resume=True, quiet=True)
         assert learned(run) == expected, form

@@ -54,15 +54,15 @@ def run(arguments: list[str]) -> int:
     # Slow to import, so a typing error is said before.
     from dianjing.formats.gguf import is_gguf
     from dianjing.importing.gguf import import_gguf
-    from dianjing.importing.run import Wishes, import_run
+    from dianjing.importing.run import ImportOptions, import_run
 
     notices = Console(stderr=True)
     source, out = given.source.expanduser(), given.out.expanduser()
-    wishes = Wishes(**{name: value for name, value in vars(given).items() if name not in ("source", "out")})
+    options = ImportOptions(**{name: value for name, value in vars(given).items() if name not in ("source", "out")})
     with notices.status("reading the checkpoint and the models"):
         if not is_gguf(source):
-            report = import_run(source, out, wishes)
-        elif wishes == Wishes():
+            report = import_run(source, out, options)
+        elif options == ImportOptions():
             report = import_gguf(source, out)
         else:
             raise ConfigError(

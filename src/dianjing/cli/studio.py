@@ -101,9 +101,9 @@ def run(arguments: list[str]) -> int:
 
 def open_studio(given: Arguments, console: Console, training: Mapping[str, str]) -> Studio:
     """Return all that the page can reach, the data file open; `training` is the environment of runs it starts."""
-    from dianjing.studio.desk import Desk
     from dianjing.studio.models import Models
     from dianjing.studio.runs import Runs
+    from dianjing.studio.session import ReviewSession
     from dianjing.studio.studio import Studio
 
     if given.recipe:
@@ -116,7 +116,7 @@ def open_studio(given: Arguments, console: Console, training: Mapping[str, str])
         named_models=given.model,
         recipe=given.recipe,
         proposer=proposer,
-        desk=Desk(given.data, given.images) if given.data else None,
+        session=ReviewSession(given.data, given.images) if given.data else None,
     )
 
 

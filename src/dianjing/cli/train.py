@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
 
     from dianjing.train.interrupt import Stopped
     from dianjing.train.loop import train  # slow to import: a typing error in the recipe is said before
-    from dianjing.train.ranks import is_main, leave
+    from dianjing.train.ranks import is_main, leave_group
 
     if is_main() and not given.quiet:
         _say_refusals(given.recipe)
@@ -50,9 +50,9 @@ def run(arguments: list[str]) -> int:
     except Stopped as stopped:
         if is_main():
             print(f"{stopped}; go on with: dianjing train {given.path} --resume", file=sys.stderr)
-        leave()
+        leave_group()
         return stopped.exit_code
-    leave()
+    leave_group()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint from elsewhere holds, whichever program and form it comes from."""
+"""Content of a checkpoint from elsewhere, the same for each program and form."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ class Foreign:
     ranks: int = 0
     """GPUs of the run; 0 = not known."""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    """By part, "llm" or "visual_encoder", where a file beside the tensors tells them."""
+    """By part, "llm" or "visual_encoder", if a file next to the tensors has them."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of a recipe, by dotted name, that other files beside the tensors tell."""
+    """Fields of a recipe, by dotted name, from other files next to the tensors."""

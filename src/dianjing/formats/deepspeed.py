@@ -1,4 +1,4 @@
-"""A DeepSpeed checkpoint folder (ZeRO 1, 2 or 3, any number of ranks) -> the fp32 weights and AdamW's memory of them.
+"""A DeepSpeed checkpoint folder (ZeRO 1, 2 or 3, any number of ranks) -> the fp32 weights and AdamW's state of them.
 
     iter_500.pth/
         mp_rank_00_model_states.pt                       ZeRO 1 and 2: names, shapes, weights in 16 bits
@@ -35,12 +35,12 @@ Pieces = Sequence[Sequence[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeed:
-    """What a folder holds."""
+    """Content of a folder."""
 
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     extra: Mapping[str, Any]
-    """What the program that uses DeepSpeed added: XTuner's meta and param_schedulers."""
+    """Entries of the program that uses DeepSpeed: XTuner's meta and param_schedulers."""
     ranks: int
 
 
@@ -211,7 +211,7 @@ def _zero3(states: Sequence[Mapping[str, Any]], groups: Groups) -> Read:
 
 
 def _step(optimizer: Mapping[str, Any], group: int) -> Tensor:
-    """Return AdamW's count of steps, which torch keeps beside the moments and DeepSpeed's own AdamW in the group."""
+    """Return AdamW's count of steps, which torch keeps with the moments, DeepSpeed's own AdamW in the group."""
     states, groups = optimizer["state"], optimizer["param_groups"]
     step = states[group].get("step", groups[min(group, len(groups) - 1)].get("step"))
     return torch.tensor(float(step), dtype=torch.float32)

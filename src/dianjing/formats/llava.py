@@ -34,7 +34,7 @@ READ: dict[str, tuple[str | bool, ...]] = {
     "mm_use_im_start_end": (False,),
     "image_aspect_ratio": ("pad", "square"),
 }
-"""What config.json may say where LLaVA can be built otherwise than ours; it need not say anything."""
+"""Values that config.json must have, if it has them at all, for a LLaVA that is built as ours are."""
 
 
 def is_llava(name: str) -> bool:

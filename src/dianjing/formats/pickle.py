@@ -46,7 +46,7 @@ class Named:
 
 @dataclass(eq=False)
 class Inert:
-    """What stands for an object of a class that we have no use for."""
+    """Stand-in for an object of a class that is not needed."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -54,14 +54,14 @@ class Inert:
 
 
 class Refused(Exception):
-    """The program asks for something that is no checkpoint's business."""
+    """The program asks for something that no checkpoint needs."""
 
 
 def read_checkpoint(path: Path) -> Any:
     """Return what torch.save wrote: dicts, lists, tuples, numbers, texts, tensors, and `Inert` for the rest.
 
     Raises:
-        ModelError: the file is damaged, is no torch checkpoint, or asks for anything but data.
+        ModelError: the file is damaged, is not a torch checkpoint, or asks for more than data.
     """
     try:
         with path.open("rb") as file:
@@ -111,7 +111,7 @@ def _open_zip(path: Path, mapped: mmap.mmap) -> tuple[bytes, Callable[[str], tup
     start, size, _ = place("data.pkl")
     if size > LARGEST_PROGRAM_BYTES:
         raise ModelError(
-            f"{path}: its data.pkl has {size:,} bytes, more than {LARGEST_PROGRAM_BYTES:,}; it is no checkpoint"
+            f"{path}: its data.pkl has {size:,} bytes, more than {LARGEST_PROGRAM_BYTES:,}; it is not a checkpoint"
         )
     return mapped[start : start + size], place
 
@@ -149,10 +149,10 @@ CLASSES = frozenset(
         "mmengine.config.config.ConfigDict",
     }
 )
-"""What may be named, and made as an `Inert`."""
+"""Classes that may be named; each object of them is an `Inert`."""
 
 STATISTICS = ("min", "max", "mean", "current")
-"""What a HistoryBuffer keeps by getattr(HistoryBuffer, ...)."""
+"""Attributes that a HistoryBuffer reads by getattr(HistoryBuffer, ...)."""
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
@@ -160,7 +160,7 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride:
     if len(size) > MOST_DIMENSIONS or len(stride) > MOST_DIMENSIONS:
         raise ValueError(f"a tensor of {len(size):,} dimensions, more than {MOST_DIMENSIONS}")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *size, *stride)):
-        raise ValueError("a tensor with a size that is no size")
+        raise ValueError("a tensor with an impossible size")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if prod(size) > len(storage) or (prod(size) and last >= len(storage)):
         raise ValueError(f"a tensor of {'x'.join(map(str, size))} in a storage of {len(storage)} numbers")
@@ -228,7 +228,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray._reconstruct": lambda *_: Inert("numpy.ndarray", ()),
     "deepspeed.runtime.zero.config.ZeroStageEnum": lambda stage: stage,
 }
-"""What a program may call, and what we do then."""
+"""Functions that a program may call -> what is called instead."""
 
 MOVED = {"__builtin__.": "builtins.", "copy_reg.": "copyreg.", "numpy._core.": "numpy.core."}
 """Modules that other versions of Python and numpy name otherwise."""

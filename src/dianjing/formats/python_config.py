@@ -172,7 +172,7 @@ class _Reader:
         numbers = all(type(value) in (int, float) for value in (left, right))
         joined = type(op) is ast.Add and type(left) is type(right) and type(left) in (str, list, tuple)
         if not numbers and not joined:
-            self._refuse(node, f"{ast.unparse(node)[:60]!r} is no arithmetic on numbers")
+            self._refuse(node, f"{ast.unparse(node)[:60]!r} is not arithmetic on numbers")
         too_large = len(left) + len(right) > LONGEST_TEXT if joined else max(abs(left), abs(right)) > LARGEST
         if too_large or (type(op) is ast.Pow and abs(right) > 64):
             self._refuse(node, "a value that is too large")
@@ -181,7 +181,7 @@ class _Reader:
     def _number(self, node: ast.expr) -> int | float:
         value = self._evaluate(node)
         if type(value) not in (int, float):
-            raise TypeError(f"-{ast.unparse(node)} is no number")
+            raise TypeError(f"-{ast.unparse(node)} is not a number")
         return value
 
     def _refuse(self, node: ast.stmt | ast.expr, reason: str) -> Any:

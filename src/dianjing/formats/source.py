@@ -23,7 +23,7 @@ from dianjing.formats.xtuner_config import require_plain_lora
 PICKLES = (".pth", ".pt", ".bin")
 CONFIG = "xtuner_config.py"
 POINTERS = ("last_checkpoint", "latest")
-"""Files of mmengine and of DeepSpeed that name the newest checkpoint beside them."""
+"""Files of mmengine and of DeepSpeed that name the newest checkpoint of their folder."""
 LARGEST_SEED = 2**32
 """numpy's, which every seed of XTuner has gone through."""
 MOST_ITERATIONS = 2**63
@@ -37,7 +37,7 @@ def open_foreign(path: Path, *, optimizer: bool = True) -> Foreign:
     """Return the checkpoint at `path`; tensors are read when they are looked at.
 
     Raises:
-        ModelError: there is none of a known form, or it is damaged or unsafe.
+        ModelError: no checkpoint of a known form is there, or it is damaged or unsafe.
     """
     try:
         return _open(path, optimizer, POINTERS)
@@ -75,7 +75,7 @@ def _open_folder(path: Path, optimizer: bool, pointers: Sequence[str]) -> Foreig
 
 
 def _named_in(pointer: Path) -> str:
-    """Return the name of what a pointer names, which lies beside it, whatever folder of what machine it says."""
+    """Return the name of the file that a pointer names; its folder, on another machine, is ignored."""
     newest = PureWindowsPath(pointer.read_text(encoding="utf-8").strip()).name
     if newest in ("", ".."):
         raise ModelError(f"{pointer}: it names no checkpoint; give the checkpoint itself")
@@ -94,8 +94,8 @@ def _open_file(path: Path, optimizer: bool) -> Foreign:
         return _xtuner(path, content, content["state_dict"], optimizer)
     weights = _in_xtuner_names(_tensors(content, path), path)
     found = Foreign(kind="weights", weights=weights)
-    beside = path.parent / "config.json"
-    return replace(found, settings=recipe_fields(_read_json(beside), beside)) if beside.is_file() else found
+    config = path.parent / "config.json"
+    return replace(found, settings=recipe_fields(_read_json(config), config)) if config.is_file() else found
 
 
 def _xtuner(path: Path, content: Mapping[str, Any], state: Mapping[str, Any], optimizer: bool) -> Foreign:
@@ -125,7 +125,7 @@ def _with_meta(found: Foreign, content: Mapping[str, Any]) -> Foreign:
     iteration, seed = int(meta.get("iter", info.get("iter", 0))), meta.get("seed", info.get("seed"))
     config = meta.get("cfg") or info.get("cfg") or ""
     if not 0 <= iteration < MOST_ITERATIONS:
-        raise ValueError("its iteration is no number of batches")
+        raise ValueError("its iteration is not a number of batches")
     if not 0 <= int(seed or 0) < LARGEST_SEED:
         raise ValueError(f"its seed is not between 0 and {LARGEST_SEED:,}")
     if not isinstance(config, str):
@@ -140,7 +140,7 @@ def _with_meta(found: Foreign, content: Mapping[str, Any]) -> Foreign:
 
 
 def _open_converted(folder: Path) -> Foreign:
-    """What `xtuner convert pth_to_hf` wrote."""
+    """Read the output of `xtuner convert pth_to_hf`."""
     weights: dict[str, Tensor] = {}
     adapters: dict[str, Adapter] = {}
     settings: dict[str, Any] = {}
@@ -200,7 +200,7 @@ FORMS: dict[str, Callable[[Path], Foreign]] = {
     "mm_projector.bin": _open_llava_projector,
     "config.json": _open_llava,
 }
-"""What lies in a folder of each form; the first that is there decides."""
+"""A file that each form of folder has -> its reader; the first file found decides."""
 
 
 def _in_xtuner_names(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     pickles = sorted({*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")})
     if not files and not pickles:
-        raise ModelError(f"{folder}: there are no weights in it, neither *.safetensors nor *.bin; copy it whole")
+        raise ModelError(f"{folder}: it holds no weights, neither *.safetensors nor *.bin; copy the whole folder")
     read = [_read_safetensors(file) for file in files] or [_tensors(read_checkpoint(file), file) for file in pickles]
     return {name: weight for weights in read for name, weight in weights.items()}
 
@@ -247,7 +247,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged: {error}; copy it again") from None
 

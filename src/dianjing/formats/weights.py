@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a model folder.
 
     Raises:
-        ModelError: it is missing, is not a JSON object, or a size in it is none that a model can have.
+        ModelError: it is missing, is not a JSON object, or has a size that no model can have.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -48,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def impossible(config: Mapping[str, Any]) -> str:
-    """Return what no model has, "" when nothing is wrong; values of other types are left to transformers."""
+    """Return what is impossible in a config, "" if nothing; values of other types are left to transformers."""
     numbers = {name: config[name] for name in AT_LEAST_ONE if isinstance(config.get(name), int | float)}
     for name, value in numbers.items():
         if not value >= 1:
@@ -57,7 +57,7 @@ def impossible(config: Mapping[str, Any]) -> str:
         return f"num_hidden_layers is {layers}; no model has over {MOST_LAYERS}"
     heads, groups = numbers.get("num_attention_heads", 0), numbers.get("num_key_value_heads", 1)
     if heads % groups:
-        return f"num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {groups}"
+        return f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, {groups}"
     for name in ACTIVATIONS:
         if isinstance(config.get(name), str) and config[name] not in ACT2FN:
             return f'{name} is "{config[name]}", which transformers does not know'
@@ -78,7 +78,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold the weights of a folder: safetensors, and only without them pytorch_model*.bin.
 
     Raises:
-        ModelError: there are none, or their index names files that are not there or not in the folder.
+        ModelError: there are no weights, or their index names files that are missing or outside the folder.
     """
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
@@ -99,7 +99,7 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(f"{index}: it has no weight_map from tensors to files; copy it again")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise ModelError(f"{index}: {outside[0]!r} is no file of this folder; files elsewhere are not read")
+        raise ModelError(f"{index}: {outside[0]!r} is not a file of this folder; files elsewhere are not read")
     if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise ModelError(f"{index}: {name_some(missing)} not there; copy the folder again")
     return [index.parent / name for name in names]
@@ -115,7 +115,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in weight_files(folder):
         for name, weight in _read_file(path):
             if name in holders:
-                raise ModelError(f"{path}: {name} is in {holders[name]} too; which counts is not said; copy it again")
+                raise ModelError(f"{path}: {name} is also in {holders[name]}; copy the folder again")
             holders[name] = path.name
             yield name, weight
 
@@ -126,7 +126,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
         return
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ModelError(f"{path}: damaged: {error}; copy it again") from None
@@ -139,13 +139,13 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what torch raises for a broken file depends on where it is broken
         if type(error).__name__ != "UnpicklingError":
-            raise ModelError(f"{path}: damaged, or no file of tensors: {error}; copy it again") from None
+            raise ModelError(f"{path}: damaged, or not a file of tensors: {error}; copy it again") from None
         raise ModelError(
             f"{path}: refused: to be read it asks for {_asked_for(path, str(error))}, and a file that asks for more "
             "than tensors may run any program. Nothing was run; get safetensors, from a source you trust"
         ) from None
     if not isinstance(content, dict) or not all(isinstance(weight, Tensor) for weight in content.values()):
-        raise ModelError(f"{path}: a table of tensors by name is needed, and something else is in it")
+        raise ModelError(f"{path}: it does not hold a table of tensors by name")
     return content
 
 
@@ -171,7 +171,7 @@ def _asked_for(path: Path, complaint: str) -> str:
     except (IndexError, ValueError):
         pass
     strange = [name for name in names if not name.startswith(("torch.", "collections."))]
-    return strange[0] if strange else "something that is no tensor"
+    return strange[0] if strange else "something other than tensors"
 
 
 def name_some(names: Iterable[str]) -> str:

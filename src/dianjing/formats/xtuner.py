@@ -120,12 +120,12 @@ def parameters_in_order(weights: Mapping[str, Tensor]) -> list[str]:
 def moments_by_name(
     optimizer: Mapping[str, Any], weights: Mapping[str, Tensor], where: object
 ) -> dict[str, dict[str, Tensor]]:
-    """Return AdamW's memory of each weight; torch keeps it by number, frozen parameters counted too.
+    """Return AdamW's state of each weight; torch keeps it by number, frozen parameters counted too.
 
     What had no gradient has no memory: layers of the tower behind the one that the projector reads.
 
     Raises:
-        ModelError: the numbers cannot be told to be the weights'.
+        ModelError: the state cannot be assigned to the weights.
     """
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     states = [optimizer["state"][number] for number in numbers if number in optimizer["state"]]
@@ -167,7 +167,7 @@ def require_two_layers(names: Iterable[str], where: object) -> None:
     """Refuse weights whose projector is not ours.
 
     Raises:
-        ModelError: there is none, or it has another number of linear layers.
+        ModelError: there is no projector, or it has another number of linear layers.
     """
     layers = {name.removeprefix(PROJECTOR).partition(".")[0] for name in names if name.startswith(PROJECTOR)}
     if len(layers) != len(LINEARS):

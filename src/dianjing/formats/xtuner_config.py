@@ -20,7 +20,7 @@ PACK_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class XTunerConfig:
-    """What a config says that matters to us."""
+    """The settings of a config that a recipe needs."""
 
     fields: dict[str, Any]
     """Of a recipe, by dotted name; those that the config does not tell are not there."""
@@ -34,7 +34,7 @@ class XTunerConfig:
     template: str
     """Chat template by name; "" when the config has one that we do not know."""
     notes: tuple[str, ...]
-    """What training on cannot do as XTuner would."""
+    """Differences from XTuner when training goes on."""
 
 
 def read_xtuner_config(text: str, where: str) -> XTunerConfig:
@@ -47,7 +47,7 @@ def read_xtuner_config(text: str, where: str) -> XTunerConfig:
     try:
         return _read_values(values, where)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ConfigError(f"{where}: a value in it is not of its kind ({error}); put it right") from None
+        raise ConfigError(f"{where}: a value in it is not of its kind ({error}); correct it") from None
 
 
 def _read_values(values: Mapping[str, Any], where: str) -> XTunerConfig:

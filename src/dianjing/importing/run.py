@@ -1,4 +1,4 @@
-"""A checkpoint from elsewhere -> a run of ours: its recipe and one checkpoint, as if we had trained it."""
+"""Import of a checkpoint from elsewhere: it becomes a run with a recipe and one checkpoint."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SECTIONS = {"llm": "language_model", "visual_encoder": "vision_tower"}
 FLAGS = {"llm": "--llm", "visual_encoder": "--vision-tower"}
 ALPHA_FLAGS = {"llm": "--llm-alpha", "visual_encoder": "--tower-alpha"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What a number may be stored as."""
+"""Accepted dtypes of stored weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What the user says about a checkpoint; "" and 0 leave it to the checkpoint."""
+class ImportOptions:
+    """Facts about a checkpoint that the user gives; "" and 0 leave them to the checkpoint."""
 
     config: Path | None = None
     llm: str = ""
@@ -57,7 +57,7 @@ class Wishes:
     weights_only: bool = False
 
 
-def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
+def import_run(source: Path, out: Path, options: ImportOptions) -> list[str]:
     """Write the run and return what was found, a line each.
 
     Raises:
@@ -66,9 +66,9 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     """
     if os.path.lexists(out):
         raise ConfigError(f"{out}: already there; remove it or give another name")
-    foreign = open_foreign(source, optimizer=not wishes.weights_only)
-    config = _config_of(foreign, source, wishes)
-    recipe = _recipe(foreign, config, source, out, wishes)
+    foreign = open_foreign(source, optimizer=not options.weights_only)
+    config = _config_of(foreign, source, options)
+    recipe = _recipe(foreign, config, source, out, options)
     # Names and shapes are compared, not numbers: half the memory will do.
     light = replace(recipe, train=replace(recipe.train, precision="bf16"))
     light = replace(light, language_model=replace(light.language_model, quantization=""))
@@ -80,14 +80,14 @@ def import_run(source: Path, out: Path, wishes: Wishes) -> list[str]:
     except HeadsError as error:
         raise ModelError(f"{source}: {error} (--llm)") from None
     _require_match(found, trainable_state(built.model), source)
-    memory = {} if wishes.weights_only else _optimizer_state(foreign, found, text_config, source)
-    fresh = not memory and not foreign.iteration and bool(wishes.data) and not wishes.weights_only
+    optimizer = {} if options.weights_only else _optimizer_state(foreign, found, text_config, source)
+    fresh = not optimizer and not foreign.iteration and bool(options.data) and not options.weights_only
     if fresh:
-        memory = _fresh_memory(found.live)
-    dataset, why_not = _dataset(recipe, built, foreign, config, bool(wishes.data)) if memory else (None, "")
+        optimizer = _new_optimizer_state(found.live)
+    dataset, why_not = _dataset(recipe, built, foreign, config, bool(options.data)) if optimizer else (None, "")
     accumulation = config.accumulation if config else 1
-    state = _write(out, recipe, foreign.iteration // accumulation, dataset, found.live, memory)
-    return [*_report(foreign, found, memory, fresh), *_outlook(state, dataset, why_not, config)]
+    state = _write(out, recipe, foreign.iteration // accumulation, dataset, found.live, optimizer)
+    return [*_report(foreign, found, optimizer, fresh), *_outlook(state, dataset, why_not, config)]
 
 
 def _write(
@@ -96,9 +96,9 @@ def _write(
     step: int,
     dataset: Dataset | None,
     learned: Mapping[str, Tensor],
-    memory: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
 ) -> TrainState:
-    """Write the run beside `out`, give it its name last, and return the state it is in."""
+    """Write the run under another name next to `out`, rename it, and return its state."""
     try:
         if not out.parent.exists():
             out.parent.mkdir(parents=True)
@@ -109,7 +109,7 @@ def _write(
             recipe = load_recipe(unfinished / RECIPE)
             state = state_at(step, recipe, dataset, fingerprints(*base_folders(recipe), dataset))
             trained = {name: weight.float().contiguous() for name, weight in learned.items()}
-            save(unfinished, trained, memory, state, keep=1)
+            save(unfinished, trained, optimizer, state, keep=1)
             unfinished.rename(out)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written: {error.strerror}; choose another place") from None
@@ -120,31 +120,31 @@ def _write(
     return state
 
 
-def _config_of(foreign: Foreign, source: Path, wishes: Wishes) -> XTunerConfig | None:
-    if wishes.config:
+def _config_of(foreign: Foreign, source: Path, options: ImportOptions) -> XTunerConfig | None:
+    if options.config:
         try:
-            text = wishes.config.read_text(encoding="utf-8-sig")
+            text = options.config.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{wishes.config}: cannot be read: {error}; --config names XTuner's config") from None
-        return read_xtuner_config(text, str(wishes.config))
+            raise ConfigError(f"{options.config}: cannot be read: {error}; --config names XTuner's config") from None
+        return read_xtuner_config(text, str(options.config))
     return read_xtuner_config(foreign.config, f"{source} (its config)") if foreign.config else None
 
 
-def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Path, wishes: Wishes) -> Recipe:
+def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Path, options: ImportOptions) -> Recipe:
     """Return the recipe that would have made the checkpoint.
 
     Raises:
         ConfigError: something is not known and must be given; the flag is named.
     """
     require_two_layers(foreign.weights, source)
-    parts = {part: _tuning(part, foreign, config, source, wishes) for part in SECTIONS}
+    parts = {part: _tuning(part, foreign, config, source, options) for part in SECTIONS}
     tuned = any(fields[f"{SECTIONS[part]}.tuning"] != "frozen" for part, fields in parts.items())
     given = {
-        "language_model.folder": wishes.llm,
-        "vision_tower.folder": wishes.vision_tower,
-        "data.path": wishes.data,
-        "data.images": wishes.images,
-        "language_model.template": wishes.template,
+        "language_model.folder": options.llm,
+        "vision_tower.folder": options.vision_tower,
+        "data.path": options.data,
+        "data.images": options.images,
+        "language_model.template": options.template,
     }
     values: dict[str, Any] = {
         "data.path": "",
@@ -160,11 +160,11 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     if config:
         values.setdefault("language_model.template", config.template)
         values["train.global_batch_size"] = (
-            config.batch_size * config.accumulation * (wishes.gpus or foreign.ranks or 1)
+            config.batch_size * config.accumulation * (options.gpus or foreign.ranks or 1)
         )
         if not values["language_model.template"]:
-            raise ConfigError(f"{source}: its chat template is none that we know; give --template NAME")
-    if wishes.data and not wishes.images:
+            raise ConfigError(f"{source}: its chat template is unknown; give --template NAME")
+    if options.data and not options.images:
         values["data.images"] = ""  # of another machine
     if foreign.seed is not None:
         values["seed"] = foreign.seed
@@ -177,8 +177,10 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     )
 
 
-def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Path, wishes: Wishes) -> dict[str, Any]:
-    """Return how a part was tuned: by the tensors, with what they do not tell from the files beside them."""
+def _tuning(
+    part: str, foreign: Foreign, config: XTunerConfig | None, source: Path, options: ImportOptions
+) -> dict[str, Any]:
+    """Return how a part was tuned, by its tensors and the files next to them."""
     section = SECTIONS[part]
     names = [name for name in foreign.weights if name.startswith(f"{part}.")]
     adapted = [name for name in names if ".lora_A." in name]
@@ -188,11 +190,13 @@ def _tuning(part: str, foreign: Foreign, config: XTunerConfig | None, source: Pa
     if len(ranks) > 1:
         raise ModelError(f"{source}: the LoRA of {part} has ranks {sorted(ranks)}; only one rank for all can be read")
     (rank,) = ranks
-    told = config.lora_ranks.get(part, rank) if config else rank
-    if told != rank:
-        raise ConfigError(f"{source}: the LoRA of {part} has rank {rank}, its config says {told}: of another run")
+    stated = config.lora_ranks.get(part, rank) if config else rank
+    if stated != rank:
+        raise ConfigError(
+            f"{source}: the LoRA of {part} has rank {rank}, but the config says {stated}; give the config of this run"
+        )
     adapter = foreign.adapters.get(part) or (config.adapters.get(part) if config else None)
-    alpha = wishes.llm_alpha if part == "llm" else wishes.tower_alpha
+    alpha = options.llm_alpha if part == "llm" else options.tower_alpha
     if alpha:
         adapter = Adapter(alpha=alpha, dropout=adapter.dropout if adapter else 0.0)
     if not adapter:
@@ -217,7 +221,9 @@ def _require_folder(folder: Any, part: str, source: Path) -> None:
     if isinstance(folder, str) and (folder == TINYWORLD or os.path.isdir(os.path.expanduser(folder))):
         return
     what = "LLM" if part == "llm" else "vision tower"
-    named = f'names its {what} as "{folder}", which is no folder here' if folder else f"does not say what its {what} is"
+    named = (
+        f'names its {what} as "{folder}", which is not a folder here' if folder else f"does not say what its {what} is"
+    )
     raise ConfigError(f"{source}: it {named}; give {FLAGS[part]} DIR")
 
 
@@ -237,10 +243,12 @@ def _require_match(found: Translation, own: Mapping[str, Tensor], source: Path) 
         "missing": own.keys() - found.live.keys(),
         "unexpected": [*found.unknown, *(found.live.keys() - own.keys())],
     }
-    told = [f"{name_some(names)} {fault}" for fault, names in faults.items() if names]
-    if told:
+    wrong = [f"{name_some(names)} {fault}" for fault, names in faults.items() if names]
+    if wrong:
         raise ModelError(
-            "\n  ".join([f"{source}: it is of another LLM or vision tower than --llm and --vision-tower name:", *told])
+            "\n  ".join(
+                [f"{source}: it belongs to another LLM or vision tower than --llm and --vision-tower name:", *wrong]
+            )
         )
     stored = [f"{name} ({weight.dtype})" for name, weight in found.live.items() if weight.dtype not in DTYPES]
     if stored:
@@ -248,16 +256,16 @@ def _require_match(found: Translation, own: Mapping[str, Tensor], source: Path) 
     unusable = [name for name, weight in found.live.items() if not weight.isfinite().all()]
     if unusable:
         raise ModelError(
-            f"{source}: {name_some(unusable)} hold values that are no finite numbers: the run had failed when this was "
-            "saved; take an earlier checkpoint"
+            f"{source}: {name_some(unusable)} hold values that are not finite: the run had failed when this was saved; "
+            "take an earlier checkpoint"
         )
 
 
 def _require_usable(moments: Mapping[str, Tensor], weight: Tensor, where: str) -> None:
-    """Refuse what cannot be AdamW's memory of a weight.
+    """Refuse what cannot be AdamW's state of a weight.
 
     Raises:
-        ModelError: it is of another shape, or no numbers that AdamW could have come to.
+        ModelError: it has another shape, or values that AdamW cannot reach.
     """
     for kind, value in moments.items():
         shape = torch.Size() if kind == "step" else weight.shape
@@ -266,7 +274,7 @@ def _require_usable(moments: Mapping[str, Tensor], weight: Tensor, where: str) -
         elif value.dtype not in DTYPES:
             fault = f"is of {value.dtype}"
         elif not value.isfinite().all():
-            fault = "has values that are no finite numbers"
+            fault = "has values that are not finite"
         elif kind != "exp_avg" and (value < 0).any():
             fault = "is below 0"
         else:
@@ -278,10 +286,10 @@ def _require_usable(moments: Mapping[str, Tensor], weight: Tensor, where: str) -
 
 
 def _optimizer_state(foreign: Foreign, found: Translation, text_config: Any, source: Path) -> dict[str, Tensor]:
-    """Return AdamW's memory under our names; none when it is not of all that trains.
+    """Return AdamW's state under our names; nothing if it does not cover all that trains.
 
     Raises:
-        ModelError: a tensor of it cannot be AdamW's memory of the weight of its name, which is named.
+        ModelError: a tensor of it cannot be AdamW's state of the weight it is named after.
     """
     state: dict[str, Tensor] = {}
     for name, moments in foreign.moments.items():
@@ -294,8 +302,8 @@ def _optimizer_state(foreign: Foreign, found: Translation, text_config: Any, sou
     return state if {key.rpartition("/")[0] for key in state} == found.live.keys() else {}
 
 
-def _fresh_memory(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return AdamW's memory before its first step, with which weights alone begin a run."""
+def _new_optimizer_state(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return AdamW's state before its first step, for weights that come without one."""
     state: dict[str, Tensor] = {}
     for name, weight in learned.items():
         state |= {f"{name}/{kind}": torch.zeros(weight.shape) for kind in ("exp_avg", "exp_avg_sq")}
@@ -335,7 +343,7 @@ def _dataset(
     return dataset, ""
 
 
-def _report(foreign: Foreign, found: Translation, memory: Mapping[str, Tensor], fresh: bool) -> list[str]:
+def _report(foreign: Foreign, found: Translation, optimizer: Mapping[str, Tensor], fresh: bool) -> list[str]:
     numbers = sum(weight.numel() for weight in found.live.values())
     dropped = sum(map(len, found.dropped.values()))
     lines = [
@@ -344,11 +352,11 @@ def _report(foreign: Foreign, found: Translation, memory: Mapping[str, Tensor], 
         "missing: 0, unexpected: 0",
     ]
     lines += [f"dropped: {len(names)}, {reason} ({name_some(names)})" for reason, names in found.dropped.items()]
-    tensors = len({key.rpartition("/")[0] for key in memory})
+    tensors = len({key.rpartition("/")[0] for key in optimizer})
     if fresh:
         lines.append("optimizer: none in it; training begins with a new one")
     else:
-        lines.append(f"optimizer: AdamW's memory of {tensors} tensors" if memory else "optimizer: none")
+        lines.append(f"optimizer: AdamW's state of {tensors} tensors" if optimizer else "optimizer: none")
     return lines
 
 

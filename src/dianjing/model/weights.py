@@ -1,4 +1,4 @@
-"""What a run has learned, out of a model and into it, each name and shape accounted for."""
+"""Learned weights of a run, out of a model and into it; names and shapes must match exactly."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def _require_projector(learned: Mapping[str, Tensor], own: Mapping[str, Tensor],
         )
     kinds = [f"{name} ({weight.dtype})" for name, weight in learned.items() if not weight.is_floating_point()]
     if kinds:
-        raise ModelError(f"{where}: {name_some(kinds)} in it are no weights; name a checkpoint in fp32, bf16 or fp16")
+        raise ModelError(f"{where}: {name_some(kinds)} in it are not weights; name a checkpoint in fp32, bf16 or fp16")
     if broken := [name for name, weight in learned.items() if not weight.float().isfinite().all()]:
         raise ModelError(
-            f"{where}: {name_some(broken)} hold values that are no finite numbers: the run had failed when this was "
-            "saved; name an earlier checkpoint in projector.init_from"
+            f"{where}: {name_some(broken)} hold values that are not finite: the run had failed when this was saved; "
+            "name an earlier checkpoint in projector.init_from"
         )
 
 
@@ -133,7 +133,7 @@ def _foreign_projector(path: Path, kind: Kind) -> dict[str, Tensor]:
 
 
 def _widths(projector: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the widths of tower and LLM that a projector joins; 0 where a weight is no matrix."""
+    """Return the widths of tower and LLM that a projector joins; 0 where a weight is not a matrix."""
     first, last = projector["linear_1.weight"].shape, projector["linear_2.weight"].shape
     return first[1] if len(first) == 2 else 0, last[0] if len(last) == 2 else 0
 

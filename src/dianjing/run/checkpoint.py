@@ -85,10 +85,10 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def newest(run: Path, notify: Callable[[str], object] | None = None) -> Path:
-    """Return the newest checkpoint that is whole; `notify` (default: stderr) is told which were passed over.
+    """Return the newest checkpoint that is whole; `notify` (default: stderr) gets a line for each that is passed over.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no checkpoint is whole.
     """
     notify = notify or (lambda text: print(text, file=sys.stderr))
     passed_over: list[str] = []

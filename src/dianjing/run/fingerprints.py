@@ -1,4 +1,4 @@
-"""SHA-256 of all that a run stands on, so that it cannot go on with something else unnoticed."""
+"""SHA-256 of each input of a run, so that a resume with another input is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dianjing.data.dataset import Dataset
 from dianjing.data.survey import image_folder
 
 HASHED = "config.json and tokenizer.json whole; of each weight file its size and 256 blocks of 4 KiB spread over it"
-"""What `base_fingerprint` reads."""
+"""The files that `base_fingerprint` reads."""
 _BLOCKS, _BLOCK_BYTES = 256, 4096
 TOKENIZER = (
     "tokenizer.json",
@@ -39,7 +39,7 @@ SUBJECTS = {
     "preprocessing": "the preprocessor_config.json of the vision tower (vision_tower.folder)",
     "pictures": "the pictures: other content under the same names (data.images)",
 }
-"""What each fingerprint is of; where to put it back."""
+"""Name of a fingerprint -> its subject, and the field of the recipe that says where it is."""
 
 
 def fingerprints(language_model: Path, vision_tower: Path, dataset: Dataset | None) -> dict[str, str]:
@@ -57,7 +57,7 @@ def fingerprints(language_model: Path, vision_tower: Path, dataset: Dataset | No
 
 
 def base_fingerprint(folder: Path) -> str:
-    """Return a SHA-256 over what HASHED says: cheap, and another for other weights."""
+    """Return a SHA-256 of a base model, over what HASHED says: cheap, and different for different weights."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
         if (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""Files of JSON lines in a run's folder: read around damaged lines, repaired before they are written on.
+"""Files of JSON lines in a run's folder; damaged lines are left out, and removed before writing goes on.
 
 A line can be torn by a crash of the machine, or in the middle of the file by two writers at once. It costs that line
 alone, never the run.
@@ -48,7 +48,7 @@ def read_rows(path: Path, fields: Fields) -> tuple[list[dict[str, Any]], list[in
 
 
 def rows_to_keep(path: Path, fields: Fields, last_step: int, notify: Callable[[str], object]) -> list[dict[str, Any]]:
-    """Return the rows of a file up to a step; `notify` gets a line on what was lost."""
+    """Return the rows of a file up to a step; `notify` gets a line on damaged ones."""
     found, damaged = read_rows(path, fields)
     if damaged:
         more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
@@ -76,7 +76,7 @@ class Journal:
     def __init__(self, run: Path, first_step: int, notify: Callable[[str], object]) -> None:
         self._path = run / JOURNAL
         self.rows = rows_to_keep(self._path, METRICS, first_step, notify)
-        """What was written up to `first_step` and since; later lines, whose steps are now repeated, are dropped."""
+        """Rows up to `first_step`, and those appended; later ones are dropped, since their steps are repeated."""
         write_rows(self._path, self.rows)
         self._file: TextIO = self._path.open("a", encoding="utf-8")
 

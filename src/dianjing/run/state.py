@@ -33,7 +33,7 @@ FREE_TO_CHANGE = frozenset(
         "train.sample_count",
     }
 )
-"""Fields that say how and where, not what is learned; what data.path holds is compared itself."""
+"""Fields that say how and where, not what is learned; the content of data.path is compared by its fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class TrainState:
     recipe: dict[str, Any]
     """All fields that matter, by dotted name."""
     data: dict[str, Any]
-    """What the data set holds, and its fingerprint."""
+    """Counts of the data set, and its fingerprint."""
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     """Of SUBJECTS, and of the projector before the first step; none in checkpoints of older versions."""
 

@@ -24,8 +24,8 @@ from starlette.staticfiles import StaticFiles
 from dianjing.errors import DataError, DianjingError
 from dianjing.make.prompts import shipped_prompts
 from dianjing.pictures.picture import load_image, opaque
-from dianjing.studio.desk import FILTERS, Desk
 from dianjing.studio.review import OPS, Stale, Unusable
+from dianjing.studio.session import FILTERS, ReviewSession
 from dianjing.studio.studio import Studio
 from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
 
@@ -106,11 +106,11 @@ def _studio(request: Request) -> Studio:
     return request.app.state.studio
 
 
-def _desk(request: Request) -> Desk:
-    desk = _studio(request).desk
-    if desk is None:
+def _session(request: Request) -> ReviewSession:
+    session = _studio(request).session
+    if session is None:
         raise DataError("no data is under review; name it on the command line (--data)")
-    return desk
+    return session
 
 
 async def _said(request: Request, error: Exception) -> Response:
@@ -146,14 +146,14 @@ def _given(body: Mapping[str, Any], name: str, kind: type[Result]) -> Result:
 
 
 def _index(request: Request) -> int:
-    index, number = request.path_params["index"], len(_desk(request).records)
+    index, number = request.path_params["index"], len(_session(request).records)
     if index >= number:
-        raise DataError(f"there is no record {index}; there are {number}")
+        raise DataError(f"no record {index}; there are {number} records")
     return index
 
 
 def _png(image: Image.Image) -> Response:
-    """Return a picture written anew: of the file itself nothing is sent."""
+    """Return a picture encoded again: no byte of the file itself is sent."""
     shown = opaque(image).copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     file = io.BytesIO()
@@ -169,9 +169,9 @@ async def _page(request: Request) -> Response:
     text = (files("dianjing.studio") / "page.html.j2").read_text(encoding="utf-8")
     about = {
         "folder": studio.folder.name or str(studio.folder),
-        "data": studio.desk.data.name if studio.desk else "",
-        "journal": studio.desk.data.with_name(f"{studio.desk.data.stem}.review.jsonl").name if studio.desk else "",
-        "data_hash": studio.desk.records.sha256[:16] if studio.desk else "",
+        "data": studio.session.data.name if studio.session else "",
+        "journal": studio.session.journal.name if studio.session else "",
+        "data_hash": studio.session.records.sha256[:16] if studio.session else "",
         "generate": studio.proposer is not None,
         "prompts": list(shipped_prompts()),
         "models": list(studio.named_models),
@@ -185,44 +185,44 @@ async def _page(request: Request) -> Response:
 
 
 async def _state(request: Request) -> Response:
-    return Answer(_desk(request).state())
+    return Answer(_session(request).state())
 
 
 async def _next(request: Request) -> Response:
-    desk, query = _desk(request), request.query_params
+    session, query = _session(request), request.query_params
     chosen = next((one for one in FILTERS if one == query.get("filter")), "all")
     start = query.get("from", "0")
     if not start.removeprefix("-").isascii() or not start.removeprefix("-").isdecimal():
         raise Unusable('"from" must be a number')
     step = -1 if query.get("step") == "-1" else 1
-    return Answer(await in_thread(desk.next, max(int(start[:12]), 0 if step > 0 else -1), step, chosen))
+    return Answer(await in_thread(session.next, max(int(start[:12]), 0 if step > 0 else -1), step, chosen))
 
 
 async def _record(request: Request) -> Response:
-    return Answer(await in_thread(_desk(request).record, _index(request)))
+    return Answer(await in_thread(_session(request).record, _index(request)))
 
 
 async def _change(request: Request) -> Response:
-    desk, index, body = _desk(request), _index(request), await _json(request)
+    session, index, body = _session(request), _index(request), await _json(request)
     op = next((one for one in OPS if one == body.get("op")), None)
     if op is None:
         raise Unusable(f'"op" must be one of {", ".join(OPS)}')
     version = _given(body, "version", int)
     try:
-        await in_thread(desk.change, index, version, op, body.get("conversations"))
+        await in_thread(session.change, index, version, op, body.get("conversations"))
     except Stale:
-        return Answer({"error": "stale", "record": await in_thread(desk.record, index)}, status_code=409)
-    return Answer(await in_thread(desk.record, index))
+        return Answer({"error": "stale", "record": await in_thread(session.record, index)}, status_code=409)
+    return Answer(await in_thread(session.record, index))
 
 
 async def _proposal(request: Request) -> Response:
-    studio, desk, index, body = _studio(request), _desk(request), _index(request), await _json(request)
+    studio, session, index, body = _studio(request), _session(request), _index(request), await _json(request)
     if studio.proposer is None:
         raise DataError("no endpoint is named; give --base-url and --model-name on the command line")
     prompt = _given(body, "prompt", str)
     if prompt not in shipped_prompts():
-        raise Unusable("there is no such prompt")
-    name = desk.picture_name(index, 0)
+        raise Unusable("no such prompt")
+    name = session.picture_name(index, 0)
     proposal = await in_thread(studio.proposer.propose, name, prompt)
     fields = ("conversations", "model", "calls", "dropped")
     return Answer({name: getattr(proposal, name) for name in fields})
@@ -230,28 +230,28 @@ async def _proposal(request: Request) -> Response:
 
 async def _picture(request: Request) -> Response:
     number = request.path_params["number"]
-    return _png(await in_thread(_desk(request).picture, _index(request), number))
+    return _png(await in_thread(_session(request).picture, _index(request), number))
 
 
 async def _seen(request: Request) -> Response:
-    studio, desk, index = _studio(request), _desk(request), _index(request)
+    studio, session, index = _studio(request), _session(request), _index(request)
     recipe = studio.recipe_path(request.query_params.get("recipe", ""))
-    fields = desk.fields(index)
+    fields = session.fields(index)
     if fields is None:
-        raise DataError("this record is no JSON object; a model sees nothing of it")
-    return Answer(await in_thread(studio.seen.text, recipe, fields, desk.place(index)))
+        raise DataError("this record is not a JSON object, so no model can see it")
+    return Answer(await in_thread(studio.model_view.text, recipe, fields, session.place(index)))
 
 
 async def _seen_picture(request: Request) -> Response:
-    studio, desk = _studio(request), _desk(request)
+    studio, session = _studio(request), _session(request)
     recipe = studio.recipe_path(request.query_params.get("recipe", ""))
-    name = desk.picture_name(_index(request), request.path_params["number"])
-    return _png(await in_thread(studio.seen.picture, recipe, desk.root, name))
+    name = session.picture_name(_index(request), request.path_params["number"])
+    return _png(await in_thread(studio.model_view.picture, recipe, session.root, name))
 
 
 async def _export(request: Request) -> Response:
     await _json(request)
-    return Answer(await in_thread(_desk(request).export))
+    return Answer(await in_thread(_session(request).export))
 
 
 async def _runs(request: Request) -> Response:
@@ -323,10 +323,10 @@ def _chat_picture(studio: Studio, body: Mapping[str, Any]) -> Image.Image | None
     """Return the picture that was uploaded, or that of a record."""
     if body.get("picture") is not None:
         return studio.upload(_given(body, "picture", str))
-    if body.get("record") is not None and studio.desk:
+    if body.get("record") is not None and studio.session:
         index = _given(body, "record", int)
-        if 0 <= index < len(studio.desk.records):
-            return studio.desk.picture(index, 0)
+        if 0 <= index < len(studio.session.records):
+            return studio.session.picture(index, 0)
     return None
 
 

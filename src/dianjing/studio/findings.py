@@ -1,4 +1,4 @@
-"""What the check says of the shown record: of the whole set from a check in the background, of an edit at once."""
+"""Findings of the check for the shown record: those of the whole set from the background, those of an edit at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BackgroundCheck:
         self.progress = ""
         self.by_record: dict[int, list[Finding]] = {}
         self.whole: list[Finding] = []
-        """What is about no single record."""
+        """Findings that are not about a single record."""
         self.pictures_refused = 0
         """Of all records; none of them was opened by its path."""
         self._settings = Settings(paths=(path,), images=images)

@@ -30,7 +30,7 @@ class _Model:
 
 
 class Models:
-    """Every model by its path; a run is loaded anew when it has a newer checkpoint."""
+    """Every model by its path; a run is loaded again when it has a newer checkpoint."""
 
     def __init__(self) -> None:
         self.ending = threading.Event()
@@ -85,5 +85,5 @@ class Models:
 
 
 def _stamp(path: str) -> int:
-    """Return when a run last got a checkpoint; 0 for what is no run."""
+    """Return when a run last got a checkpoint; 0 if it has none."""
     return max((one.stat().st_mtime_ns for one in checkpoints(Path(path))), default=0)

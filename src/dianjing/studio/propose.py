@@ -54,7 +54,7 @@ class Proposer:
         """Return what the endpoint says about the picture `name`, asked with a shipped prompt.
 
         Raises:
-            DataError: the picture cannot be opened, or there is no usable answer.
+            DataError: the picture cannot be opened, or no answer is usable.
         """
         picture = look_at(self._root, name)
         if isinstance(picture, str):

@@ -15,7 +15,7 @@ from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import DataError
 
 RAW_CHARACTERS = 20_000
-"""Shown of a record that is no conversation."""
+"""Shown of a record that is not a conversation."""
 MAX_PICTURES = 16
 """Shown of one record."""
 
@@ -29,16 +29,16 @@ class Raw:
 
     text: str
     fields: Mapping[str, Any] | None
-    """None when it is no JSON object."""
+    """None if it is not a JSON object."""
     problem: str = ""
-    """Why it is none."""
+    """Why it is not one."""
 
 
 class RecordFile:
     """The records of one data file, by their number.
 
     Raises:
-        DataError: the file cannot be read, or there is no record in it.
+        DataError: the file cannot be read, or holds no record.
     """
 
     def __init__(self, path: str) -> None:
@@ -57,7 +57,7 @@ class RecordFile:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); give a LLaVA JSON or JSONL file") from None
         if not self._starts:
-            raise DataError(f"{path}: there is no record in it")
+            raise DataError(f"{path}: it holds no record")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -122,7 +122,7 @@ def read_messages(value: object) -> list[Message] | None:
 
 
 def images_of(fields: Mapping[str, Any]) -> list[str]:
-    """Return the names of a record's pictures; what is no name is left to the findings."""
+    """Return the names of a record's pictures; what is not a name is left to the findings."""
     value = fields.get("image")
     names = cast(list[object], value) if isinstance(value, list) else [value]
     return [name for name in names if isinstance(name, str) and name and encodable(name)][:MAX_PICTURES]

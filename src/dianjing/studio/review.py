@@ -1,4 +1,4 @@
-"""Decisions about records, in a journal beside the data: nothing is overwritten, undoing appends too.
+"""Decisions about records, in a journal next to the data: nothing is overwritten, undoing appends too.
 
     {"op": "accept" | "reject" | "edit" | "undo", "record": 17, "version": 3, "conversations": [...]}
 
@@ -35,7 +35,7 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What was decided about one record."""
+    """The decision about one record."""
 
     status: Status = "undecided"
     conversations: Sequence[Message] | None = None
@@ -99,7 +99,7 @@ class Review:
 
         Raises:
             Stale: the record was changed since `version`.
-            Unusable: there is nothing to undo, or the conversation is none.
+            Unusable: there is nothing to undo, or it is not a conversation.
         """
         with self._lock:
             if version != self.version(record):
@@ -133,7 +133,7 @@ class Review:
         if line != self._data:
             raise DataError(
                 f"{self._file.path}: the decisions in it are about {line['records']} records of another data file, or "
-                "of this one before it was changed; put that file back, or move the journal away to begin anew"
+                "of this one before it was changed; put that file back, or move the journal away to start again"
             )
 
     def _apply(self, line: Mapping[str, Any]) -> None:

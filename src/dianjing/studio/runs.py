@@ -43,13 +43,13 @@ class Started:
 
 
 class Runs:
-    """What lies in a folder; `images` is the one folder beside it whose pictures may be shown."""
+    """Recipes and runs in a folder; `images` is the only other folder whose pictures may be shown."""
 
     def __init__(self, folder: Path, images: str, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder.resolve()
         self._images = images
         self._environment = dict(environment or {})
-        """Of the runs that are started, beside this process's own."""
+        """Variables of runs that are started, added to those of this process."""
         self._started: dict[Path, Started] = {}
         self._lock = threading.Lock()
 
@@ -68,12 +68,12 @@ class Runs:
         """Return the file of a recipe, or of the recipe that a run was made with.
 
         Raises:
-            DataError: there is no such one in the folder.
+            DataError: the folder has no recipe or run of this name.
         """
         recipes, runs = self._found()
         known = {self._name(path): path for path in recipes} | {self._name(run): run / RECIPE for run in runs}
         if name not in known:
-            raise DataError(f'there is no recipe or run "{name[:200]}" in {self.folder}')
+            raise DataError(f'no recipe or run "{name[:200]}" in {self.folder}')
         return known[name]
 
     def start(self, name: str, *, resume: bool) -> str:
@@ -109,11 +109,11 @@ class Runs:
         """Ask a run that was started here to stop, which it does after its step, with a checkpoint.
 
         Raises:
-            DataError: it is not one of those, or is at its end.
+            DataError: it was not started here, or has ended.
         """
         started = self._started.get(self.folder / name)
         if not started or started.process.poll() is not None:
-            raise DataError(f'"{name[:200]}" is not a run that goes on here')
+            raise DataError(f'"{name[:200]}" is not a run that was started here and is still going on')
         started.process.send_signal(signal.SIGTERM)
 
     def end(self) -> list[str]:
@@ -163,7 +163,7 @@ class Runs:
         """
         root, images = self._sample_pictures(self.recipe(name).parent)
         if record not in images:
-            raise DataError("there is no picture of this question in the folder")
+            raise DataError("this question has no picture in the folder")
         return load_image(root, images[record])
 
     def _samples(self, run: Path) -> list[dict[str, Any]]:

@@ -10,11 +10,11 @@ from PIL.Image import Image
 
 from dianjing.config.load import find_recipe
 from dianjing.errors import DataError
-from dianjing.studio.desk import Desk
+from dianjing.studio.model_view import ModelView
 from dianjing.studio.models import Models
 from dianjing.studio.propose import Proposer
 from dianjing.studio.runs import Runs
-from dianjing.studio.seen import Seen
+from dianjing.studio.session import ReviewSession
 
 UPLOADS = 4
 """Pictures of one's own that are in memory at once."""
@@ -30,17 +30,17 @@ class Studio:
     named_models: tuple[str, ...] = ()
     recipe: str = ""
     """Shows what its model sees, when the folder has no recipe of its own."""
-    desk: Desk | None = None
+    session: ReviewSession | None = None
     proposer: Proposer | None = None
-    seen: Seen = field(default_factory=Seen)
+    model_view: ModelView = field(default_factory=ModelView)
     uploads: OrderedDict[str, Image] = field(default_factory=OrderedDict)
     """Pictures of one's own by their hash, the oldest first."""
 
     def close(self) -> list[str]:
         """Stop what goes on, and return the runs that were stopped."""
         self.models.ending.set()
-        if self.desk:
-            self.desk.close()
+        if self.session:
+            self.session.close()
         return self.runs.end()
 
     def model_path(self, name: str) -> str:
@@ -53,7 +53,7 @@ class Studio:
             return name
         if name in self.runs.listing()["runs"]:
             return str(self.runs.folder / name)
-        raise DataError(f'there is no model "{name[:200]}"; name it on the command line (--model)')
+        raise DataError(f'no model "{name[:200]}"; name it on the command line (--model)')
 
     def recipe_path(self, name: str) -> str:
         """Return the file of a recipe whose reading may be shown.

@@ -1,6 +1,7 @@
-"""What takes a run's optimizer steps: `ddp`, and what the engines of shards.py have in common with it.
+"""Base of all engines, which take a run's optimizer steps, and the engine `ddp` itself.
 
-A step means the same with each of them: the sum of the packs' shares over all ranks, clipped by its norm, AdamW.
+A step is the same with each engine: the packs' shares of the loss are summed over all ranks, the gradient is clipped by
+its norm, AdamW steps.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ from dianjing.model.weights import trainable_state
 from dianjing.train.optim import load_optimizer_state, make_optimizer, optimizer_state
 
 
-class Taken(NamedTuple):
-    """What is known of a step once it is taken, or was not: where a number is not finite."""
+class StepOutcome(NamedTuple):
+    """Result of a step, which is not taken if a number is not finite."""
 
     loss: float
     norm: float
     """Of the gradients, before they were clipped; nan where the loss alone was enough to know."""
     learns: bool
-    """Whether the gradients held anything for the module that was asked about."""
+    """The gradient of the module `probe` is not zero."""
 
     @property
     def finite(self) -> bool:
-        """Whether the step was taken."""
+        """The step was taken."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-class Reading:
-    """Numbers of a step on their way from the device; what is done there after them is not waited for."""
+class PendingOutcome:
+    """Numbers of a step on their way from the device; work queued after them is not waited for."""
 
-    def __init__(self, loss: Tensor, norm: Tensor, asked: Tensor) -> None:
-        """`asked` is not 0 if the module that was asked about learns."""
-        numbers = torch.stack([value.to(loss.device, torch.float32) for value in (loss, norm, asked)])
+    def __init__(self, loss: Tensor, norm: Tensor, probe: Tensor) -> None:
+        """`probe` is not 0 if the probed module has a gradient."""
+        numbers = torch.stack([value.to(loss.device, torch.float32) for value in (loss, norm, probe)])
         self._numbers = numbers.to("cpu", non_blocking=True)
         self._there = torch.cuda.Event() if loss.is_cuda else None
         if self._there:
             self._there.record()
 
-    def taken(self) -> Taken:
+    def wait(self) -> StepOutcome:
         """Wait for the numbers."""
         if self._there:
             self._there.synchronize()
-        loss, norm, asked = self._numbers.tolist()
-        return Taken(loss, norm, asked != 0)
+        loss, norm, probe = self._numbers.tolist()
+        return StepOutcome(loss, norm, probe != 0)
 
 
 class Losses(nn.Module):
@@ -102,22 +103,23 @@ class Engine:
             self._accelerator.backward(share * self._accelerator.num_processes)
         return share.detach()
 
-    def step(self, loss: Tensor, asked: nn.Module | None = None) -> Taken:
-        """Clip, and take the step unless its loss or the gradients' norm is no finite number.
+    def step(self, loss: Tensor, probe: nn.Module | None = None) -> StepOutcome:
+        """Clip, and take the step unless its loss or the norm of its gradient is not finite.
 
-        All of it is on its way to a GPU before anything is waited for: the optimizer itself looks whether it may.
+        All of it is queued on a GPU before anything is waited for: the optimizer itself checks `found_inf`. The result
+        says if the module `probe` has a gradient.
         """
         trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         norm = self._norm(trained)
-        asked_norm = torch.ones(()) if asked is None else self._norm(asked.parameters())
-        read = Reading(loss, norm, asked_norm)
+        probe_norm = torch.ones(()) if probe is None else self._norm(probe.parameters())
+        read = PendingOutcome(loss, norm, probe_norm)
         clip_grads_with_norm_(trained, self._clip_norm or math.inf, norm)
         # Fused AdamW changes nothing where this is not 0; the name is that of torch.amp's contract with optimizers.
         self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         count_change(self._model)
-        return read.taken()
+        return read.wait()
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return what trains, whole, by name; called on all ranks, of use on the main one."""

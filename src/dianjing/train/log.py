@@ -27,7 +27,7 @@ SKIPPED_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step was like, over all ranks."""
+    """Metrics of one optimizer step, over all ranks."""
 
     step: int
     """Counted from 1."""
@@ -45,11 +45,11 @@ class StepResult:
     data_wait: float
     """The part of it spent waiting."""
     notes: tuple[str, ...] = ()
-    """What went otherwise than planned."""
+    """Changes of plan, such as smaller packs after running out of memory."""
 
 
 class Log:
-    """Tells of a run as it goes; a rank that is not the main one has a quiet log that writes nothing."""
+    """Log of a run; on ranks other than the main one it prints and writes nothing."""
 
     def __init__(self, run: Path, *, quiet: bool, write: bool) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
@@ -65,11 +65,11 @@ class Log:
         return self.console.status(text)
 
     def warn(self, text: str) -> None:
-        """Print what deserves a second look."""
+        """Print a warning."""
         self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def data(self, dataset: Dataset) -> None:
-        """Print what was found in the data, and what was left out."""
+        """Print counts of the data, and the first skipped records."""
         found = ", ".join(f"{count:,} {name}" for name, count in dataset.report.items() if count)
         self.show(f"data: {found}")
         if dataset.opened:
@@ -80,7 +80,7 @@ class Log:
             self.warn(f"  ... and {len(dataset.skipped) - SKIPPED_SHOWN} more")
 
     def peak_memory(self, device: torch.device) -> None:
-        """Print the most memory that this process has had: what tensors took on a GPU, all of it on a CPU."""
+        """Print the peak memory of this process: of its tensors on a GPU, of all of it on a CPU."""
         if device.type == "cuda":
             peak, of = peak_bytes(device), "tensors on the GPU"
         else:
@@ -94,7 +94,7 @@ class Log:
 
 
 class StepLog:
-    """The steps of a run: entered before the first, told of each, left after the last."""
+    """Log of the steps of a run: a context entered before the first step and left after the last."""
 
     def __init__(self, log: Log, run: Path | None, first_step: int, total_steps: int, log_every: int) -> None:
         self._log, self._console = log, log.console
@@ -134,7 +134,7 @@ class StepLog:
             self._board.close()
 
     def step(self, result: StepResult) -> None:
-        """Take note of a step; every log_every steps, and after the last, write a line."""
+        """Count a step; every log_every steps, and after the last, write a line."""
         self._window.append(result)
         due = result.step % self._log_every == 0 or result.step == self._total_steps
         metrics = self._metrics()

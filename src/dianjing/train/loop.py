@@ -1,4 +1,4 @@
-"""The training loop: from a recipe to a run, told from top to bottom."""
+"""The training loop, from a recipe to a finished run."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ from dianjing.run.lock import locked
 from dianjing.run.state import TrainState, state_at
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
-from dianjing.train.memory import WithinMemory, explained, plan_checkpointing
-from dianjing.train.ranks import SILENCE_MINUTES, one_voice
+from dianjing.train.memory import WithinMemory, out_of_memory_explained, plan_checkpointing
+from dianjing.train.ranks import SILENCE_MINUTES, one_error
 from dianjing.train.samples import Samples
 from dianjing.train.shards import require_engine, start_engine
+from dianjing.train.silent_failures import SilentFailures, require_pictures
 from dianjing.train.step import Parts, over_ranks, take_step
 from dianjing.train.strategy import Strategy, strategy_of
-from dianjing.train.watch import Watch, require_pictures
 
 BYTES_PER_PARAMETER = 12
-"""What a checkpoint holds of each: the weight and AdamW's two means, in fp32."""
+"""In a checkpoint: the weight and AdamW's two moments, in fp32."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     """Train as the recipe says and return the run's folder; `resume` goes on from its newest whole checkpoint.
 
     Raises:
-        DianjingError: the recipe, a model, the data or the folder cannot be used, or the run went wrong.
+        DianjingError: the recipe, a model, the data or the folder cannot be used, or training failed.
         Stopped: SIGINT or SIGTERM came; the checkpoint is written.
     """
     require_engine(recipe)
-    # torch says so once, of the thread of the backward pass, which then sets the context up.
+    # A warning about the thread of the backward pass, which then sets the context up itself.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     accelerator = _start_accelerator(recipe)
     main = accelerator.is_main_process
     run = Path(recipe.output).expanduser()
     log = Log(run, quiet=quiet or not main, write=main)
-    with one_voice(), explained(), locked(run, log.warn) if main else nullcontext():
+    with one_error(), out_of_memory_explained(), locked(run, log.warn) if main else nullcontext():
         _train(recipe, accelerator, log, run, resume=resume)
     return run
 
@@ -73,7 +73,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
         built = build(recipe, accelerator.device, fresh_projector=resume, move=strategy.whole)
     log.show(str(built.report))
     if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
-        log.warn("the projector starts from nothing; projector.init_from takes it from a pretrain run")
+        log.warn("the projector starts untrained; projector.init_from takes one from a pretrain run")
     stage = apply_stage(built.model, recipe)
     log.show(stage)
     if strategy.compiled:
@@ -107,7 +107,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
         model=built.model.train(),
         engine=engine,
         dataset=dataset,
-        watch=Watch(),
+        silent_failures=SilentFailures(),
         within_memory=WithinMemory(built.model, recipe, accelerator, checkpointing=checkpointing, warn=log.warn),
     )
     _take_all_steps(parts, strategy, state, log, samples, run)
@@ -144,7 +144,7 @@ def _save(parts: Parts, state: TrainState, run: Path) -> None:
 
 
 def _batches(parts: Parts, strategy: Strategy, state: TrainState) -> Iterator[tuple[list[Batch], float]]:
-    """Yield this rank's packs of each step to come, and the seconds they were waited for."""
+    """Yield this rank's packs of each remaining step, and the seconds spent waiting for them."""
     plan = run_indices(
         parts.dataset.num_records,
         seed=parts.recipe.seed,
@@ -214,6 +214,6 @@ def _prepare_folder(run: Path, recipe: Recipe, trainable: int) -> None:
 
 
 def _on_any_rank(accelerator: Accelerator, number: int) -> int:
-    """Return the signal this rank has had, or SIGTERM when only another has."""
+    """Return the signal that this rank got, SIGTERM if only another rank got one, else 0."""
     (heard,) = over_ranks(accelerator, float(number))
     return (number or signal.SIGTERM) if heard else 0

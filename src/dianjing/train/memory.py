@@ -1,7 +1,7 @@
-"""Activation checkpointing by plan, and what a step does when the GPU's memory is not enough after all.
+"""GPU memory: planned activation checkpointing, and the retry of a step that runs out of memory.
 
-A step that runs out is taken again from its first pack: gradients are dropped, the same seed is set, and the passes
-take less memory than before. Its loss is a mean over all its tokens, so its gradient stays what it would have been.
+Such a step is repeated from its first pack: gradients are dropped, the same seed is set, and the passes take less
+memory than before. Its loss is a mean over all its tokens, so its gradient stays the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def plan_checkpointing(
 ) -> tuple[bool, str]:
     """Return whether activations are checkpointed, and one line that says why, "" on a CPU.
 
-    Where the recipe leaves it open, the model is told here; all ranks come to the same answer.
+    If the recipe leaves it open, it is decided and switched on here, the same on all ranks.
     """
     said, on_gpu = recipe.train.gradient_checkpointing, accelerator.device.type == "cuda"
     if said != "auto" or not on_gpu:
@@ -70,7 +70,7 @@ def _gib(size: int) -> str:
 
 
 class WithinMemory:
-    """Takes a step's packs in passes that fit, smaller ones from the first time that they do not."""
+    """Runs the packs of a step; after running out of memory, in smaller passes."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class WithinMemory:
         self._most_tokens: int | None = None
         """Largest pack from now on; None: as they come."""
         self.notes: list[str] = []
-        """What was changed, for the log of the step."""
+        """Changes made in this step, for its line in the log."""
 
     def run(
         self, step: int, batches: Sequence[Batch], attempt: Callable[[Sequence[Batch]], Tensor]
@@ -113,7 +113,7 @@ class WithinMemory:
             packs = self._split(packs)
 
     def _relieve(self, step: int, packs: Sequence[Batch], reason: str) -> None:
-        """Let the next attempt take less memory.
+        """Make the next attempt take less memory.
 
         Raises:
             TrainError: nothing is left to try.
@@ -153,7 +153,7 @@ class WithinMemory:
 
 
 def split(batch: Batch, most_tokens: int) -> list[Batch]:
-    """Return packs of the same records with at most so many positions; a longer record stands alone."""
+    """Return packs of the same records with at most `most_tokens` positions; a longer record has its own pack."""
     if batch.num_tokens <= most_tokens or len(batch.ids) < 2:
         return [batch]
     bounds = pairwise(batch.cu_seqlens.tolist())
@@ -162,8 +162,8 @@ def split(batch: Batch, most_tokens: int) -> list[Batch]:
 
 
 @contextmanager
-def explained() -> Generator[None]:
-    """Say what to do when memory runs out where nothing smaller can be tried.
+def out_of_memory_explained() -> Generator[None]:
+    """Turn running out of memory outside a step into an error that says what to do.
 
     Raises:
         TrainError: in place of torch's error.

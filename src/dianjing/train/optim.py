@@ -1,4 +1,4 @@
-"""What trains at which rate, the optimizer, and the learning rate of each step."""
+"""The optimizer, its groups of parameters, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARMUP_START = 1e-5
 SHORTEST_WARMUP = 2
 """Steps: the first at WARMUP_START, the second at the full rate."""
 SHORTEST_SCHEDULE = 4
-"""Steps below which there is no warm-up: it would be most of the run."""
+"""Shorter runs have no warm-up: it would be most of the run."""
 
 
 def make_optimizer(model: LlavaForConditionalGeneration, recipe: Recipe) -> AdamW:
@@ -45,7 +45,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> fl
     """Return what the learning rates are multiplied by at a step counted from 0.
 
     XTuner's curve: linear over the first int(warmup_ratio * total_steps) steps, then a cosine to 0. Its warm-up
-    of one step, which never ends, becomes one of two.
+    of one step would never end, and becomes one of two.
     """
     warmup = int(warmup_ratio * total_steps)
     if warmup_ratio > 0:

@@ -1,4 +1,4 @@
-"""Several ranks, one voice: of an error that ends them all, only the first rank it meets tells."""
+"""Several ranks, one error message: only the first rank that fails reports."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def is_main() -> bool:
 
 
 @contextmanager
-def one_voice() -> Generator[None]:
-    """Raise what went wrong on the rank that it met first; end the others without a word, with the same exit code."""
+def one_error() -> Generator[None]:
+    """Raise an error on the rank that failed first; end the other ranks silently, with the same exit code."""
     try:
         yield
     except Stopped:
@@ -43,21 +43,21 @@ def one_voice() -> Generator[None]:
         ) from None
 
 
-def leave() -> None:
-    """Part from the other ranks at the end of a program; torch complains about those that just go."""
+def leave_group() -> None:
+    """Leave the process group at the end of a program; torch warns otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _is_ours(error: Exception) -> bool:
-    """Return whether an error is a user's, or comes from talking to the other ranks."""
+    """Return whether an error is a DianjingError or comes from communication with other ranks."""
     return isinstance(error, DianjingError | dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
 
 
 def _first_to_fail() -> bool:
-    """Return whether no rank has failed before; when nobody is there to ask, the main rank has."""
+    """Return whether no rank has failed before; False if the main rank, which counts them, is gone."""
     try:
         return dist.distributed_c10d._get_default_store().add("dianjing/failed", 1) == 1
     except RuntimeError:

@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 128
 
 
 class Samples:
-    """A few held-out questions, asked again and again; none when the recipe wants none.
+    """A few held-out questions, asked at intervals; none if the recipe has none.
 
     Raises:
         DataError: the held-out records or their pictures cannot be used.

@@ -1,11 +1,11 @@
-"""Where weights, gradients and the optimizer state lie: on each rank whole, or in shards.
+"""Engines: are weights, gradients and optimizer state whole on each rank, or sharded?
 
     ddp               each rank holds everything; gradients are summed in a step's last backward pass
     fsdp2             all is sharded; a layer's weights are gathered while it computes        (torch)
     deepspeed_zero2   gradients and the optimizer state are sharded                           (DeepSpeed)
 
-Where weights are sharded, each forward and backward pass is a conversation between the ranks: all must hold the same
-number of them, and each must use all weights, pictures or not.
+If weights are sharded, the ranks communicate in each forward and backward pass: all ranks must make the same number of
+passes, and each pass must use all weights, with pictures or without.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import ConfigError
 from dianjing.model.towers.families import layers_of
-from dianjing.train.engine import Engine, Reading, Taken, count_change
+from dianjing.train.engine import Engine, PendingOutcome, StepOutcome, count_change
 from dianjing.train.optim import load_optimizer_state, make_optimizer, require_state_of, steps_of
 
 
 class ShardedEngine(Engine):
-    """What engines share in which backward passes of sharded gradients meet the other ranks."""
+    """Base of the engines whose backward passes communicate."""
 
     def num_packs(self, own: int) -> int:
         """Return the largest number of packs that any rank has."""
@@ -58,7 +58,7 @@ class ShardedEngine(Engine):
         return {name: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
 
     def _on_main(self, gathered: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Keep what is gathered in the main rank's own memory, not the device's; the others only take part."""
+        """Keep gathered tensors in CPU memory on the main rank; the other ranks only take part."""
         kept = {}
         for name, value in gathered:
             if self._accelerator.is_main_process:
@@ -147,22 +147,22 @@ class Zero2(ShardedEngine):
         self._losses.backward(share * self._accelerator.num_processes, scale_wrt_gas=False)
         return share.detach()
 
-    def step(self, loss: Tensor, asked: nn.Module | None = None) -> Taken:
-        """Let DeepSpeed clip and step; it does not step either where the norm is not finite.
+    def step(self, loss: Tensor, probe: nn.Module | None = None) -> StepOutcome:
+        """Let DeepSpeed clip and step; it does not step if the norm is not finite.
 
-        Of the module that is asked about it asks the smallest weight: the gradient has to be gathered for it.
+        Only the smallest weight of `probe` is looked at, since its gradient has to be gathered.
         """
         found = torch.ones(())
-        if asked is not None:
-            smallest = min(asked.parameters(), key=lambda weight: weight.numel())
+        if probe is not None:
+            smallest = min(probe.parameters(), key=lambda weight: weight.numel())
             found = self._fragments.safe_get_full_grad(smallest).count_nonzero()
-        taken = Reading(loss, torch.full((), math.nan), found).taken()
-        if math.isfinite(taken.loss):
+        outcome = PendingOutcome(loss, torch.full((), math.nan), found).wait()
+        if math.isfinite(outcome.loss):
             self._losses.step()
             count_change(self._model)
             overflow = self._losses.optimizer.overflow
-            taken = taken._replace(norm=math.inf if overflow else float(self._losses.get_global_grad_norm()))
-        return taken
+            outcome = outcome._replace(norm=math.inf if overflow else float(self._losses.get_global_grad_norm()))
+        return outcome
 
     def optimizer_state(self) -> Mapping[str, Tensor]:
         """Gather the optimizer state, one parameter at a time."""

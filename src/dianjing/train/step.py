@@ -23,7 +23,7 @@ from dianjing.train.engine import Engine
 from dianjing.train.log import StepResult
 from dianjing.train.memory import WithinMemory
 from dianjing.train.optim import learning_rate_factor, set_learning_rates
-from dianjing.train.watch import Watch
+from dianjing.train.silent_failures import SilentFailures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +35,21 @@ class Parts:
     model: LlavaForConditionalGeneration
     engine: Engine
     dataset: Dataset
-    watch: Watch
+    silent_failures: SilentFailures
     within_memory: WithinMemory
 
 
 def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch], data_wait: float) -> StepResult:
     """Take one optimizer step, `step` counted from 1, on this rank's packs of it."""
     began = time.perf_counter()
-    recipe, watch, engine = parts.recipe, parts.watch, parts.engine
+    recipe, engine = parts.recipe, parts.engine
     set_learning_rates(engine.optimizer, learning_rate_factor(step - 1, total_steps, recipe.train.warmup_ratio))
     tokens, pictures = over_ranks(
         parts.accelerator,
         sum(batch.num_supervised for batch in batches),
         sum(batch.num_images for batch in batches),
     )
-    watch.supervised(int(tokens), step)
+    parts.silent_failures.supervised(int(tokens), step)
 
     def attempt(packs: Sequence[Batch]) -> Tensor:
         torch.manual_seed(_seed_of(recipe.seed, step, parts.accelerator.process_index))
@@ -58,20 +58,21 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
     batches, losses = parts.within_memory.run(step, batches, attempt)
     loss = parts.accelerator.reduce(losses.sum(), "sum")
     assert isinstance(loss, Tensor)
-    taken = engine.step(loss, parts.model.model.multi_modal_projector if pictures else None)
-    if not taken.finite:
-        raise watch.not_finite(taken.loss, taken.norm, step, gather_object(_suspects(batches, losses.tolist())))
+    outcome = engine.step(loss, parts.model.model.multi_modal_projector if pictures else None)
+    if not outcome.finite:
+        suspects = gather_object(_suspects(batches, losses.tolist()))
+        raise parts.silent_failures.not_finite(outcome.loss, outcome.norm, step, suspects)
     if pictures:
-        watch.sight(taken.learns, step)
+        parts.silent_failures.sight(outcome.learns, step)
     records = parts.dataset.num_records
     epoch, place = divmod(step - 1, steps_per_epoch(records, recipe.train.global_batch_size))
     seen = min((place + 1) * recipe.train.global_batch_size, records)
     return StepResult(
         step=step,
         epoch=epoch + seen / records,
-        loss=taken.loss,
+        loss=outcome.loss,
         learning_rate=engine.optimizer.param_groups[-1]["lr"],
-        grad_norm=taken.norm,
+        grad_norm=outcome.norm,
         records=seen - place * recipe.train.global_batch_size,
         supervised_tokens=int(tokens),
         seconds=data_wait + time.perf_counter() - began,
@@ -83,7 +84,7 @@ def take_step(parts: Parts, step: int, total_steps: int, batches: Sequence[Batch
 def backward(parts: Parts, batches: Sequence[Batch], tokens: int) -> Float[Tensor, " packs"]:
     """Leave the gradient of the mean loss over the step's tokens; return each pack's share of that mean.
 
-    Ranks may have unlike numbers of packs; where the engine needs like numbers, packs of no record fill them up.
+    Ranks may have different numbers of packs; if the engine needs equal numbers, empty packs fill them up.
     """
     device = parts.accelerator.device
     missing = parts.engine.num_packs(len(batches)) - len(batches)

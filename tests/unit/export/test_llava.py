@@ -16,7 +16,7 @@ from dianjing.export import llava
 from dianjing.export.export import export
 from dianjing.export.formats import Options
 from dianjing.export.merge import merged_state
-from dianjing.importing.run import Wishes, import_run
+from dianjing.importing.run import ImportOptions, import_run
 from dianjing.infer.load import load_for_use
 from dianjing.model.weights import trainable_state
 from tests.conftest import MakeRecipe
@@ -48,7 +48,7 @@ def test_a_projector_alone_is_what_llavas_pretraining_writes(make_recipe: MakeRe
     )
     assert not config["mm_use_im_start_end"]
 
-    import_run(out, tmp_path / "run", Wishes(llm=recipe.language_model.folder))
+    import_run(out, tmp_path / "run", ImportOptions(llm=recipe.language_model.folder))
     again = trainable_state(load_for_use(str(tmp_path / "run"), "cpu").model)
     assert all(torch.equal(again[name], weight) for name, weight in trainable_state(loaded.model).items())
 
@@ -85,8 +85,8 @@ def test_other_runs_are_a_whole_model_that_comes_back(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     assert tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
 
-    wishes = Wishes(llm=recipe.language_model.folder, template="internlm2_chat")
-    import_run(out, tmp_path / "run", wishes)
+    options = ImportOptions(llm=recipe.language_model.folder, template="internlm2_chat")
+    import_run(out, tmp_path / "run", options)
     again = trainable_state(load_for_use(str(tmp_path / "run"), "cpu").model)
     assert all(torch.equal(weight, merged[name]) for name, weight in again.items())
 

@@ -18,7 +18,7 @@ from dianjing.export.export import export
 from dianjing.export.formats import Options
 from dianjing.export.merge import merged_state
 from dianjing.formats.pickle import read_checkpoint
-from dianjing.importing.run import Wishes, import_run
+from dianjing.importing.run import ImportOptions, import_run
 from dianjing.infer.load import load_for_use
 from dianjing.model.weights import trainable_state
 from tests.conftest import MakeRecipe
@@ -45,10 +45,10 @@ def test_import_of_export_is_the_run_tensor_for_tensor(kind: str, make_recipe: M
     loaded = loaded_model(recipe)
     proof = export(loaded, tmp_path / "out", (), "xtuner")
     assert all(case.equal for case in proof.cases)
-    wishes = Wishes(
+    options = ImportOptions(
         llm=recipe.language_model.folder, vision_tower=recipe.vision_tower.folder, template="internlm2_chat"
     )
-    import_run(tmp_path / "out", tmp_path / "run", wishes)
+    import_run(tmp_path / "out", tmp_path / "run", options)
     again = trainable_state(load_for_use(str(tmp_path / "run"), "cpu").model)
     before = trainable_state(loaded.model)
     assert again.keys() == before.keys()
@@ -57,8 +57,8 @@ def test_import_of_export_is_the_run_tensor_for_tensor(kind: str, make_recipe: M
 
 def test_a_real_checkpoint_is_converted_as_xtuner_converts_it(tmp_path: Path) -> None:
     source = TINY / "finetune_iter_10.pth"
-    wishes = Wishes(llm=str(TINY / "tiny_internlm2"), vision_tower=str(TINY / "tiny_clip"))
-    import_run(source, tmp_path / "run", wishes)
+    options = ImportOptions(llm=str(TINY / "tiny_internlm2"), vision_tower=str(TINY / "tiny_clip"))
+    import_run(source, tmp_path / "run", options)
     out = tmp_path / "out"
     export(load_for_use(str(tmp_path / "run"), "cpu"), out, (), "xtuner")
     stored = read_checkpoint(source)["state_dict"]

@@ -53,7 +53,7 @@ def test_what_xtuners_configs_consist_of_is_read() -> None:
         ("x = y", "'y' is not set above"),
         ("x = torch.float16", "'torch' is not set above"),
         ("x = 10**10**10", "too large"),
-        ("x = 'a' * 9", "no arithmetic on numbers"),
+        ("x = 'a' * 9", "not arithmetic on numbers"),
         ("x = 1 / 0", "division by zero"),
         ("import os\nos.system('ls')", "a Expr statement"),
         ("for i in range(3):\n    x = i", "a For statement"),

@@ -19,7 +19,7 @@ from dianjing.export.export import Options
 from dianjing.export.hf import save
 from dianjing.formats.pickle import read_checkpoint
 from dianjing.formats.xtuner import moments_by_name
-from dianjing.importing.run import Wishes, import_run
+from dianjing.importing.run import ImportOptions, import_run
 from dianjing.infer.load import load_for_use
 from dianjing.infer.segments import reader_of
 from dianjing.model.weights import trainable_state
@@ -32,7 +32,7 @@ from tests.xtuner import XTUNER
 from tests.xtuner_writer import client_state, write_iter
 
 TINY = XTUNER / "tiny"
-HERE = Wishes(llm=str(TINY / "tiny_internlm2"), vision_tower=str(TINY / "tiny_clip"))
+HERE = ImportOptions(llm=str(TINY / "tiny_internlm2"), vision_tower=str(TINY / "tiny_clip"))
 FINETUNE, PRETRAIN = TINY / "finetune_iter_10.pth", TINY / "pretrain_iter_10.pth"
 
 
@@ -42,7 +42,7 @@ def test_the_run_is_whole_and_says_what_became_of_each_tensor(tmp_path: Path) ->
     assert report[1] == "matched: 50, as 54 of ours (9,712 parameters)"
     assert report[2] == "missing: 0, unexpected: 0"
     assert report[3].startswith("dropped: 12, behind the layer of the tower that the projector reads (")
-    assert report[4] == "optimizer: AdamW's memory of 54 tensors"
+    assert report[4] == "optimizer: AdamW's state of 54 tensors"
     assert "/data/llava/train/train.json" in report[5]
     recipe, checkpoint = load_recipe(tmp_path / "run" / "recipe.toml"), newest(tmp_path / "run")
     assert not damage(checkpoint)
@@ -81,9 +81,9 @@ def test_without_its_data_it_is_not_trained_on(tmp_path: Path, tiny_dataset: Tin
 
 
 def test_data_that_would_make_another_run_is_refused(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
-    wishes = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images))
+    options = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images))
     with pytest.raises(DataError, match="8 records in batches of 2 make 4 iterations, but the run was to have 80"):
-        import_run(PRETRAIN, tmp_path / "run", wishes)
+        import_run(PRETRAIN, tmp_path / "run", options)
     with pytest.raises(DataError, match=r"gone\.json"):
         import_run(PRETRAIN, tmp_path / "run", replace(HERE, data="gone.json"))
     assert not (tmp_path / "run").exists()
@@ -100,8 +100,8 @@ def test_weights_alone_with_data_begin_a_run(tmp_path: Path, tiny_dataset: TinyD
     """It is the run that begins from the same projector, bit for bit."""
     content = read_checkpoint(PRETRAIN)["state_dict"]
     save_file({name: weight.contiguous() for name, weight in content.items()}, tmp_path / "init.safetensors")
-    wishes = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images), template="internlm2_chat")
-    report = import_run(tmp_path / "init.safetensors", tmp_path / "imported", wishes)
+    options = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images), template="internlm2_chat")
+    report = import_run(tmp_path / "init.safetensors", tmp_path / "imported", options)
     assert "optimizer: none in it; training begins with a new one" in report
     recipe = load_recipe(tmp_path / "imported" / "recipe.toml", {"train.global_batch_size": 4, "train.epochs": 2})
     own = replace(
@@ -157,7 +157,7 @@ BIAS = "projector.model.2.bias"
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (lambda weight: weight * float("nan"), "hold values that are no finite numbers.* earlier checkpoint"),
+        (lambda weight: weight * float("nan"), "hold values that are not finite.* earlier checkpoint"),
         *(
             (lambda weight, dtype=dtype: weight.to(dtype), rf"\({dtype}\) cannot be read; save it again in fp32")
             for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn)
@@ -186,9 +186,9 @@ def pretrain_at(path: Path, iteration: int, last: int, **spoiled: Any) -> Path:
         ("exp_avg_sq", torch.zeros(1), "is of size 1, not 32"),
         ("exp_avg_sq", -torch.ones(32), "is below 0"),
         ("exp_avg_sq", torch.ones(32, dtype=torch.int8), r"is of torch\.int8"),
-        ("exp_avg", torch.full((32,), float("nan")), "has values that are no finite numbers"),
+        ("exp_avg", torch.full((32,), float("nan")), "has values that are not finite"),
         ("step", torch.tensor(-3.0), "is below 0"),
-        ("step", torch.tensor(float("nan")), "has values that are no finite numbers"),
+        ("step", torch.tensor(float("nan")), "has values that are not finite"),
     ],
 )
 def test_what_cannot_be_adamws_memory_is_not_taken_over(tmp_path: Path, kind: str, value: Any, fault: str) -> None:
@@ -200,10 +200,10 @@ def test_what_cannot_be_adamws_memory_is_not_taken_over(tmp_path: Path, kind: st
 
 
 def test_a_checkpoint_behind_the_end_of_its_run_is_not_trained_on(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
-    wishes = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images))
+    options = replace(HERE, data=str(tiny_dataset.path), images=str(tiny_dataset.images))
     with pytest.raises(DataError, match="its 8 records ends at step 4, but the checkpoint is of step 5; give"):
-        import_run(pretrain_at(tmp_path / "iter_5.pth", 5, 4), tmp_path / "run", wishes)
-    report = import_run(pretrain_at(tmp_path / "iter_4.pth", 4, 4), tmp_path / "run", wishes)
+        import_run(pretrain_at(tmp_path / "iter_5.pth", 5, 4), tmp_path / "run", options)
+    report = import_run(pretrain_at(tmp_path / "iter_4.pth", 4, 4), tmp_path / "run", options)
     assert report[-1] == "it can be asked and exported; its training has ended: step 4 of 4"
 
 
@@ -231,7 +231,7 @@ def test_a_tower_that_is_no_name_is_asked_for(tmp_path: Path, tower: Any) -> Non
         {name.replace("projector.model", "mm_projector"): one for name, one in weights.items()}, tmp_path / "x.bin"
     )
     (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": tower}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="which is no folder here; give --vision-tower DIR"):
+    with pytest.raises(ConfigError, match="which is not a folder here; give --vision-tower DIR"):
         import_run(tmp_path / "x.bin", tmp_path / "run", replace(HERE, vision_tower=""))
 
 
@@ -250,12 +250,12 @@ def test_what_is_not_known_is_asked_for_by_its_flag(tmp_path: Path) -> None:
     bare = tmp_path / "bare.safetensors"
     save_file(weights, bare)
 
-    def refusal(source: Path, **wishes: Any) -> str:
+    def refusal(source: Path, **options: Any) -> str:
         with pytest.raises(DianjingError) as caught:
-            import_run(source, tmp_path / "run", replace(HERE, **wishes))
+            import_run(source, tmp_path / "run", replace(HERE, **options))
         return str(caught.value)
 
-    assert 'names its LLM as "/data/llava/models/tiny_internlm2", which is no folder here; give --llm DIR' in refusal(
+    assert 'names its LLM as "/data/llava/models/tiny_internlm2", which is not a folder here; give --llm' in refusal(
         FINETUNE, llm=""
     )
     assert "give --vision-tower DIR" in refusal(FINETUNE, vision_tower="")
@@ -269,7 +269,7 @@ def test_what_is_not_known_is_asked_for_by_its_flag(tmp_path: Path) -> None:
     config = tmp_path / "config.py"
     text = read_checkpoint(FINETUNE)["meta"]["cfg"]
     config.write_text(text.replace("r=4", "r=8"), encoding="utf-8")
-    assert "has rank 4, its config says 8" in refusal(bare, config=config)
+    assert "has rank 4, but the config says 8" in refusal(bare, config=config)
     config.write_text(text.replace("PROMPT_TEMPLATE.internlm2_chat", "PROMPT_TEMPLATE.mine"), encoding="utf-8")
     assert "give --template NAME" in refusal(bare, config=config)
 
@@ -338,7 +338,7 @@ def test_a_lora_folder_of_llava_is_a_run_with_its_numbers(make_recipe: MakeRecip
     config = {"mm_vision_tower": recipe.vision_tower.folder, "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
-    import_run(folder, tmp_path / "run", Wishes(template="vicuna"))
+    import_run(folder, tmp_path / "run", ImportOptions(template="vicuna"))
     loaded = load_for_use(str(tmp_path / "run"), "cpu")
     assert loaded.encoder.template.name == "vicuna"
     assert loaded.recipe

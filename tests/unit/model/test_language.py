@@ -156,8 +156,8 @@ def test_safetensors_are_preferred_to_a_pickle(folder: Path, tmp_path: Path) -> 
     ("content", "message"),
     [
         (b"", "damaged"),
-        (b"text", "damaged, or no file of tensors"),
-        (pickle.dumps({"a": {1, 2}}), "refused: to be read it asks for something that is no tensor"),
+        (b"text", "damaged, or not a file of tensors"),
+        (pickle.dumps({"a": {1, 2}}), "refused: to be read it asks for something other than tensors"),
         ([torch.ones(1)], "a table of tensors"),
         ({"a": 3}, "a table of tensors"),
     ],
@@ -177,8 +177,8 @@ def test_an_index_leads_to_no_other_folder(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
     index = folder / "model.safetensors.index.json"
     for name, message in (
-        (f"../{WEIGHTS}", "is no file of this folder"),
-        (str(folder.parent / WEIGHTS), "is no file of this folder"),
+        (f"../{WEIGHTS}", "is not a file of this folder"),
+        (str(folder.parent / WEIGHTS), "is not a file of this folder"),
         ("gone.safetensors", "gone.safetensors not there"),
         ("x" * 300, "not there; copy the folder again"),
     ):
@@ -240,7 +240,7 @@ def test_a_value_that_a_config_cannot_have_is_refused(folder: Path, tmp_path: Pa
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
-        ({"num_key_value_heads": 3}, "num_attention_heads is 4, which is no multiple of num_key_value_heads, 3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, not a multiple of num_key_value_heads, 3"),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"hidden_act": "evil"}, 'hidden_act is "evil", which transformers does not know'),
     ],
@@ -271,7 +271,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     (folder / "pytorch_model.bin").unlink()
     index = {"weight_map": dict.fromkeys(weights, names[0]) | {"model.norm.weight": names[1]}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=rf"{names[1]}: model.norm.weight is in {names[0]} too"):
+    with pytest.raises(ModelError, match=rf"{names[1]}: model.norm.weight is also in {names[0]}"):
         load_language_model(folder, torch.float32)
 
 

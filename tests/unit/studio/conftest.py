@@ -17,9 +17,9 @@ import uvicorn
 from dianjing.serve.page import PageGuard
 from dianjing.serve.server import open_port
 from dianjing.studio.app import build_app
-from dianjing.studio.desk import Desk
 from dianjing.studio.models import Models
 from dianjing.studio.runs import Runs
+from dianjing.studio.session import ReviewSession
 from dianjing.studio.studio import Studio
 from tests.tiny import TinyDataset, tiny_records
 
@@ -97,7 +97,8 @@ def served(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Served]:
     hostile = [{"id": f"h{i}", "image": name, "conversations": talk} for i, name in enumerate(HOSTILE)]
     data = folder / "data.json"
     data.write_text(json.dumps([*tiny_records(), *hostile]), encoding="utf-8")
-    studio = Studio(folder=folder, runs=Runs(folder, str(images)), models=Models(), desk=Desk(data, str(images)))
+    session = ReviewSession(data, str(images))
+    studio = Studio(folder=folder, runs=Runs(folder, str(images)), models=Models(), session=session)
     with open_port(0) as listening:
         port = listening.getsockname()[1]
         app = PageGuard(app=build_app(studio), port=port, token=TOKEN)

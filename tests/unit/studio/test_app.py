@@ -15,9 +15,9 @@ from PIL import Image
 from dianjing.errors import DataError
 from dianjing.serve.page import PageGuard
 from dianjing.studio.app import MAX_BYTES, Answer
-from dianjing.studio.desk import Desk
 from dianjing.studio.models import Models
 from dianjing.studio.runs import Runs
+from dianjing.studio.session import ReviewSession
 from dianjing.studio.studio import UPLOADS, Studio
 from tests.tiny import TinyDataset, tiny_records
 from tests.unit.studio.conftest import HOSTILE, TOKEN, Served
@@ -39,8 +39,8 @@ def change(served: Served, index: int, op: str, version: int, **more: Any) -> An
 
 def done(served: Served) -> Any:
     """Return the state once the whole set is checked."""
-    assert served.studio.desk
-    served.studio.desk.check._thread.join()
+    assert served.studio.session
+    served.studio.session.check._thread.join()
     return served.ask("/state").value
 
 
@@ -147,16 +147,16 @@ ODD = [
 def test_odd_records_are_shown_and_written(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
     data = tmp_path / "odd.jsonl"
     data.write_text("\n".join(ODD), encoding="utf-8")
-    desk = Desk(data, str(tiny_dataset.images))
+    session = ReviewSession(data, str(tiny_dataset.images))
     try:
         for index in range(len(ODD)):
-            shown = desk.record(index)
+            shown = session.record(index)
             assert json.loads(bytes(Answer(shown).body)) == shown
             assert shown["findings"]
             assert shown["messages"] is not None or shown["raw"]
-        counts = desk.export()["counts"]
+        counts = session.export()["counts"]
     finally:
-        desk.close()
+        session.close()
     assert (counts["written"], counts["unreadable"]) == (7, 3)
     assert len(json.loads((tmp_path / "odd.reviewed.json").read_text("utf-8"))) == 7
 

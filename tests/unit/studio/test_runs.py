@@ -17,8 +17,8 @@ from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, DataError
 from dianjing.run.lock import locked
+from dianjing.studio.model_view import ModelView
 from dianjing.studio.runs import POINTS, Runs, Started
-from dianjing.studio.seen import Seen
 from tests.conftest import MakeRecipe
 from tests.tiny import NUM_IMAGE_TOKENS, TinyDataset, tiny_records
 
@@ -153,7 +153,7 @@ def test_the_model_is_shown_a_record_as_in_training(recipe: Recipe, tmp_path: Pa
 
     save_recipe(recipe, tmp_path / "mine.toml")
     fields = tiny_records()[0]
-    seen = Seen().text(str(tmp_path / "mine.toml"), fields, Place("data.json", 0, 0))
+    seen = ModelView().text(str(tmp_path / "mine.toml"), fields, Place("data.json", 0, 0))
     kinds = [part["kind"] for part in seen["parts"]]
     assert {"plain", "supervised", "picture"} == set(kinds)
     assert f"{NUM_IMAGE_TOKENS} image tokens" in next(
@@ -162,7 +162,7 @@ def test_the_model_is_shown_a_record_as_in_training(recipe: Recipe, tmp_path: Pa
     answer = next(turn["value"] for turn in fields["conversations"] if turn["from"] == "gpt")
     assert answer in "".join(part["text"] for part in seen["parts"] if part["kind"] == "supervised")
     image = fields["image"] if isinstance(fields["image"], str) else fields["image"][0]
-    picture = Seen().picture(str(tmp_path / "mine.toml"), str(tiny_dataset.images), image)
+    picture = ModelView().picture(str(tmp_path / "mine.toml"), str(tiny_dataset.images), image)
     assert picture.width == picture.height
 
 

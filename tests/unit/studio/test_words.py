@@ -6,7 +6,7 @@ import re
 from importlib.resources import files
 
 from dianjing.check.codes import CODES, SEVERITIES
-from dianjing.studio.desk import FILTERS
+from dianjing.studio.session import FILTERS
 from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
 from tests.house.source import ROOT
 

@@ -1,4 +1,4 @@
-"""What the model of a recipe sees of a record: its pictures after preprocessing, and which tokens are supervised."""
+"""A record as the model of a recipe sees it: preprocessed pictures, and its supervised tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from dianjing.pictures.image import ImageProcessor
 
 
-class Seen:
-    """Reads records as runs do; the tokenizer and the preprocessing of a recipe are loaded once."""
+class ModelView:
+    """Reads records as training does; tokenizer and preprocessing of a recipe are loaded once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reader = lru_cache(maxsize=8)(_reader)
 
     def text(self, recipe: str, fields: Mapping[str, Any], place: Place) -> dict[str, Any]:
-        """Return the record as the model is fed it, in parts of one kind.
+        """Return the tokens of a record as text, in parts of one kind.
 
         Raises:
             DianjingError: the recipe, a folder or the record cannot be used.

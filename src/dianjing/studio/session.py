@@ -1,4 +1,4 @@
-"""The review as the page sees it: a record with its findings and decision, the way to the next one, changes."""
+"""The review of one data file as the page sees it: records with findings and decisions, navigation, changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Filter = Literal["all", "findings", "undecided", "accepted", "rejected"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)
 
 
-class Desk:
+class ReviewSession:
     """One data file under review.
 
     Raises:
@@ -33,9 +33,10 @@ class Desk:
         self.data = data
         self.root = images or str(data.parent)
         if not Path(self.root).is_dir():
-            raise DataError(f"{self.root}: there is no such image folder; name it (--images)")
+            raise DataError(f"{self.root}: no such image folder; name it (--images)")
         self.records = RecordFile(str(data))
-        self.review = Review(data.with_name(f"{data.stem}.review.jsonl"), self.records.sha256, len(self.records))
+        self.journal = data.with_name(f"{data.stem}.review.jsonl")
+        self.review = Review(self.journal, self.records.sha256, len(self.records))
         self.check = BackgroundCheck(str(data), self.root)
         self._exporting = threading.Lock()
 
@@ -57,7 +58,7 @@ class Desk:
         }
 
     def fields(self, index: int) -> dict[str, Any] | None:
-        """Return a record as it is now, edits included; None when it is no JSON object."""
+        """Return a record as it is now, edits included; None when it is not a JSON object."""
         raw, edited = self.records[index].fields, self.review.decision(index).conversations
         if raw is None:
             return None
@@ -121,16 +122,16 @@ class Desk:
             DataError: the data file was changed on disk.
         """
         if self.records.changed():
-            raise DataError(f"{self.data}: it was changed on disk while it is reviewed; start the studio again")
+            raise DataError(f"{self.data}: it has changed on disk since the studio was started; start the studio again")
         if op == "edit" and self.records[index].fields is None:
-            raise DataError("this record is no JSON object; put it right in the file, or reject it")
+            raise DataError("this record is not a JSON object; fix it in the file, or reject it")
         self.review.change(index, version, op, conversations)
 
     def picture(self, index: int, number: int) -> Image.Image:
         """Return a picture of a record, opened as carefully as for training.
 
         Raises:
-            DataError: there is none, or it cannot be opened.
+            DataError: the record has no such picture, or it cannot be opened.
         """
         return load_image(self.root, self.picture_name(index, number))
 
@@ -146,19 +147,19 @@ class Desk:
         return images[number]
 
     def export(self) -> dict[str, Any]:
-        """Write the reviewed set beside the data and return its name and what was counted.
+        """Write the reviewed set next to the data; return its name and the counts.
 
         Raises:
-            DataError: another file stands in the way, or the data was changed on disk.
+            DataError: another file has its name, or the data was changed on disk.
         """
         if self.records.changed():
-            raise DataError(f"{self.data}: it was changed on disk while it is reviewed; start the studio again")
+            raise DataError(f"{self.data}: it has changed on disk since the studio was started; start the studio again")
         out = reviewed_path(self.data)
         with self._exporting:
             return {"file": str(out), "counts": export(self.records, self.review, out)}
 
     def _findings(self, index: int, fields: Mapping[str, Any] | None, images: list[str]) -> list[Finding]:
-        """Return what is wrong with a record as it is now; of one that was not edited, also beside the others."""
+        """Return what is wrong with a record as it is now; if not edited, also in comparison with the others."""
         if fields is None:
             problem = self.records[index].problem
             return [Finding(code="not_a_record", file=str(self.data), text=problem, record=index)]

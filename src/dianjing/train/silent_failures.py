@@ -1,4 +1,4 @@
-"""What a run must not do in silence."""
+"""Stops for runs that would learn nothing."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def require_pictures(dataset: Dataset, stage: str) -> None:
         )
 
 
-class Watch:
-    """Stops a run that would go on for nothing; asked before each optimizer step."""
+class SilentFailures:
+    """Stops a run that learns nothing; each step is checked."""
 
     def __init__(self) -> None:
         self._blind_steps = 0
 
     def supervised(self, tokens: int, step: int) -> None:
-        """Raise TrainError when a step has nothing to learn."""
+        """Raise TrainError if a step has no supervised token."""
         if not tokens:
-            raise TrainError(f"step {step}: none of its tokens is supervised; run `dianjing show` on the data")
+            raise TrainError(f"step {step}: none of its tokens are supervised; run `dianjing show` on the data")
 
     def not_finite(self, loss: float, norm: float, step: int, ids: Sequence[str]) -> TrainError:
-        """Return the error of a step whose loss or gradient is no number; `ids` are the records to suspect."""
+        """Return the error of a step whose loss or gradient is not finite; `ids` are the suspected records."""
         more = f" and {len(ids) - NAMES_SHOWN} more" if len(ids) > NAMES_SHOWN else ""
         return TrainError(
             f"step {step}: the loss is {loss}, the gradient norm {norm}; the step was not taken and no checkpoint "
@@ -46,7 +46,7 @@ class Watch:
         )
 
     def sight(self, learns: bool, step: int) -> None:
-        """Raise TrainError when step after step has pictures, and the projector learns nothing from them."""
+        """Raise TrainError if the projector got no gradient in several steps with pictures."""
         self._blind_steps = 0 if learns else self._blind_steps + 1
         if self._blind_steps == BLIND_STEPS:
             raise TrainError(

@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from dianjing.errors import TrainError
 from dianjing.model.build import build
 from dianjing.run.checkpoint import newest
-from dianjing.train.engine import Engine, Losses, Taken
+from dianjing.train.engine import Engine, Losses, StepOutcome
 from dianjing.train.loop import train
 from dianjing.train.optim import set_learning_rates
-from dianjing.train.watch import BLIND_STEPS, Watch
+from dianjing.train.silent_failures import BLIND_STEPS, SilentFailures
 
 
 def test_a_projector_that_never_learns_stops_the_run() -> None:
-    watch = Watch()
+    watch = SilentFailures()
     for step in range(1, BLIND_STEPS):
         watch.sight(False, step)
     with pytest.raises(TrainError, match=f"step {BLIND_STEPS}: for {BLIND_STEPS} steps with pictures the projector"):
@@ -26,7 +26,7 @@ def test_a_projector_that_never_learns_stops_the_run() -> None:
 
 
 def test_a_projector_that_learns_now_and_then_does_not() -> None:
-    watch = Watch()
+    watch = SilentFailures()
     for step in range(4 * BLIND_STEPS):
         watch.sight(step % BLIND_STEPS == 0, step)
 
@@ -50,14 +50,14 @@ def test_a_step_is_taken_or_changes_nothing(make_recipe: Any, loss: float, gradi
     set_learning_rates(engine.optimizer, 1.0)
     projector: Any = model.model.multi_modal_projector
 
-    def step(loss: float, gradient: float) -> Taken:
+    def step(loss: float, gradient: float) -> StepOutcome:
         for weight in projector.parameters():
             weight.grad = torch.full_like(weight, gradient)
         return engine.step(torch.tensor(loss), projector)
 
     def state() -> list[torch.Tensor]:
-        memory = engine.memory()
-        return [*(weight.clone() for weight in projector.parameters()), *(memory[name].clone() for name in memory)]
+        moments = engine.optimizer_state()
+        return [*(weight.clone() for weight in projector.parameters()), *(moments[name].clone() for name in moments)]
 
     assert step(1.0, 0.25).finite
     before = state()
@@ -69,8 +69,8 @@ def test_a_step_is_taken_or_changes_nothing(make_recipe: Any, loss: float, gradi
 
 
 def test_a_step_without_supervised_tokens() -> None:
-    with pytest.raises(TrainError, match="step 4: none of its tokens is supervised"):
-        Watch().supervised(0, 4)
+    with pytest.raises(TrainError, match="step 4: none of its tokens are supervised"):
+        SilentFailures().supervised(0, 4)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
