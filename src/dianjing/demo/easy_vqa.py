@@ -35,6 +35,12 @@ class EasyVQA:
     conversations: Path
     held_out: Path
 
+    @classmethod
+    def within(cls, folder: Path) -> EasyVQA:
+        """Return the parts that lie in a folder."""
+        names = ("captions", "conversations", "held_out")
+        return cls(images=folder / "images", **{name: folder / f"{name}.json" for name in names})
+
 
 def type_of(answer: str) -> str:
     """Return which of TYPES a question is, by its answer."""
@@ -50,12 +56,7 @@ def write_easy_vqa(package: ZipFile, folder: Path, *, yes_no: int, held_out: int
     Raises:
         DataError: the package does not hold what easy-VQA's does.
     """
-    data = EasyVQA(
-        images=folder / "images",
-        captions=folder / "captions.json",
-        conversations=folder / "conversations.json",
-        held_out=folder / "held_out.json",
-    )
+    data = EasyVQA.within(folder)
     captions, conversations, questions = [], [], []
     for picture, asked in _questions(package, "train"):
         image = _write_picture(package, folder, "train", picture)
@@ -114,10 +115,9 @@ def _caption(asked: Sequence[Asked]) -> str:
 
 def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
     """Return which of the words is true of the picture: as an answer, or in a question that says it of the picture."""
-    for _question, answer in asked:
-        if answer in words:
-            return answer
-    for _question, answer in asked:
+    if found := [answer for _, answer in asked if answer in words]:
+        return found[0]
+    for question, answer in asked:
         said = [word for word in words if word in question]
         other = answer in (*COLOURS, *SHAPES)  # "what is the blue shape?"
         affirmed = answer == "yes" and " not " not in question and "no " not in question
@@ -128,7 +128,7 @@ def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
 
 def _record(name: str, image: str, asked: Sequence[Asked]) -> Mapping[str, Any]:
     turns = []
-    for _question, answer in asked:
+    for question, answer in asked:
         marker = "" if turns else f"{IMAGE_MARKER}\n"
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
     return {"id": name, "image": image, "conversations": turns}

@@ -33,9 +33,8 @@ def settle_precision(recipe: Recipe, accelerator: Accelerator, checkpoint: Path 
         if chosen == "auto":
             return recipe, ""
     elif accelerator.device.type == "cuda":
-        chosen, why = (
-            ("bf16", "this GPU has it") if torch.cuda.is_bf16_supported() else ("fp32", "this GPU has no bf16")
-        )
+        chosen = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        why = "this GPU has it" if chosen == "bf16" else "this GPU has no bf16"
     else:
         fp32, bf16 = (_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
         # All ranks must agree, and their clocks do not: the sum of their times decides.
