@@ -71,9 +71,9 @@ def write_easy_vqa(package: ZipFile, folder: Path, *, yes_no: int, held_out: int
         image = f"{PARTS['held_out']}/{picture}.png"
         for number, pair in enumerate(asked):
             record = _record(f"held-out-{picture}-{number}", image, [pair])
-            questions.append({**record, "types": [type_of(pair[1])]})
+            questions.append({**record, "type": type_of(pair[1])})
     random.Random(SEED).shuffle(questions)
-    chosen = [one for kind in TYPES for one in [q for q in questions if q["types"] == [kind]][:held_out]]
+    chosen = [one for kind in TYPES for one in [q for q in questions if q["type"] == kind][:held_out]]
     random.Random(SEED).shuffle(chosen)  # so that another picture is of another kind of question too
     for picture in dict.fromkeys(PurePosixPath(one["image"]).stem for one in chosen):
         _write_picture(package, folder, "held_out", picture)

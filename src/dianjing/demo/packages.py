@@ -114,10 +114,14 @@ def require_pinned(path: Path, package: Package) -> None:
     Raises:
         ConfigError: it is another.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
+    if (found := sha256(path)) != package.sha256:
         raise ConfigError(
             f"{path}: not the file of {package.name} {package.version} (SHA-256 {found}, not {package.sha256}); "
             "remove it, and it is fetched again"
         )
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
