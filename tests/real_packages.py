@@ -19,8 +19,10 @@ from dianjing.demo.easy_vqa import COLOURS, SHAPES
 from dianjing.demo.packages import LANGUAGE_MODEL, PICTURES, VISION_TOWER, Package
 from tests.gguf_files import write_gguf_llm
 
-MATRICES = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-MATRICES = (*MATRICES, "attention.output.dense", "mlp.fc1", "mlp.fc2")
+MATRICES = (
+    *(f"attention.attention.{name}" for name in ("query", "key", "value")),
+    *("attention.output.dense", "mlp.fc1", "mlp.fc2"),
+)
 
 
 def write_packages(folder: Path) -> tuple[Package, ...]:
@@ -71,9 +73,8 @@ def onnx_file(model: Dinov2Model) -> bytes:
         weights = saved_names(model, Path(place))
     positions = weights.pop("embeddings.position_embeddings")
     del weights["embeddings.mask_token"]
-    graph = _message(5, _tensor("onnx::Concat_1", positions[:, :1])) + _message(
-        5, _tensor("onnx::Reshape_2", positions[:, 1:])
-    )
+    parts = {"onnx::Concat_1": positions[:, :1], "onnx::Reshape_2": positions[:, 1:]}
+    graph = b"".join(_message(5, _tensor(name, part)) for name, part in parts.items())
     for number, (name, weight) in enumerate(weights.items()):
         inside = name.removesuffix(".weight")
         if name.endswith(".weight") and inside.endswith(MATRICES):

