@@ -1,4 +1,5 @@
 # Two commands set everything up: `make demo` (watch a text-only model get eyes) and `make test`.
+# `make demo-real` shows the same with models and pictures that others made (186 MB, fetched once).
 # `make check` is for those who change the code: lint, format, types.
 
 PYTHON ?= python3
@@ -6,10 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check
+.PHONY: demo demo-real test check
 
 demo: $(VENV)/installed
 	$(BIN)/dianjing demo
+
+demo-real: $(VENV)/installed-gguf
+	$(BIN)/dianjing demo --real
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
@@ -27,6 +31,10 @@ $(BIN)/python:
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
+
+$(VENV)/installed-gguf: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'
+	@touch $(VENV)/installed $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

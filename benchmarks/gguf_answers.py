@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from dianjing.config.load import load_recipe
-from dianjing.demo.run import read_questions
+from dianjing.demo.tiny import read_questions
 from dianjing.export.export import export
 from dianjing.export.formats import Options
 from dianjing.export.gguf.llama import Request, ask_llama

@@ -147,7 +147,8 @@ class TrainConfig:
     global_batch_size: AtLeastOne = 16
     """Records in one optimizer step, over all ranks and packs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward and backward pass; "auto" = bf16 on a GPU that has it, fp32 elsewhere."""
+    """Arithmetic of the forward and backward pass; "auto" = bf16 on a GPU that has it, on a CPU whichever is faster
+    there, measured when the run begins."""
     engine: EngineName = "ddp"
     """How several GPUs share the work: "ddp" = a whole model on each; "fsdp2" = a shard on each; "deepspeed_zero2" =
     whole weights, sharded gradients and optimizer state. Memory needed differs, results do not."""

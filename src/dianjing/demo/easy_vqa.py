@@ -35,6 +35,12 @@ class EasyVQA:
     conversations: Path
     held_out: Path
 
+    @classmethod
+    def within(cls, folder: Path) -> EasyVQA:
+        """Return the parts that lie in a folder."""
+        names = ("captions", "conversations", "held_out")
+        return cls(images=folder / "images", **{name: folder / f"{name}.json" for name in names})
+
 
 def type_of(answer: str) -> str:
     """Return which of TYPES a question is, by its answer."""
@@ -50,12 +56,7 @@ def write_easy_vqa(package: ZipFile, folder: Path, *, yes_no: int, held_out: int
     Raises:
         DataError: the package does not hold what easy-VQA's does.
     """
-    data = EasyVQA(
-        images=folder / "images",
-        captions=folder / "captions.json",
-        conversations=folder / "conversations.json",
-        held_out=folder / "held_out.json",
-    )
+    data = EasyVQA.within(folder)
     captions, conversations, questions = [], [], []
     for picture, asked in _questions(package, "train"):
         image = _write_picture(package, folder, "train", picture)
@@ -70,9 +71,9 @@ def write_easy_vqa(package: ZipFile, folder: Path, *, yes_no: int, held_out: int
         image = f"{PARTS['held_out']}/{picture}.png"
         for number, pair in enumerate(asked):
             record = _record(f"held-out-{picture}-{number}", image, [pair])
-            questions.append({**record, "types": [type_of(pair[1])]})
+            questions.append({**record, "type": type_of(pair[1])})
     random.Random(SEED).shuffle(questions)
-    chosen = [one for kind in TYPES for one in [q for q in questions if q["types"] == [kind]][:held_out]]
+    chosen = [one for kind in TYPES for one in [q for q in questions if q["type"] == kind][:held_out]]
     random.Random(SEED).shuffle(chosen)  # so that another picture is of another kind of question too
     for picture in dict.fromkeys(PurePosixPath(one["image"]).stem for one in chosen):
         _write_picture(package, folder, "held_out", picture)
@@ -114,9 +115,8 @@ def _caption(asked: Sequence[Asked]) -> str:
 
 def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
     """Return which of the words is true of the picture: as an answer, or in a question that says it of the picture."""
-    for _, answer in asked:
-        if answer in words:
-            return answer
+    if found := [answer for _, answer in asked if answer in words]:
+        return found[0]
     for question, answer in asked:
         said = [word for word in words if word in question]
         other = answer in (*COLOURS, *SHAPES)  # "what is the blue shape?"
@@ -128,7 +128,7 @@ def _known(asked: Sequence[Asked], words: Sequence[str]) -> str:
 
 def _record(name: str, image: str, asked: Sequence[Asked]) -> Mapping[str, Any]:
     turns = []
-    for _question, answer in asked:
+    for question, answer in asked:
         marker = "" if turns else f"{IMAGE_MARKER}\n"
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
     return {"id": name, "image": image, "conversations": turns}

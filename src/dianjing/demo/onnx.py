@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def _tensor(message: memoryview) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.frombuffer(data, dtype="<f4").reshape(shape).copy())}
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
     """Yield number and value of each field of a protobuf message; its texts and messages are views of bytes."""
     place = 0
     while place < len(message):

@@ -9,26 +9,26 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from dianjing.data.record import without_markers
-from dianjing.demo.run import STAGES, Results
+from dianjing.demo.run import STAGES, Results, score_rows
+from dianjing.demo.world import World
 from dianjing.eval.compare import Column, page, thumbnail
 from dianjing.infer.answers import load_pictures
 from dianjing.run.layout import CURVE
-from dianjing.tinyworld.grammar import QUESTION_TYPES
 
-SHOWN = 2 * len(QUESTION_TYPES)
-"""Questions on the report: each type in both languages."""
+SHOWN_OF_EACH_TYPE = 2
 COMPARED = 120
 
 
-def write_report(out: Path, results: Results) -> Path:
+def write_report(out: Path, world: World, results: Results) -> Path:
     """Write report.html and compare.html into `out`; return the report's path."""
     answered = {name: results.stages[name].report.answers for name in STAGES}
     questions = [one.question for one in answered["finetune"]]
-    root = str(out / "data" / "images")
-    pictures = load_pictures(questions[:COMPARED], root)
+    types = [name for name in world.types if name in results.stages["finetune"].report.by_type]
+    shown = SHOWN_OF_EACH_TYPE * len(types)
+    pictures = load_pictures(questions[: max(COMPARED, shown)], str(world.images))
 
     columns = [Column.of_report(results.stages[name].report, name, COMPARED) for name in STAGES]
-    compared = page("Before and after: the tiny world's held-out scenes", questions[:COMPARED], columns, pictures)
+    compared = page(f"Before and after: {world.title}", questions[:COMPARED], columns, pictures)
     (out / "compare.html").write_text(compared, encoding="utf-8")
 
     cards = [
@@ -48,14 +48,16 @@ def write_report(out: Path, results: Results) -> Path:
             "other": answered["finetune"][i].answer_other_picture,
             "none": answered["finetune"][i].answer_no_picture,
         }
-        for i, question in enumerate(questions[:SHOWN])
+        for i, question in enumerate(questions[:shown])
     ]
     source = files("dianjing.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = template.from_string(source).render(
+        world=world,
         results=results,
+        rows=score_rows(world, results),
         stages=STAGES,
-        types=[name for name in QUESTION_TYPES if name in results.stages["finetune"].report.by_type],
+        types=types,
         cards=cards,
         curves={name: _inline(out / name / CURVE) for name in STAGES[1:]},
     )

@@ -35,6 +35,7 @@ from dianjing.run.state import TrainState, state_at
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
 from dianjing.train.memory import WithinMemory, out_of_memory_explained, plan_checkpointing
+from dianjing.train.precision import settle_precision
 from dianjing.train.ranks import SILENCE_MINUTES, one_error
 from dianjing.train.samples import Samples
 from dianjing.train.shards import require_engine, start_engine
@@ -66,12 +67,13 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
 
 
 def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, resume: bool) -> None:
-    strategy = strategy_of(recipe, accelerator)
     checkpoint = newest(run, log.warn) if resume else _require_new(run)
+    recipe, precision = settle_precision(recipe, accelerator, checkpoint)
+    strategy = strategy_of(recipe, accelerator)
 
     with log.busy("loading the models"):
         built = build(recipe, accelerator.device, fresh_projector=resume, move=strategy.whole)
-    log.show(str(built.report))
+    log.show(str(built.report), *([precision] if precision else []))
     if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
         log.warn("the projector starts untrained; projector.init_from takes one from a pretrain run")
     stage = apply_stage(built.model, recipe)

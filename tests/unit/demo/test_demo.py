@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from dianjing.demo.report import write_report
-from dianjing.demo.run import Results, run_demo, score_table
+from dianjing.demo.run import RESULTS, Results, run_demo, score_table
+from dianjing.demo.tiny import tiny_world
+from dianjing.demo.world import World
 from dianjing.errors import ConfigError
 from dianjing.tinyworld.records import Sizes, write_demo_data
 
@@ -17,14 +19,14 @@ SMALL = Sizes(pretrain=16, finetune=8, questions_per_scene=2, held_out=9, held_o
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, World, Results]:
     out = tmp_path_factory.mktemp("demo")
-    results = run_demo(out, SMALL, Console(quiet=True))
-    write_report(out, results)
-    return out, results
+    world, results = run_demo(out, lambda: tiny_world(out, SMALL), Console(quiet=True))
+    write_report(out, world, results)
+    return out, world, results
 
 
-def test_results_have_the_promised_form(demo: tuple[Path, Results]) -> None:
+def test_results_have_the_promised_form(demo: tuple[Path, World, Results]) -> None:
     found = json.loads((demo[0] / "results.json").read_text(encoding="utf-8"))
     assert set(found["stages"]) == {"base", "pretrain", "finetune"}
     for stage in found["stages"].values():
@@ -35,14 +37,14 @@ def test_results_have_the_promised_form(demo: tuple[Path, Results]) -> None:
     assert {"data", "pretrain", "finetune", "scoring", "export"} <= set(found["seconds"])
 
 
-def test_the_blind_model_is_blind(demo: tuple[Path, Results]) -> None:
-    base = demo[1].stages["base"]
+def test_the_blind_model_is_blind(demo: tuple[Path, World, Results]) -> None:
+    base = demo[2].stages["base"]
     assert not base.report.can_see
     assert base.report.overall.mean("accuracy") == 0
     assert {one.answer for one in base.report.answers} <= {"I cannot see a picture.", "我看不到图片。"}
 
 
-def test_everything_is_left_to_look_at(demo: tuple[Path, Results]) -> None:
+def test_everything_is_left_to_look_at(demo: tuple[Path, World, Results]) -> None:
     out = demo[0]
     for name in ("report.html", "compare.html"):
         page = (out / name).read_text(encoding="utf-8")
@@ -51,7 +53,7 @@ def test_everything_is_left_to_look_at(demo: tuple[Path, Results]) -> None:
         assert 'src="/' not in page
     assert (out / "export" / "parity.json").exists()
     assert (out / "finetune" / "loss.svg").exists()
-    assert score_table(demo[1]).row_count == 6
+    assert score_table(*demo[1:]).row_count == 6
 
 
 def test_no_held_out_scene_or_pair_is_trained_on(tmp_path: Path) -> None:
@@ -71,5 +73,21 @@ def test_no_held_out_scene_or_pair_is_trained_on(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
-        run_demo(tmp_path, SMALL, Console(quiet=True))
+        run_demo(tmp_path, lambda: tiny_world(tmp_path, SMALL), Console(quiet=True))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_demo_that_was_broken_off_is_replaced(tmp_path: Path) -> None:
+    def broken() -> World:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, broken, Console(quiet=True))
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "old").write_text("")
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, broken, Console(quiet=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RESULTS]
+    (tmp_path / RESULTS).write_text("[]")
+    with pytest.raises(ConfigError, match="not empty"):
+        run_demo(tmp_path, broken, Console(quiet=True))
