@@ -47,7 +47,7 @@ def ticks(values: Sequence[float]) -> list[float]:
     low, high = min(finite), max(finite)
     span = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span))
-    distance = next(part * power for part in (0.1, 0.2, 0.5, 1.0) if span / (part * power) <= 9)
+    distance = next(part * power for part in (0.1, 0.2, 0.5, 1.0, 2.0) if span / (part * power) <= 9)
     first, last = math.floor(low / distance), math.ceil(high / distance)
     return [index * distance for index in range(first, max(last, first + 1) + 1)]
 

@@ -147,3 +147,15 @@ def test_peak_memory_is_at_least_what_is_held(tmp_path: Path) -> None:
     found = re.fullmatch(r"peak memory: ([\d.]+) (MiB|GiB) \(the whole process\)\n", text)
     assert found, text
     assert float(found[1]) * (1024 if found[2] == "GiB" else 1) > held.nbytes / 2**20
+
+
+def test_every_range_of_values_has_marks() -> None:
+    """Spans from just under a power of ten to just over it, at places near to zero and far from it."""
+    for power in range(-9, 6):
+        for digit in range(10, 101):
+            for low in (0.0, -3.0, 1234.5):
+                high = low + digit * 10.0**power
+                marks = ticks([low, high])
+                assert 2 <= len(marks) <= 12
+                assert marks[0] <= low + 1e-9 * abs(low)
+                assert marks[-1] >= high - 1e-9 * abs(high)
