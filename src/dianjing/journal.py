@@ -24,7 +24,7 @@ class JournalFile:
         self._header = dict(header)
         """The first line, which says what kind of journal it is."""
         self._instead = instead
-        """What the user can do instead of using this file."""
+        """The way out for a user who cannot have this file."""
         self._file = -1
 
     def open(self, take: Take) -> None:

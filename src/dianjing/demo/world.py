@@ -1,4 +1,4 @@
-"""What a demo is run on: a text LLM, data for both stages, held-out questions, and what else is measured."""
+"""The inputs of a demo: a text LLM, data for both stages, held-out questions, further figures to measure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class World:
 
     title: str
     note: str
-    """What is compared with what, and what it does not show."""
+    """The comparison, with its limits."""
     note_zh: str
     language_model: str
     """As a recipe names it."""

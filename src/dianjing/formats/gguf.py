@@ -30,7 +30,7 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What stands before the numbers."""
+    """The part of the file before the numbers."""
 
     keys: dict[str, Any]
     """By name; None for a list."""

@@ -1,4 +1,4 @@
-"""A GGUF file with a text LLM -> a Hugging Face folder with the same numbers, and a receipt."""
+"""A GGUF file with a text LLM -> a Hugging Face folder with the same numbers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ TEXTS = ("What is in the picture?", " two  blanks\n\n\tand 3.14 times 12345", "å
 """Texts that the tokenizer must cut the same way when it is read back."""
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""What a rotary frequency is divided by, in files of Llama 3.1 and later; transformers does not read it."""
+"""The divisor of a rotary frequency, in files of Llama 3.1 and later; transformers does not read it."""
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What every Llama has whose frequencies are divided."""
+"""The values of every Llama whose frequencies are divided."""
 
 
 def import_gguf(source: Path, out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files of JSON lines in a run's folder; damaged lines are left out, and removed before writing goes on.
+"""Files of JSON lines in a run's folder, without their damaged lines, which are removed before writing goes on.
 
 A line can be torn by a crash of the machine, or in the middle of the file by two writers at once. It costs that line
 alone, never the run.

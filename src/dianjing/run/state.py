@@ -1,4 +1,4 @@
-"""How far a run is, and what must not change under it."""
+"""How far a run is, with all that must not change under it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The addresses of the page, and what each answers."""
+"""The addresses of the page, with the answer of each."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     {"op": "accept" | "reject" | "edit" | "undo", "record": 17, "version": 3, "conversations": [...]}
 
 `version` counts the lines about a record; a change names the version it was made on, so that of two tabs that change
-the same one the second is told.
+the same one the second gets an error.
 """
 
 from __future__ import annotations

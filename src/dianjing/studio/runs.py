@@ -48,6 +48,7 @@ class Runs:
     def __init__(self, folder: Path, images: str, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder.resolve()
         self._images = images
+        self._readable = (self.folder, Path(images).resolve() if images else self.folder)
         self._environment = dict(environment or {})
         """Variables of runs that are started, added to those of this process."""
         self._started: dict[Path, Started] = {}
@@ -161,7 +162,7 @@ class Runs:
         Raises:
             DianjingError: there is no such run or question, or its picture is elsewhere.
         """
-        root, images = self._sample_pictures(self.recipe(name).parent)
+        root, images = _sample_pictures(self.recipe(name).parent, self._readable)
         if record not in images:
             raise DataError("this question has no picture in the folder")
         return load_image(root, images[record])
@@ -170,26 +171,10 @@ class Runs:
         rows, _ = read_rows(run / SAMPLES, SAMPLE)
         last = max((row["step"] for row in rows), default=0)
         try:
-            _, images = self._sample_pictures(run)
+            _, images = _sample_pictures(run, self._readable)
         except DianjingError:  # the recipe or the held-out file has changed; the answers can still be read
             images = {}
         return [{**row, "picture": row["id"] in images} for row in rows if row["step"] == last]
-
-    def _sample_pictures(self, run: Path) -> tuple[str, dict[str, str]]:
-        """Return the image folder of a run's sample questions and each one's first picture; none from elsewhere."""
-        from dianjing.train.samples import sample_questions  # slow to import: torch
-
-        recipe = load_recipe(run / RECIPE)
-        root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
-        if not recipe.train.sample_path or not self._may_read(recipe.train.sample_path) or not self._may_read(root):
-            return root, {}
-        questions = sample_questions(recipe.train.sample_path, recipe.train.sample_count)
-        return root, {question.id: question.images[0] for question in questions if question.images}
-
-    def _may_read(self, path: str) -> bool:
-        resolved = Path(path).expanduser().resolve()
-        named = Path(self._images).resolve() if self._images else self.folder
-        return any(one == resolved or one in resolved.parents for one in (self.folder, named))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
@@ -202,6 +187,23 @@ class Runs:
                 runs.append(folder)
             recipes += [folder / name for name in files if name.endswith(".toml") and _is_recipe(folder / name)]
         return [path for path in recipes if path.parent not in runs], runs
+
+
+def _sample_pictures(run: Path, readable: Sequence[Path]) -> tuple[str, dict[str, str]]:
+    """Return the image folder of a run's sample questions and each one's first picture; none from elsewhere."""
+    from dianjing.train.samples import sample_questions  # slow to import: torch
+
+    recipe = load_recipe(run / RECIPE)
+    root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
+    if not recipe.train.sample_path or not _is_in(recipe.train.sample_path, readable) or not _is_in(root, readable):
+        return root, {}
+    questions = sample_questions(recipe.train.sample_path, recipe.train.sample_count)
+    return root, {question.id: question.images[0] for question in questions if question.images}
+
+
+def _is_in(path: str, folders: Sequence[Path]) -> bool:
+    resolved = Path(path).expanduser().resolve()
+    return any(folder == resolved or folder in resolved.parents for folder in folders)
 
 
 def _walk(folder: Path, depth: int, without: Path | None) -> Iterator[tuple[Path, list[str]]]:

@@ -1,4 +1,4 @@
-"""The page's own words, and what the codes of the check mean, in English and Chinese; errors speak English."""
+"""The page's own words with the meanings of the check's codes, in English and Chinese; errors are in English."""
 
 from __future__ import annotations
 

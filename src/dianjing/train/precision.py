@@ -1,4 +1,4 @@
-"""train.precision = "auto" -> the arithmetic of a run, measured on a CPU, and the same when the run goes on."""
+"""train.precision = "auto" -> the arithmetic of a run: measured on a CPU, kept when the run goes on."""
 
 from __future__ import annotations
 

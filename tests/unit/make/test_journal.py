@@ -101,7 +101,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
-    for content, message in (('{"id": 1}\n', "line 1"), ("notes", "no journal")):
+    for content, message in (('{"id": 1}\n', "line 1"), ("notes", "not a journal")):
         (tmp_path / "j").write_text(content)
         with pytest.raises(DataError, match=message), Journal(tmp_path / "j"):
             pass

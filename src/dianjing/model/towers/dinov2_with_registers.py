@@ -1,4 +1,4 @@
-"""DINOv2 with registers: tokens next to the class token that are no place of the picture."""
+"""DINOv2 with registers: tokens next to the class token that are not places of the picture."""
 
 from __future__ import annotations
 

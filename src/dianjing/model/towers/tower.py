@@ -31,7 +31,7 @@ class Tower(Protocol):
     config_class: ClassVar[type[PreTrainedConfig]]
     model_class: ClassVar[type[PreTrainedModel]]
     model_settings: ClassVar[Mapping[str, Any]] = {}
-    """What the model class is given next to its configuration."""
+    """Arguments of the model class in addition to its configuration."""
     layers_name: ClassVar[str]
     """Of the list of layers, within the model."""
     unused: ClassVar[tuple[str, ...]]
