@@ -118,9 +118,7 @@ ALLOWED = {
     (many_arguments, "layers"): 1,
     (long_class, "studio"): 1,
     (two_subjects, "importing"): 1,
-    (two_subjects, "run"): 1,
-    (two_subjects, "studio"): 2,
-    (two_subjects, "train"): 2,
+    (two_subjects, "studio"): 1,
 }
 """Faults that a folder may still have. `packed_attention` is called by transformers, with these arguments."""
 

@@ -1,4 +1,4 @@
-"""The addresses of the page, and what each answers."""
+"""Addresses of the page -> their answers."""
 
 from __future__ import annotations
 
