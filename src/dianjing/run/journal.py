@@ -1,7 +1,7 @@
-"""Files of JSON lines in a run's folder, without their damaged lines, which are removed before writing goes on.
+"""Files of JSON lines in a run's folder, from which damaged lines are left out.
 
 A line can be torn by a crash of the machine, or in the middle of the file by two writers at once. It costs that line
-alone, never the run.
+alone, never the run: a resume removes it before it writes on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a run is, with all that must not change under it."""
+"""Progress of a run, with the inputs that must not change before it is resumed."""
 
 from __future__ import annotations
 

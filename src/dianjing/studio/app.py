@@ -1,4 +1,4 @@
-"""The addresses of the page, with the answer of each."""
+"""Addresses of the page -> their answers."""
 
 from __future__ import annotations
 

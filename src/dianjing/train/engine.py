@@ -1,4 +1,4 @@
-"""Base of all engines, which take a run's optimizer steps, with the engine `ddp`.
+"""Engine `ddp`, which takes optimizer steps; the base of the other engines.
 
 A step is the same with each engine: the packs' shares of the loss are summed over all ranks, the gradient is clipped by
 its norm, AdamW steps.

@@ -73,7 +73,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
 
     with log.busy("loading the models"):
         built = build(recipe, accelerator.device, fresh_projector=resume, move=strategy.whole)
-    log.show(str(built.report), *([precision] if precision else []))
+    log.show("\n".join([str(built.report), *([precision] if precision else [])]))
     if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
         log.warn("the projector starts untrained; projector.init_from takes one from a pretrain run")
     stage = apply_stage(built.model, recipe)

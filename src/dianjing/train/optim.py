@@ -1,4 +1,4 @@
-"""The optimizer with its groups of parameters, by the learning rate of each step."""
+"""AdamW with its groups of parameters; learning rate of each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""train.precision = "auto" -> the arithmetic of a run: measured on a CPU, kept when the run goes on."""
+"""Choice of a run's arithmetic for train.precision = "auto": by the GPU, or measured on a CPU."""
 
 from __future__ import annotations
 

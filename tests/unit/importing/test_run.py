@@ -111,7 +111,7 @@ def test_weights_alone_with_data_begin_a_run(tmp_path: Path, tiny_dataset: TinyD
     )
     with pytest.raises(CheckpointError, match=r"train\.global_batch_size was 16, is 4"):
         train(recipe, resume=True, quiet=True)
-    recipe, own = load_recipe(tmp_path / "imported" / "recipe.toml"), replace(own, train=TrainConfig())
+    recipe, own = load_recipe(tmp_path / "imported" / "recipe.toml"), replace(own, train=TrainConfig(precision="fp32"))
     weights = [
         load_file(newest(train(one, resume=resume, quiet=True)) / "trainable.safetensors")
         for one, resume in ((recipe, True), (own, False))
