@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 HIDDEN, FFN, LAYERS, HEADS, GROUPS, HEAD = 256, 512, 2, 4, 2, 64
-PIECES = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+PIECES = ["<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,7 @@ def run(arguments: list[str]) -> int:
     from dianjing.demo.report import write_report
     from dianjing.demo.run import run_demo, score_table
     from dianjing.demo.world import World
+    from dianjing.train.interrupt import Stopped
 
     notices = Console(stderr=True)
 
@@ -62,7 +64,11 @@ def run(arguments: list[str]) -> int:
 
         return real_world(WHOLE if torch.cuda.is_available() else SHORT, notify)
 
-    world, results = run_demo(out, prepare, notices)
+    try:
+        world, results = run_demo(out, prepare, notices)
+    except Stopped as stopped:
+        print(f"{stopped}; the demo begins again when it is started again", file=sys.stderr)
+        return stopped.exit_code
     report = write_report(out, world, results)
     Console().print(score_table(world, results))
     seconds = results.seconds

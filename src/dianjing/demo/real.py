@@ -46,13 +46,18 @@ WHOLE = Amount(held_out=200, yes_no=100)
 """On a GPU: all captions three times, all conversations twice."""
 SHORT = Amount(
     held_out=40,
-    yes_no=2,
+    yes_no=1,
     settings={
-        "pretrain": {"train.global_batch_size": 8, "train.epochs": 1, "train.max_steps": 90},
-        "finetune": {"train.global_batch_size": 4, "train.epochs": 1, "train.max_steps": 160},
+        "pretrain": {"train.global_batch_size": 8, "train.epochs": 1, "train.max_steps": 200},
+        "finetune": {
+            "train.global_batch_size": 4,
+            "train.epochs": 1,
+            "train.max_steps": 160,
+            "projector.learning_rate": 1e-3,
+        },
     },
 )
-"""On a CPU: 720 of 3,381 captions, 640 of 4,000 pictures with two of their yes/no questions each."""
+"""On a CPU: 1,600 of 3,381 captions, 640 of 4,000 pictures with one of their yes/no questions each."""
 
 
 def real_world(

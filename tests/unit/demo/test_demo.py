@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dianjing.cli.main import main
 from dianjing.demo.report import write_report
 from dianjing.demo.run import RESULTS, Results, run_demo, score_table
 from dianjing.demo.tiny import tiny_world
 from dianjing.demo.world import World
 from dianjing.errors import ConfigError
 from dianjing.tinyworld.records import Sizes, write_demo_data
+from dianjing.train.interrupt import Stopped
 
 SMALL = Sizes(pretrain=16, finetune=8, questions_per_scene=2, held_out=9, held_out_pairs=4, captions=2)
 
@@ -91,3 +93,14 @@ def test_a_demo_that_was_broken_off_is_replaced(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text("[]")
     with pytest.raises(ConfigError, match="not empty"):
         run_demo(tmp_path, broken, Console(quiet=True))
+
+
+def test_a_signal_ends_the_demo_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Stopped(15, "stopped after step 3 of 9, with a checkpoint")
+
+    monkeypatch.setattr("dianjing.demo.run.run_demo", stopped)
+    assert main(["demo", "--out", str(tmp_path)]) == 143
+    assert "stopped after step 3 of 9" in capsys.readouterr().err
