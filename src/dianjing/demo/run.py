@@ -84,6 +84,7 @@ def run_demo(out: Path, prepare: Callable[[], World], console: Console) -> tuple
             train(load_recipe(world.recipes[name], _overrides(out, name, world)))
         with _timed(results, "scoring", console, f"scoring {name} on held-out questions"):
             results.stages[name] = _score(load_for_use(str(out / name)), world)
+        _save(out, results)
     console.rule("export")
     with _timed(results, "export", console, "merging, writing, reading back, comparing"):
         proof = export(load_for_use(str(out / "finetune"), "cpu"), out / "export")

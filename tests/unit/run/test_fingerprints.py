@@ -42,7 +42,11 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("folder", "name", "changed"), CHANGES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("folder", "name", "changed"),
+    CHANGES,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else value,
+)
 def test_a_changed_bit_is_seen_and_named(
     tiny_llm: Path,
     tiny_clip: Path,
