@@ -11,6 +11,7 @@ from dianjing.errors import DataError
 from dianjing.infer import chat as module
 from dianjing.infer.chat import Session, chat, open_picture
 from dianjing.infer.generate import Conversation
+from dianjing.pictures.rule import PLAIN
 from tests.loaded_models import picture
 
 LOADED: Any = SimpleNamespace(name="tiny", can_see=True)
@@ -100,5 +101,5 @@ def test_a_picture_is_found_through_a_link_and_from_home(tmp_path: Path, monkeyp
     picture(9, 7).save(tmp_path / "real" / "x.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "real" / "x.png")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_picture(str(tmp_path / "link.png")).size == (9, 7)
-    assert open_picture("~/link.png").size == (9, 7)
+    assert open_picture(str(tmp_path / "link.png"), PLAIN).size == (9, 7)
+    assert open_picture("~/link.png", PLAIN).size == (9, 7)
