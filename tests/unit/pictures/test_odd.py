@@ -11,6 +11,7 @@ import pytest
 from dianjing.errors import DataError
 from dianjing.pictures.picture import check_image, load_image
 from dianjing.pictures.rule import PictureRule
+from tests import picture_table
 from tests.odd_dicoms import ODD
 from tests.odd_pictures import HEIGHT, TWELVE, WIDTH, Odd, png_chunks, ramp, write_png
 from tests.odd_tiffs import tiff
@@ -124,3 +125,12 @@ def test_a_tiff_of_many_bands_is_refused(tmp_path: Path) -> None:
     tiff(tmp_path / "a.tif", bands, photometric="rgb", extrasamples=["unspecified"] * 3)
     with pytest.raises(DataError, match="6 bands"):
         load_image(str(tmp_path), "a.tif")
+
+
+@pytest.mark.parametrize("page", ["pictures.md", "pictures_zh.md"])
+def test_the_tables_of_the_documents_are_what_the_script_prints(page: str) -> None:
+    pytest.importorskip("pydicom", reason="the table has DICOM files")
+    pytest.importorskip("pillow_heif", reason="the table has HEIC files")
+    text = (Path(__file__).parents[3] / "docs" / page).read_text(encoding="utf-8")
+    for row in (*picture_table.read(), *picture_table.refused()):
+        assert f"\n{row}\n" in text
