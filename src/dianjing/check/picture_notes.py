@@ -1,4 +1,4 @@
-"""The header of a picture -> what is odd about its file, and what other programs may read otherwise."""
+"""The header of a picture -> what is odd about its file."""
 
 from __future__ import annotations
 

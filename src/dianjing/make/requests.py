@@ -42,6 +42,11 @@ class Parameters:
     white: int = 0
     """The value that is white in pictures of more than 8 bits which name none; 0 = not known."""
 
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Return what decides how a picture is sent: its longer side, the value that is white."""
+        return self.long_edge, self.white
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:

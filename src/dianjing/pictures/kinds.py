@@ -1,4 +1,4 @@
-"""What a file is that Pillow does not open: a picture that needs a package, or no picture at all."""
+"""The first bytes of a file that Pillow does not open -> a picture that needs a package, or not a picture at all."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_tiff(start: bytes) -> bool:
 
 
 def description(start: bytes) -> str:
-    """Return what a file is that is no picture of a known format, and the way out."""
+    """Return what a file of an unknown format is, and the way out."""
     if not start:
         return "the file is empty"
     if start[4:8] == b"ftyp":

@@ -18,7 +18,7 @@ from dianjing.pictures.rule import PLAIN, PictureError, PictureRule
 from dianjing.pictures.wide import Depth, Samples, depth_of, samples_of, to_8_bits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What Pillow opens; DICOM and HEIC are opened by packages that may be missing."""
+"""Formats that Pillow opens; DICOM and HEIC are opened by packages that may be missing."""
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -114,7 +114,7 @@ def picture_path(root: str, name: str) -> str:
     """Return the path of the file of the picture `name` of the folder `root`, symbolic links followed.
 
     Raises:
-        PictureError: the name is no path inside the folder, or nothing is there.
+        PictureError: the name is not a path inside the folder, or nothing is there.
     """
     return locate(root, name)[0]
 

@@ -1,4 +1,4 @@
-"""The rule by which the pictures of a data set are read, and why one cannot be."""
+"""The rule by which the pictures of a data set are read."""
 
 from __future__ import annotations
 

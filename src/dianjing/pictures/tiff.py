@@ -26,7 +26,7 @@ LONG = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the tags of a page say of its samples."""
+    """The samples of a page, by its tags."""
 
     width: int
     height: int

@@ -14,21 +14,21 @@ from dianjing.pictures import tiff
 from dianjing.pictures.rule import PictureError, PictureRule
 
 QUARTER = 4
-"""Pictures that use less than one part in so many of their range are not scaled by the whole range unasked."""
+"""A picture is scaled by its whole range, unasked, if it uses at least one part in QUARTER of it."""
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _J2K_SIZE = b"\xff\x4f\xff\x51"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """What the header of a picture with more than 8 bits says."""
+    """The header of a picture with more than 8 bits."""
 
     bits: int
     white: float = 0
     """The file's own; 0 = it names none."""
     black: float = 0
     named_by: str = ""
-    """What names the white, in the words of its format."""
+    """The part of the file that names the white, in the words of its format."""
     signed: bool = False
     layout: tiff.Layout | None = None
 

@@ -14,7 +14,7 @@ from dianjing.infer.generate import Conversation
 from dianjing.pictures.rule import PLAIN
 from tests.loaded_models import picture
 
-LOADED: Any = SimpleNamespace(name="tiny", can_see=True)
+LOADED: Any = SimpleNamespace(picture_rule=PLAIN, name="tiny", can_see=True)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_bad_line_does_not_end_the_conversation(asked: list[Conversation], lin
 
 @pytest.mark.usefixtures("asked")
 def test_a_text_model_says_that_it_cannot_see() -> None:
-    loaded: Any = SimpleNamespace(name="text", can_see=False)
+    loaded: Any = SimpleNamespace(picture_rule=PLAIN, name="text", can_see=False)
     assert "cannot see" in talk(Session(loaded=loaded))
     assert "cannot see" not in talk(Session(loaded=LOADED))
 

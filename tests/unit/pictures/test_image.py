@@ -171,7 +171,7 @@ def test_a_folder_may_say_how_pictures_are_read(tmp_path: Path) -> None:
     assert processor_from(tmp_path, {**CLIP, "dianjing_pictures": said}).rule == PictureRule(**said)
     assert processor_from(tmp_path, CLIP).rule == PictureRule()
     for wrong in ({"transparency": "black"}, {"white": -1}, {"white": "x"}, {"profiles": 1}, {"other": 1}):
-        with pytest.raises(ModelError, match="not the preprocessing"):
+        with pytest.raises(ModelError, match="not a preprocessing that can be done here"):
             processor_from(tmp_path, {**CLIP, "dianjing_pictures": {**said, **wrong}})
 
 
