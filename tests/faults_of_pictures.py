@@ -6,9 +6,10 @@ import json
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from tests.faults import FAULTS, DataSet, fault
 
@@ -85,6 +86,13 @@ def picture_32bit(data: DataSet) -> None:
     Image.fromarray(np.arange(64 * 64, dtype=np.int32).reshape(64, 64)).save(data.images / "wide.tiff")
 
 
+@fault
+def picture_white(data: DataSet) -> None:
+    record = data.one()
+    record["image"] = "dark.png"
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)).save(data.images / "dark.png")
+
+
 def photo(seed: int, width: int = 96, height: int = 96) -> Image.Image:
     """Return a picture that looks like no other."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -104,6 +112,31 @@ def picture_narrow(data: DataSet) -> None:
 @fault
 def picture_blank(data: DataSet) -> None:
     Image.new("RGB", (96, 96), "white").save(data.picture(data.one()))
+
+
+def tiff(data: DataSet, name: str, *pages: Image.Image, **options: Any) -> None:
+    """Give a record a TIFF of some pages."""
+    data.one()["image"] = name
+    pages[0].save(data.images / name, save_all=True, append_images=pages[1:], **options)
+
+
+@fault
+def picture_preview(data: DataSet) -> None:
+    tiff(data, "slide.tif", photo(20), photo(21), tiffinfo={254: 1})
+
+
+@fault
+def picture_channels(data: DataSet) -> None:
+    pages = [photo(seed).convert("L") for seed in (22, 23)]
+    tiff(data, "cells.tif", *pages, tiffinfo={270: "ImageJ=1.54\nimages=2\nchannels=2\n"})
+
+
+@fault
+def picture_profile(data: DataSet) -> None:
+    record = data.one()
+    record["image"] = "printed.jpg"
+    grey = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    photo(24).save(data.images / "printed.jpg", icc_profile=grey)
 
 
 @fault

@@ -18,6 +18,8 @@ from dianjing.config.schema import Recipe
 from dianjing.data.pack import pack
 from dianjing.data.parallel import spread
 from dianjing.errors import DataError
+from dianjing.pictures.rule import PLAIN, PictureRule
+from dianjing.pictures.wide import proposed_white
 from dianjing.progress import Watch
 
 PICTURES_AT_ONCE = 32
@@ -34,6 +36,8 @@ class Settings:
     reading: Reading | None = None
     recipe: Recipe | None = None
     """Says how the records of a step are packed."""
+    rule: PictureRule = PLAIN
+    """How pictures are read."""
     workers: int = 0
     """Processes; 0 = one a core."""
 
@@ -73,6 +77,8 @@ class Result:
     """None without a recipe, and when training would refuse a file whole."""
     names: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
     """Picture path as written -> (code, path as it should be), where there is no doubt."""
+    usable: list[str] = field(default_factory=list[str])
+    """Paths of the pictures that can be used, without those of the held-out set."""
 
 
 def check(settings: Settings, watch: Watch) -> Result:
@@ -96,11 +102,11 @@ def check(settings: Settings, watch: Watch) -> Result:
         reading=settings.reading,
         workers=settings.workers,
     )
-    held_out = None
+    held_out, own_pictures = None, len(names.numbers)
     if settings.held_out:
         paths = (settings.held_out,)
         held_out = gather(paths, settings.images, names, findings=Findings(), watch=watch, workers=settings.workers)
-    pictures = look_at_pictures(names, settings.workers, watch)
+    pictures = look_at_pictures(names, settings.rule, settings.workers, watch)
     right_names: dict[str, tuple[str, str]] = {}
     found = [
         _about_pictures(gathered, names, pictures, right_names),
@@ -119,6 +125,11 @@ def check(settings: Settings, watch: Watch) -> Result:
         values=gathered.values,
         run=None if _refused(settings.reading, gathered) else _run(gathered, pictures, settings),
         names=right_names,
+        usable=[
+            name
+            for number, (_, name) in enumerate(names.numbers)
+            if number < own_pictures and not pictures[number].code
+        ],
     )
 
 
@@ -131,7 +142,7 @@ def _template_finding(reading: Reading) -> Finding:
     return Finding(code="template_strings", file=reading.tokenizer_folder, text=text)
 
 
-def look_at_pictures(names: Names, workers: int, watch: Watch) -> list[Picture]:
+def look_at_pictures(names: Names, rule: PictureRule, workers: int, watch: Watch) -> list[Picture]:
     """Return what every picture is like, by its number."""
     found: list[Picture] = [Picture()] * len(names.numbers)
     for root in {root for root, _ in names.numbers}:
@@ -139,7 +150,7 @@ def look_at_pictures(names: Names, workers: int, watch: Watch) -> list[Picture]:
         groups = [own[at : at + PICTURES_AT_ONCE] for at in range(0, len(own), PICTURES_AT_ONCE)]
         tasks = ([name for name, _ in group] for group in groups)
         done = 0
-        for group, pictures in zip(groups, spread(partial(PictureChecker, root), tasks, workers), strict=True):
+        for group, pictures in zip(groups, spread(partial(PictureChecker, root, rule), tasks, workers), strict=True):
             for (_, number), picture in zip(group, pictures, strict=True):
                 found[number] = picture
             done += len(group)
@@ -152,6 +163,7 @@ def _about_pictures(
 ) -> Iterator[Finding]:
     """Yield why records cannot use their pictures, and what is odd about a picture where it is first shown."""
     paths = list(names.numbers)
+    brightest = max((picture.brightest for picture in pictures), default=0)
     folders: dict[str, Folder] = {}
     explained: dict[int, tuple[str, str]] = {}
     seen: set[int] = set()
@@ -161,7 +173,7 @@ def _about_pictures(
             if picture.code:
                 if number not in explained:
                     folder = folders.setdefault(root, Folder(root))
-                    explained[number] = _explained(picture, name, folder, right_names)
+                    explained[number] = _explained(picture, name, folder, right_names, brightest)
                 code, text = explained[number]
                 yield gathered.finding(record, code, text, "image", _shown(root, name, picture))
             elif number not in seen:
@@ -171,8 +183,14 @@ def _about_pictures(
                     yield gathered.finding(record, code, text, "image", os.path.join(root, name))
 
 
-def _explained(picture: Picture, name: str, folder: Folder, right_names: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Return code and sentence for a picture that cannot be used, with the path that was meant."""
+def _explained(
+    picture: Picture, name: str, folder: Folder, right_names: dict[str, tuple[str, str]], brightest: int
+) -> tuple[str, str]:
+    """Return code and sentence for a picture that cannot be used, with the path or the white that was meant."""
+    if picture.code == "picture_white":
+        text = f'picture "{name}": values up to {picture.brightest}, and the file does not say which one is white'
+        white = proposed_white(brightest)
+        return picture.code, f"{text}; the brightest of all pictures is {brightest}: data.white = {white} (--white)"
     certain = folder.certain(picture.code, name)
     if certain:
         right_names[name] = certain

@@ -141,10 +141,15 @@ picture_32bit | error | 32-bit pixels, whose white is unknown | save it with 8 b
 picture_tiny | warning | a side shorter than 16 pixels | replace it
 picture_narrow | warning | a side more than 10 times the other | cut it
 picture_blank | warning | one colour and nothing else | replace it
+picture_white | error | more than 8 bits, mostly dark, and nothing says which value is white | set data.white
+picture_clipped | note | brighter than data.white in places, which become white | -
+picture_preview | warning | the page that is read is a preview or a label | name another page (NAME#2), or save it alone
+picture_channels | warning | channels that are not read | save a picture in RGB
+picture_profile | note | an embedded colour profile, which not all readers apply | -
 picture_rotated | note | stored lying, turned upright by EXIF: done here, not by all readers | -
-picture_16bit | note | 16-bit pixels, scaled to 8 | -
+picture_16bit | note | more than 8 bits, scaled to 8 | -
 picture_alpha | note | transparent: laid on white, unless data.transparency says otherwise | -
-picture_animated | note | an animation, of which the first frame is read | -
+picture_animated | note | several frames or pages, of which one is read | -
 picture_suffix | note | the file is of another format than its name says | rename it
 picture_duplicate | note | the same file under two names | -
 picture_near_duplicate | note | looks the same as another picture | -

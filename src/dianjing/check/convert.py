@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from dianjing.check.fixes import ROLES
-from dianjing.check.pictures import SUFFIXES
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.read import Place, is_lines
 from dianjing.data.record import examine
 from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import ConfigError, DataError
-from dianjing.pictures.picture import PictureError, open_picture, picture_path
+from dianjing.pictures.picture import SUFFIXES, PictureError, open_picture, picture_path
 
 CAPTION_QUESTION = "Describe the picture."
 CAPTION_COLUMNS = ("caption", "text", "answer")

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from dianjing.pictures.picture import PictureError, check_image, decode, opaque, open_picture, picture_path
+from dianjing.check.picture_notes import file_notes
+from dianjing.pictures.picture import (
+    PictureError,
+    check_image,
+    locate,
+    naming_breaks,
+    open_picture,
+    read_samples,
+    to_rgb,
+)
+from dianjing.pictures.rule import PLAIN, PictureRule
+from dianjing.pictures.wide import Depth
+from dianjing.pictures.wide import brightest as brightest_of
 
 TINY = 16
 """Pixels of the shorter side."""
@@ -20,15 +31,6 @@ FLAT = 3
 """Levels of 255 within which two neighbours count as the same, so that noise in an even area changes nothing."""
 THUMB = 8
 """Side in pixels of the picture that is compared."""
-SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-}
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class Picture:
     """Training begins with it: it is whole as far as header and end tell."""
     notes: tuple[tuple[str, str], ...] = ()
     """Code and sentence of what is odd about it."""
+    brightest: int = 0
+    """Its largest value, if it has more than 8 bits and its file does not name the white; else 0."""
     size: tuple[int, int] = (0, 0)
     content: int = 0
     """Hash of the file."""
@@ -54,23 +58,32 @@ class Picture:
 class PictureChecker:
     """Checks pictures of one folder."""
 
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self, root: str, rule: PictureRule = PLAIN) -> None:
+        self._root, self._rule = root, rule
 
     def __call__(self, names: Sequence[str]) -> list[Picture]:
         """Return what each picture is like."""
         return [self._check(name) for name in names]
 
     def _check(self, name: str) -> Picture:
+        brightest = 0
         try:
-            path = picture_path(self._root, name)
-            with open_picture(path, name) as image:
-                upright = opaque(decode(image, name))
-                notes = [*_file_notes(image, name)]
+            path, frame = locate(self._root, name)
+            with open_picture(path, name, frame) as image, naming_breaks(name):
+                samples = read_samples(image, name)
+                notes = [*file_notes(image, name, self._rule)]
+                if samples:
+                    brightest = brightest_of(samples)
+                    notes.append(_depth_note(samples.depth, self._rule))
+                upright = to_rgb(image, samples, name, self._rule)
         except PictureError as error:
-            return Picture(code=error.code, text=str(error), passes=self._passes(name))
+            return Picture(code=error.code, text=str(error), passes=self._passes(name), brightest=brightest)
+        if brightest > self._rule.white > 0:
+            notes.append(("picture_clipped", f"values up to {brightest}, and data.white is {self._rule.white}"))
         with open(path, "rb") as file:
-            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+        if frame:
+            content.update(f"#{frame}".encode())
         small = upright.resize((36, 32), Image.Resampling.BOX)
         grey = np.asarray(small.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
         blank = len(upright.getcolors(1) or ()) == 1
@@ -79,33 +92,27 @@ class PictureChecker:
         return Picture(
             passes=True,
             notes=(*notes, *_size_notes(*upright.size)),
+            brightest=brightest,
             size=upright.size,
-            content=int.from_bytes(content, "little"),
+            content=int.from_bytes(content.digest(), "little"),
             gradient=int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + FLAT).tobytes(), "big"),
             thumb=b"" if blank else small.resize((THUMB, THUMB), Image.Resampling.BOX).tobytes(),
         )
 
     def _passes(self, name: str) -> bool:
         try:
-            check_image(self._root, name)
+            check_image(self._root, name, self._rule)
         except PictureError:
             return False
         return True
 
 
-def _file_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix not in SUFFIXES.get(image.format or "", (suffix,)):
-        yield "picture_suffix", f"the file is {image.format}, its name ends in {suffix or 'nothing'}"
-    if image.mode.startswith("I;16"):
-        yield "picture_16bit", "16-bit grey, scaled to 8 bits"
-    if "A" in image.getbands() or "transparency" in image.info:
-        yield "picture_alpha", "transparent: laid on white, unless data.transparency says otherwise"
-    if getattr(image, "is_animated", False):
-        yield "picture_animated", f"{getattr(image, 'n_frames', 2)} frames, of which the first is read"
-    turned = image.getexif().get(_ORIENTATION, 1)
-    if turned != 1:
-        yield "picture_rotated", f"EXIF orientation {turned}"
+def _depth_note(depth: Depth, rule: PictureRule) -> tuple[str, str]:
+    if depth.white:
+        white = depth.named_by
+    else:
+        white = f"data.white {rule.white}" if rule.white else f"{depth.range}, the largest there is"
+    return "picture_16bit", f"more than 8 bits; white is {white}"
 
 
 def _size_notes(width: int, height: int) -> Iterator[tuple[str, str]]:

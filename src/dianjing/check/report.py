@@ -13,6 +13,7 @@ from dianjing.check.codes import CODES, SEVERITIES, Finding
 from dianjing.check.summary import facts, histogram, printable, refusal
 from dianjing.eval.compare import thumbnail
 from dianjing.pictures.picture import PictureError, load_image
+from dianjing.pictures.rule import PictureRule
 
 SHOWN = 20
 """Findings of a code on the page."""
@@ -39,7 +40,7 @@ def page(result: Result) -> str:
             "code": code,
             "about": CODES[code],
             "number": findings.counts[code],
-            "rows": _rows(findings.of(code)[:SHOWN]),
+            "rows": _rows(findings.of(code)[:SHOWN], result.settings.rule),
         }
         for code in findings.codes()
     ]
@@ -62,22 +63,22 @@ def page(result: Result) -> str:
     )
 
 
-def _rows(findings: list[Finding]) -> list[dict[str, Any]]:
+def _rows(findings: list[Finding], rule: PictureRule) -> list[dict[str, Any]]:
     return [
         {
             "place": printable(finding.place),
             "text": printable(finding.text),
-            "picture": _thumbnail(finding.picture) if finding.picture and number < PICTURES_SHOWN else "",
+            "picture": _thumbnail(finding.picture, rule) if finding.picture and number < PICTURES_SHOWN else "",
         }
         for number, finding in enumerate(findings)
     ]
 
 
-def _thumbnail(path: str) -> str:
+def _thumbnail(path: str, rule: PictureRule) -> str:
     """Return a picture as a data URI; "" for one that cannot be decoded."""
     folder, name = os.path.split(path)
     try:
-        return thumbnail(load_image(folder, name))
+        return thumbnail(load_image(folder, name, rule))
     except PictureError:
         return ""
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from dianjing.check.check import Result
 from dianjing.check.codes import CODES, SEVERITIES, Severity
+from dianjing.check.picture_notes import SEEN_OTHERWISE
 
 EXAMPLES = 3
 STYLES: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -62,6 +63,12 @@ def refusal(result: Result) -> str:
 def facts(result: Result) -> Iterator[str]:
     """Yield what the set is like, a line each."""
     yield f"{result.records:,} records, {result.pictures:,} pictures"
+    counts = result.findings.counts
+    if others := [f"{counts[code]:,} {words}" for code, words in SEEN_OTHERWISE.items() if counts[code]]:
+        yield (
+            f"other programs, such as the readers of an export, see these pictures otherwise: {', '.join(others)}; "
+            "--fix OUT --pictures DIR writes copies that all read alike"
+        )
     values = result.values
     if answers := values.get("answer characters"):
         questions = values["question characters"]

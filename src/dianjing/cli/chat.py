@@ -45,9 +45,9 @@ def run(arguments: list[str]) -> int:
     # Slow to import, so a typing error is said before.
     from dianjing.infer.chat import BLIND, Session, chat, open_picture
     from dianjing.infer.generate import Sampling
-    from dianjing.infer.load import load_for_use
+    from dianjing.infer.load import load_for_use, picture_rule
 
-    images = [open_picture(path) for path in given.image]
+    images = [open_picture(path, picture_rule(given.model)) for path in given.image]
     session = Session(
         loaded=load_for_use(given.model),
         first_images=images,

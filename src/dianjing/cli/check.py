@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from dianjing.cli.flags import parse
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import DataConfig, Recipe
 from dianjing.errors import ConfigError
+from dianjing.pictures.rule import PictureRule
 from dianjing.progress import watched
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ class Arguments:
     """Folder of the LLM, or "tinyworld": look for its special strings in the texts (a recipe does too)."""
     template: str = ""
     """Chat template of --llm; chosen from its tokenizer if not given."""
+    white: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """The value that is white in pictures of more than 8 bits which do not name it themselves; a recipe says its own
+    (data.white)."""
     held_out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Records kept for evaluation: say which pictures and records are in both."""
     json: bool = False
@@ -47,6 +52,9 @@ class Arguments:
     """Write an HTML page with histograms and pictures."""
     fix: Annotated[str, tyro.conf.arg(metavar="OUT")] = ""
     """Write a corrected copy (.json or .jsonl) here, and OUT.changes.jsonl next to it."""
+    pictures: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """With --fix: write a copy of every picture into this new folder, one that all programs read alike (upright,
+    opaque, 8 bits, sRGB); OUT names the copies."""
     convert: Annotated[str, tyro.conf.arg(metavar="OUT")] = ""
     """Check nothing: turn OpenAI messages, ShareGPT or parquet into LLaVA JSON."""
 
@@ -60,6 +68,8 @@ def run(arguments: list[str]) -> int:
     settings = read_settings(given)
     if given.fix and len(settings.paths) != 1:
         raise ConfigError(f"--fix corrects one file at a time, {len(settings.paths)} are given; name one")
+    if given.pictures and not given.fix:
+        raise ConfigError("--pictures goes with --fix OUT, the records that name the copies")
     result = watched_check(settings, notices)
     tell(result, as_json=given.json)
     if given.report:
@@ -71,7 +81,8 @@ def run(arguments: list[str]) -> int:
     if given.fix:
         from dianjing.check.fix import fix
 
-        fixed = fix(settings.paths[0], given.fix, result.names)
+        names = {**result.names, **copied(given, settings, result, notices)}
+        fixed = fix(settings.paths[0], given.fix, names)
         changes = sum(fixed.changes.values())
         notices.print(
             f"{fixed.out}: {fixed.records:,} records, {changes:,} changes ({fixed.changes_file.name}), "
@@ -80,6 +91,26 @@ def run(arguments: list[str]) -> int:
             soft_wrap=True,
         )
     return int(result.findings.number("error") > 0)
+
+
+def copied(given: Arguments, settings: Settings, result: Result, notices: Console) -> dict[str, tuple[str, str]]:
+    """Write plain copies of the pictures if --pictures asks for them, and return the names that change."""
+    if not given.pictures:
+        return {}
+    from dianjing.check.copies import write_copies
+
+    root = settings.images or os.path.dirname(settings.paths[0]) or "."
+    right = {name: path for name, (_, path) in result.names.items()}
+    used = list(dict.fromkeys([*result.usable, *right.values()]))
+    with watched(notices) as watch:
+        changed = write_copies(root, used, Path(given.pictures), settings.rule, watch)
+    notices.print(
+        f"{given.pictures}: {len(used):,} pictures, {len(changed):,} of them written as plain PNG; its name goes into "
+        "data.images",
+        markup=False,
+        soft_wrap=True,
+    )
+    return changed | {name: changed[path] for name, path in right.items() if path in changed}
 
 
 def convert(given: Arguments, notices: Console) -> int:
@@ -127,6 +158,7 @@ def read_settings(given: Arguments) -> Settings:
         held_out=given.held_out,
         reading=read_reading(given, recipe) if recipe or given.llm else None,
         recipe=recipe,
+        rule=PictureRule.of(recipe.data) if recipe and not given.white else PictureRule(white=given.white),
     )
 
 

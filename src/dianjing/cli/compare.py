@@ -40,10 +40,10 @@ def run(arguments: list[str]) -> int:
     from dianjing.eval.compare import Column, page
     from dianjing.eval.evaluate import evaluate, times_asked
     from dianjing.infer.answers import load_pictures
-    from dianjing.infer.load import load_for_use
+    from dianjing.infer.load import load_for_use, picture_rule
 
     notices = Console(stderr=True)
-    questions, root = read_questions(given.data, given, notices)
+    questions, root = read_questions(given.data, given, given.models, notices)
     _require_writable(given.out)
     columns = []
     with Progress(console=notices, transient=True) as progress:
@@ -54,7 +54,8 @@ def run(arguments: list[str]) -> int:
             advance = lambda count, task=task: progress.advance(task, count)  # noqa: E731
             columns.append(Column.of_report(evaluate(loaded, questions, root, given.max_new_tokens, advance)))
             del loaded  # before the next one is loaded
-    html = page(f"{Path(given.data).name}: side by side", questions, columns, load_pictures(questions, root))
+    pictures = load_pictures(questions, root, picture_rule(given.models[0]))
+    html = page(f"{Path(given.data).name}: side by side", questions, columns, pictures)
     given.out.write_text(html, encoding="utf-8")
     print(given.out)
     return 0

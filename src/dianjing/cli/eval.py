@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     from dianjing.infer.load import load_for_use
 
     notices = Console(stderr=True)
-    questions, root = read_questions(given.data, given, notices)
+    questions, root = read_questions(given.data, given, [given.model], notices)
     loaded = load_for_use(given.model)
     with Progress(console=notices, transient=True) as progress:
         task = progress.add_task("answering", total=times_asked(loaded, questions))

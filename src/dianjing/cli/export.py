@@ -18,6 +18,7 @@ from dianjing.run.layout import RECIPE
 if TYPE_CHECKING:
     from dianjing.export.receipt import Proof
     from dianjing.infer.generate import Conversation
+    from dianjing.infer.load import picture_rule
 
 NAME = "export"
 SUMMARY = "write a run for other programs to load, proved to answer as the run does"
@@ -108,7 +109,7 @@ def real_conversations(given: Arguments, notices: Console) -> list[Conversation]
         records = load_records(data, on_bad_record="skip").records
         spread = records[:: max(1, len(records) // RECORDS)][:RECORDS]
         questions = [questions_of(record)[0] for record in spread]
-        pictures = load_pictures(questions, images or str(Path(data).parent))
+        pictures = load_pictures(questions, images or str(Path(data).parent), picture_rule(given.run))
     except DataError as error:
         if given.data:
             raise

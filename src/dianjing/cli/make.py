@@ -55,6 +55,8 @@ class Arguments:
     """The endpoint's own if not given."""
     long_edge: Annotated[int, arg(metavar="PIXELS")] = 1024
     """Larger pictures are sent this large, as JPEG."""
+    white: Annotated[int, arg(metavar="N")] = 0
+    """The value that is white in pictures of more than 8 bits which do not name it themselves (data.white)."""
     concurrency: Annotated[int, arg(metavar="N")] = 8
     """Most calls at once."""
     timeout_seconds: float = 120.0
@@ -178,11 +180,17 @@ def _job(given: Arguments, notices: Console) -> Job:
     if given.base_url and (warning := check_base_url(given.base_url)):
         notices.print(f"warning: {warning}", style="yellow")
     parameters = Parameters(
-        model=given.model, max_tokens=given.max_tokens, temperature=given.temperature, long_edge=given.long_edge
+        model=given.model,
+        max_tokens=given.max_tokens,
+        temperature=given.temperature,
+        long_edge=given.long_edge,
+        white=given.white,
     )
     with Progress(console=notices, transient=True) as progress:
         task = progress.add_task("looking at the pictures", total=None)
-        pictures = look(given.images, lambda done, total: progress.update(task, completed=done, total=total))
+        pictures = look(
+            given.images, given.white, lambda done, total: progress.update(task, completed=done, total=total)
+        )
     _print_pictures(pictures, notices)
     return Job(
         pictures=pictures,

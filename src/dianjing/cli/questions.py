@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,11 +11,12 @@ from dianjing.cli.flags import Asking
 from dianjing.data.record import load_records
 from dianjing.errors import ConfigError
 from dianjing.infer.answers import check_pictures
+from dianjing.infer.load import picture_rule
 from dianjing.infer.questions import Question, questions_of
 
 
-def read_questions(data: str, given: Asking, notices: Console) -> tuple[list[Question], str]:
-    """Return all questions of a data file and its image folder.
+def read_questions(data: str, given: Asking, models: Sequence[str], notices: Console) -> tuple[list[Question], str]:
+    """Return all questions of a data file, which `models` are to answer, and its image folder.
 
     Raises:
         DataError: a record or a picture cannot be used.
@@ -27,5 +29,6 @@ def read_questions(data: str, given: Asking, notices: Console) -> tuple[list[Que
         notices.print(f"{data}: {notice} ({count} times)", style="yellow", markup=False, soft_wrap=True)
     root = given.images or str(Path(data).parent)
     questions = [question for record in found.records[: given.limit or None] for question in questions_of(record)]
-    check_pictures(questions, root)
+    for rule in {picture_rule(model) for model in models}:
+        check_pictures(questions, root, rule)
     return questions, root

@@ -29,6 +29,7 @@ from dianjing.errors import ConfigError
 from dianjing.infer.segments import headline, picture_tokens_of, segments
 from dianjing.model.folders import resolve
 from dianjing.pictures.image import ImageProcessor, load_image
+from dianjing.pictures.rule import PictureRule
 from dianjing.progress import watched
 
 NAME = "show"
@@ -53,6 +54,8 @@ class Arguments:
     """Folder of the vision tower, or "tinyworld"; without it a picture is one image token."""
     transparency: Literal["white", "drop"] = DataConfig.transparency
     """Transparent pictures are laid on white, or their alpha channel is ignored (as in imported runs)."""
+    white: int = DataConfig.white
+    """The value that is white in pictures of more than 8 bits which do not name it themselves (data.white)."""
     max_tokens: int = DataConfig.max_tokens
     """Longer records are cut here, a picture counted as one token."""
     limit: int | None = None
@@ -102,8 +105,15 @@ def open_records(chosen: Arguments, notices: Console) -> tuple[Dataset, str]:
         on_long_record="truncate",
         image_token_id=image_token_id(tokenizer),
     )
-    config = DataConfig(path=chosen.data, images=chosen.images, max_tokens=chosen.max_tokens, pack_tokens=sys.maxsize)
-    image_processor = ImageProcessor.from_folder(tower, transparency=chosen.transparency) if tower else None
+    config = DataConfig(
+        path=chosen.data,
+        images=chosen.images,
+        white=chosen.white,
+        transparency=chosen.transparency,
+        max_tokens=chosen.max_tokens,
+        pack_tokens=sys.maxsize,
+    )
+    image_processor = ImageProcessor.from_folder(tower, rule=PictureRule.of(config)) if tower else None
     with watched(notices) as watch:
         return open_dataset(config, encoder, image_processor, watch), how
 
@@ -142,7 +152,7 @@ def page(dataset: Dataset, indices: Iterable[int]) -> str:
     for i in indices:
         record, example = dataset.records[i], dataset.example(i)
         folder = image_folder(dataset.config, record.source)
-        seen = [processor.to_picture(processor(load_image(folder, name))) for name in record.images]
+        seen = [processor.to_picture(processor(load_image(folder, name, processor.rule))) for name in record.images]
         records.append(
             {
                 "headline": headline(example),

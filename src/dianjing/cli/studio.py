@@ -17,8 +17,9 @@ import tyro
 from rich.console import Console
 
 from dianjing.cli.flags import parse
-from dianjing.config.load import find_recipe
+from dianjing.config.load import find_recipe, load_recipe
 from dianjing.errors import ConfigError
+from dianjing.pictures.rule import PLAIN, PictureRule
 
 if TYPE_CHECKING:
     from dianjing.studio.propose import Proposer
@@ -106,9 +107,8 @@ def open_studio(given: Arguments, console: Console, training: Mapping[str, str])
     from dianjing.studio.session import ReviewSession
     from dianjing.studio.studio import Studio
 
-    if given.recipe:
-        find_recipe(given.recipe)
-    proposer = open_proposer(given, console)
+    rule = PictureRule.of(load_recipe(find_recipe(given.recipe)).data) if given.recipe else PLAIN
+    proposer = open_proposer(given, rule, console)
     return Studio(
         folder=given.folder.resolve(),
         runs=Runs(given.folder, given.images, training),
@@ -116,11 +116,11 @@ def open_studio(given: Arguments, console: Console, training: Mapping[str, str])
         named_models=given.model,
         recipe=given.recipe,
         proposer=proposer,
-        session=ReviewSession(given.data, given.images) if given.data else None,
+        session=ReviewSession(given.data, given.images, rule) if given.data else None,
     )
 
 
-def open_proposer(given: Arguments, console: Console) -> Proposer | None:
+def open_proposer(given: Arguments, rule: PictureRule, console: Console) -> Proposer | None:
     """Return what asks the endpoint, None if none is named.
 
     Raises:
@@ -142,4 +142,5 @@ def open_proposer(given: Arguments, console: Console) -> Proposer | None:
         model=given.model_name,
         max_tokens=given.max_tokens,
         timeout_seconds=given.timeout_seconds,
+        white=rule.white,
     )

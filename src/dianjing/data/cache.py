@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from dianjing.data.record import bad_records
 from dianjing.data.source import DataFile
 from dianjing.data.survey import ROW, Pictures, Survey
 from dianjing.errors import DataError
-from dianjing.pictures import picture
+from dianjing.pictures import dicom, kinds, picture, profile, rule, tiff, wide
+from dianjing.pictures.rule import PictureRule
 from dianjing.progress import Watch
 
-MODULES = (encode, picture, picture_tokens, read, record, source, split, survey, template)
+PICTURES = (dicom, kinds, picture, profile, rule, tiff, wide)
+MODULES = (encode, picture_tokens, read, record, source, split, survey, template, *PICTURES)
 DECIDING = [*(str(module.__file__) for module in MODULES), __file__]
 """The files of the program that decide what a survey finds; with any change in them it is made again."""
+PACKAGES = ("pillow", "tokenizers", "transformers", "pydicom", "pillow-heif")
 KEPT = 32
 """Surveys on disk, those used last."""
 
@@ -47,7 +50,7 @@ def key_of(files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> s
     pictures."""
     fields = {
         "program": [Path(path).read_text(encoding="utf-8") for path in DECIDING],
-        "versions": [version(name) for name in ("pillow", "tokenizers", "transformers")],
+        "versions": [_version(name) for name in PACKAGES],
         "paths": [file.path for file in files],
         "files": [file.digest().hex() for file in files],
         "folders": [os.path.abspath(survey.image_folder(config, file.path)) for file in files],
@@ -56,16 +59,18 @@ def key_of(files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> s
         "splits specials": bool(getattr(encoder.tokenizer, "split_special_tokens", False)),
         "template": asdict(encoder.template),
         "encoder": [repr(encoder.picture_tokens), encoder.max_tokens, encoder.on_long_record, encoder.image_token_id],
-        "data": [
-            config.images,
-            config.transparency,
-            config.turns,
-            config.on_bad_record,
-            config.on_long_record,
-            config.pack_tokens,
-        ],
+        "pictures": asdict(PictureRule.of(config)),
+        "data": [config.images, config.turns, config.on_bad_record, config.on_long_record, config.pack_tokens],
     }
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    """Return the version of a package, "" when it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def cached_survey(files: Sequence[DataFile], config: DataConfig, encoder: Encoder, watch: Watch) -> tuple[Survey, str]:
@@ -102,12 +107,12 @@ def _still_right(entry: Entry, files: Sequence[DataFile], config: DataConfig, wa
     if not changed:
         return found, f"records and pictures are as at an earlier start ({entry.path})"
     if config.on_bad_record == "error":
-        _require_usable(changed, found, files)
+        _require_usable(changed, found, files, PictureRule.of(config))
     some = f"{len(changed):,} of {len(found.pictures.names):,} pictures"
     return None, f"{some} were changed after an earlier start; every record was read again"
 
 
-def _require_usable(changed: Sequence[int], found: Survey, files: Sequence[DataFile]) -> None:
+def _require_usable(changed: Sequence[int], found: Survey, files: Sequence[DataFile], rule: PictureRule) -> None:
     """Refuse pictures that went away or bad.
 
     Raises:
@@ -116,7 +121,8 @@ def _require_usable(changed: Sequence[int], found: Survey, files: Sequence[DataF
     reasons: dict[int, DataError] = {}
     for number in changed:
         try:
-            picture.check_image(found.pictures.folders[found.pictures.folder[number]], found.pictures.names[number])
+            folder = found.pictures.folders[found.pictures.folder[number]]
+            picture.check_image(folder, found.pictures.names[number], rule)
         except DataError as error:
             reasons[number] = error
     shown = np.flatnonzero(np.isin(found.picture_of, list(reasons)))

@@ -100,7 +100,7 @@ class Dataset:
 
     def _read_picture(self, folder: str, name: str) -> tuple[UInt8[Tensor, "3 height width"], Size]:
         assert self.image_processor
-        image = load_image(folder, name)
+        image = load_image(folder, name, self.image_processor.rule)
         return self.image_processor.pixels(image), (image.height, image.width)
 
 

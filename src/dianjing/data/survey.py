@@ -26,6 +26,7 @@ from dianjing.data.source import WHOLE, DataFile
 from dianjing.data.split import MAX_RECORD_BYTES, Chunk, chunks, mapped
 from dianjing.errors import DataError
 from dianjing.pictures.picture import check_image
+from dianjing.pictures.rule import PictureRule
 from dianjing.progress import Watch
 
 Task = tuple[int, Chunk]
@@ -163,7 +164,8 @@ def _look(folder: str, name: str) -> tuple[int, int]:
     try:
         seen = os.stat(os.path.join(folder, name))
     except (OSError, ValueError):
-        return -1, -1
+        file, mark, _ = name.rpartition("#")  # a frame of it
+        return _look(folder, file) if mark else (-1, -1)
     return seen.st_size, seen.st_mtime_ns
 
 
@@ -197,7 +199,7 @@ class _Reader:
 
     def __init__(self, files: Sequence[DataFile], config: DataConfig, encoder: Encoder) -> None:
         self._files, self._config, self._encoder = files, config, encoder
-        self._check = lru_cache(maxsize=LOOKED_AT)(check_image)
+        self._check = lru_cache(maxsize=LOOKED_AT)(partial(check_image, rule=PictureRule.of(config)))
 
     def __call__(self, task: Task) -> _Found:
         number, chunk = task

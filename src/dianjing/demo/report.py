@@ -13,6 +13,7 @@ from dianjing.demo.run import STAGES, Results, score_rows
 from dianjing.demo.world import World
 from dianjing.eval.compare import Column, page, thumbnail
 from dianjing.infer.answers import load_pictures
+from dianjing.pictures.rule import PLAIN
 from dianjing.run.layout import CURVE
 
 SHOWN_OF_EACH_TYPE = 2
@@ -25,7 +26,7 @@ def write_report(out: Path, world: World, results: Results) -> Path:
     questions = [one.question for one in answered["finetune"]]
     types = [name for name in world.types if name in results.stages["finetune"].report.by_type]
     shown = SHOWN_OF_EACH_TYPE * len(types)
-    pictures = load_pictures(questions[: max(COMPARED, shown)], str(world.images))
+    pictures = load_pictures(questions[: max(COMPARED, shown)], str(world.images), PLAIN)
 
     columns = [Column.of_report(results.stages[name].report, name, COMPARED) for name in STAGES]
     compared = page(f"Before and after: {world.title}", questions[:COMPARED], columns, pictures)

@@ -17,7 +17,6 @@ from dianjing.data.record import without_markers
 from dianjing.eval.score import exact_match, token_f1, tokens
 from dianjing.eval.summary import RIGHT, SIGHT, WAYS, Summary, score, summarise, summarise_by_type
 from dianjing.infer.questions import Question
-from dianjing.pictures.picture import opaque
 
 if TYPE_CHECKING:
     from dianjing.eval.evaluate import Report
@@ -91,7 +90,6 @@ def page(title: str, questions: Sequence[Question], columns: Sequence[Column], p
 def thumbnail(image: Image) -> str:
     """Return a picture as a data URI, scaled down to the page's size; small ones stay exact."""
     file = io.BytesIO()
-    image = opaque(image)
     if max(image.size) <= THUMBNAIL_PIXELS:
         image.save(file, "PNG", optimize=True)
         return _data_uri("png", file)

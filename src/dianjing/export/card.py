@@ -49,6 +49,7 @@ def write_card(loaded: LoadedModel, folder: Path, format: str, proof: Proof) -> 
         parity=f"{proof.max_logit_difference:.1e}",
         same=", the same greedy answers" if all(case.same_answer for case in proof.cases) else "",
         notes=proof.notes,
+        rule=loaded.picture_rule,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

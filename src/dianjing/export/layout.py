@@ -8,6 +8,7 @@ receipt.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,8 @@ from dianjing.errors import ExportError
 from dianjing.model.projector import KINDS
 from dianjing.model.towers.families import tower_family
 from dianjing.model.towers.tower import Tower
-from dianjing.pictures.image import TRANSPARENCY_KEY, ImageProcessor
+from dianjing.pictures.image import RULE_KEY, ImageProcessor
+from dianjing.pictures.rule import PLAIN
 
 VOCAB_MULTIPLE = 64
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -163,5 +165,5 @@ def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
         "image_mean": list(processor.mean),
         "image_std": list(processor.std),
         "do_convert_rgb": True,
-        TRANSPARENCY_KEY: processor.transparency,
+        **({} if processor.rule == PLAIN else {RULE_KEY: asdict(processor.rule)}),
     }

@@ -148,7 +148,9 @@ def _recipe(foreign: Foreign, config: XTunerConfig | None, source: Path, out: Pa
     }
     values: dict[str, Any] = {
         "data.path": "",
-        "data.transparency": "drop",  # as XTuner and LLaVA read pictures
+        # as XTuner and LLaVA read pictures
+        "data.transparency": "drop",
+        "data.profiles": "ignore",
         **foreign.settings,
         **(config.fields if config else {}),
         **parts["llm"],

@@ -9,7 +9,8 @@ from PIL.Image import Image
 from dianjing.errors import DataError
 from dianjing.infer.generate import Conversation, LoadedModel, generate
 from dianjing.infer.questions import Question
-from dianjing.pictures.image import check_image, load_image
+from dianjing.pictures.picture import check_image, load_image
+from dianjing.pictures.rule import PictureRule
 
 WINDOW = 256
 """Questions whose pictures are in memory at the same time."""
@@ -27,7 +28,7 @@ def answer_questions(
     answers: list[str] = []
     for start in range(0, len(questions), WINDOW):
         window = questions[start : start + WINDOW]
-        pictures = load_pictures(window, image_root) if loaded.can_see else {}
+        pictures = load_pictures(window, image_root, loaded.picture_rule) if loaded.can_see else {}
         conversations = [
             Conversation((), question.text, [pictures[name] for name in question.images if pictures])
             for question in window
@@ -37,13 +38,13 @@ def answer_questions(
     return answers
 
 
-def load_pictures(questions: Sequence[Question], image_root: str) -> dict[str, Image]:
+def load_pictures(questions: Sequence[Question], image_root: str, rule: PictureRule) -> dict[str, Image]:
     """Return the pictures of the questions by name, each loaded once."""
     names = dict.fromkeys(name for question in questions for name in question.images)
-    return {name: load_image(image_root, name) for name in names}
+    return {name: load_image(image_root, name, rule) for name in names}
 
 
-def check_pictures(questions: Sequence[Question], image_root: str) -> None:
+def check_pictures(questions: Sequence[Question], image_root: str, rule: PictureRule) -> None:
     """Check every picture before the first question is asked.
 
     Raises:
@@ -53,7 +54,7 @@ def check_pictures(questions: Sequence[Question], image_root: str) -> None:
     problems = []
     for name, record in first_user.items():
         try:
-            check_image(image_root, name)
+            check_image(image_root, name, rule)
         except DataError as error:
             problems.append(f'record "{record}": {error}')
     if problems:

@@ -11,7 +11,8 @@ from PIL.Image import Image
 from dianjing.data.record import with_markers
 from dianjing.errors import DataError
 from dianjing.infer.generate import GREEDY, MAX_NEW_TOKENS, Conversation, LoadedModel, Sampling, stream
-from dianjing.pictures.image import load_image
+from dianjing.pictures.picture import load_image
+from dianjing.pictures.rule import PictureRule
 
 HELP = "/image PATH shows a picture with the next question, /reset starts over, /exit ends."
 BLIND = "it cannot see: a text-only model, so pictures are not shown to it"
@@ -51,7 +52,7 @@ class Session:
         self.images, self.waiting = images, []
 
 
-def open_picture(path: str) -> Image:
+def open_picture(path: str, rule: PictureRule) -> Image:
     """Return the picture at a path that the user gave.
 
     Raises:
@@ -60,7 +61,7 @@ def open_picture(path: str) -> Image:
     if "://" in path:
         raise DataError(f"picture {path}: addresses are not opened; save the picture and give its path")
     resolved = Path(path).expanduser().resolve()
-    return load_image(str(resolved.parent), resolved.name)
+    return load_image(str(resolved.parent), resolved.name, rule)
 
 
 def chat(session: Session, read: Callable[[], str], write: Callable[[str], object]) -> None:
@@ -87,7 +88,7 @@ def _answer(session: Session, line: str, write: Callable[[str], object]) -> None
         session.reset()
         write("(a new conversation)\n")
     elif line.startswith("/image "):
-        session.waiting.append(open_picture(line.removeprefix("/image ").strip()))
+        session.waiting.append(open_picture(line.removeprefix("/image ").strip(), session.loaded.picture_rule))
         write("(shown with your next question)\n")
     elif line.startswith("/"):
         write(f"{HELP}\n")

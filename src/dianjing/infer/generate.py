@@ -19,6 +19,7 @@ from dianjing.data.encode import Encoder
 from dianjing.errors import DataError
 from dianjing.model.forward import arithmetic, embed, image_features
 from dianjing.pictures.image import ImageProcessor
+from dianjing.pictures.rule import PLAIN, PictureRule
 
 MAX_NEW_TOKENS = 256
 BATCH_POSITIONS = 16384
@@ -36,6 +37,11 @@ class LoadedModel:
     image_processor: ImageProcessor | None
     recipe: Recipe | None = None
     """Of the run; None for a model folder that is not a run."""
+
+    @property
+    def picture_rule(self) -> PictureRule:
+        """How the files of its pictures are read."""
+        return self.image_processor.rule if self.image_processor else PLAIN
 
     @property
     def can_see(self) -> bool:

@@ -29,6 +29,7 @@ from dianjing.model.stage import apply_stage
 from dianjing.model.towers.families import family_named
 from dianjing.model.weights import load_trainable_state
 from dianjing.pictures.image import ImageProcessor
+from dianjing.pictures.rule import PLAIN, PictureRule
 from dianjing.run.checkpoint import newest
 from dianjing.run.layout import RECIPE, TRAINABLE, is_run
 
@@ -62,6 +63,17 @@ def load_for_use(path: str, device: str | None = None) -> LoadedModel:
     else:
         loaded = _load_text(folder, device)
     return replace(loaded, name=path)
+
+
+def picture_rule(path: str) -> PictureRule:
+    """Return how the model at `path` reads the files of pictures; nothing is loaded."""
+    folder = Path(path).expanduser()
+    if is_run(folder):
+        return PictureRule.of(load_recipe(folder / RECIPE).data)
+    try:
+        return ImageProcessor.from_folder(folder).rule
+    except ModelError:  # without eyes, or one that is not there, which is said when it is loaded
+        return PLAIN
 
 
 def _load_run(run: Path, device: str) -> LoadedModel:

@@ -13,6 +13,7 @@ from dianjing.data.picture_tokens import FixedCount, PictureTokens
 from dianjing.data.template import template_for
 from dianjing.model.folders import resolve
 from dianjing.pictures.image import ImageProcessor
+from dianjing.pictures.rule import PictureRule
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,4 @@ def reader_of(recipe: Recipe) -> tuple[Encoder, ImageProcessor]:
         on_long_record=recipe.data.on_long_record,
         image_token_id=image_token_id(tokenizer),
     )
-    return encoder, ImageProcessor.from_folder(tower, recipe.data.aspect, recipe.data.transparency)
+    return encoder, ImageProcessor.from_folder(tower, recipe.data.aspect, PictureRule.of(recipe.data))

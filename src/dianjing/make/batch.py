@@ -36,7 +36,8 @@ def write_batch(
     try:
         for key, request in pending.items():
             entry = journal.entry(key)
-            image = data_uri(root, request.picture.name, parameters.long_edge) if request.picture else None
+            picture = request.picture
+            image = data_uri(root, picture.name, *parameters.shown) if picture else None
             message = body(request, image, parameters, dialect, entry.invalid[-1] if entry.invalid else None)
             line = json.dumps({"custom_id": key, "method": "POST", "url": PATH, "body": message}) + "\n"
             if file is None or size + len(line) > FILE_BYTES or number == FILE_REQUESTS:

@@ -16,9 +16,11 @@ from pathlib import Path
 from PIL import Image
 
 from dianjing.errors import DataError
-from dianjing.pictures.picture import load_image, opaque
+from dianjing.pictures.picture import SUFFIXES as SUFFIXES_OF
+from dianjing.pictures.picture import load_image
+from dianjing.pictures.rule import PictureRule
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
 JPEG_QUALITY = 92
 NEAR = 3
 """Most bits, of 64, in which the dHashes of near-duplicates differ."""
@@ -84,15 +86,18 @@ def find_pictures(images: Path) -> tuple[str, list[str], int]:
     return str(root), sorted(names), others
 
 
-def look(images: Path, advance: Callable[[int, int], None] = lambda done, total: None) -> Pictures:
-    """Open every picture once and return what can be used; `advance` hears how far it is."""
+def look(images: Path, white: int = 0, advance: Callable[[int, int], None] = lambda done, total: None) -> Pictures:
+    """Open every picture once and return what can be used; `advance` hears how far it is.
+
+    `white` is the value that is white in pictures of more than 8 bits which name none.
+    """
     root, names, others = find_pictures(images)
     kept: list[Picture] = []
     refused: dict[str, str] = {}
     duplicates: dict[str, str] = {}
     first: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for done, found in enumerate(pool.map(lambda name: look_at(root, name), names), 1):
+        for done, found in enumerate(pool.map(lambda name: look_at(root, name, white), names), 1):
             if isinstance(found, str):
                 refused[_printable(names[done - 1])] = found
             elif found.sha256 in first:
@@ -104,12 +109,12 @@ def look(images: Path, advance: Callable[[int, int], None] = lambda done, total:
     return Pictures(root=root, kept=tuple(kept), refused=refused, duplicates=duplicates, other_files=others)
 
 
-def look_at(root: str, name: str) -> Picture | str:
+def look_at(root: str, name: str, white: int = 0) -> Picture | str:
     """Return one picture of a folder, or why it cannot be used."""
     if _printable(name) != name:
         return "its name is not UTF-8, which a data file cannot hold; rename it"
     try:
-        image = opaque(load_image(root, name))
+        image = load_image(root, name, PictureRule(white=white))
         with open(os.path.join(root, name), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (DataError, OSError) as error:
@@ -174,13 +179,13 @@ def sent_size(size: tuple[int, int], long_edge: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def data_uri(root: str, name: str, long_edge: int) -> str:
+def data_uri(root: str, name: str, long_edge: int, white: int = 0) -> str:
     """Return a picture as a `data:` URI of a JPEG whose longer side is at most `long_edge` pixels.
 
     Raises:
         DataError: the picture can no longer be opened.
     """
-    image = opaque(load_image(root, name))
+    image = load_image(root, name, PictureRule(white=white))
     size = sent_size(image.size, long_edge)
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)

@@ -39,6 +39,13 @@ class Parameters:
     """None: the endpoint's own."""
     long_edge: int = 1024
     """Longer side of a picture as it is sent, in pixels."""
+    white: int = 0
+    """The value that is white in pictures of more than 8 bits which name none; 0 = not known."""
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Return what decides how a picture is sent: its longer side, the value that is white."""
+        return self.long_edge, self.white
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +101,7 @@ def _request(
     identity = {
         "image": picture and picture.sha256,
         "text": text,
-        **asdict(parameters),
+        **{name: value for name, value in asdict(parameters).items() if (name, value) != ("white", 0)},
         "jpeg_quality": JPEG_QUALITY,
         "schema": SCHEMA if reply == "pairs" else None,
     }

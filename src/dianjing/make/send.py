@@ -67,7 +67,7 @@ class Sender:
         self.probing = False
         """True while the first requests show what the endpoint understands."""
         self._show = show
-        self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, parameters.long_edge))
+        self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, *parameters.shown))
 
     def show(self, line: str = "") -> None:
         """Report that something changed, with a line to print or ""."""

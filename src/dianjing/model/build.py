@@ -30,6 +30,7 @@ from dianjing.model.projector import KINDS, picture_tokens
 from dianjing.model.towers.families import load_tower, select_strategy, tower_family
 from dianjing.model.weights import load_projector
 from dianjing.pictures.image import ImageProcessor
+from dianjing.pictures.rule import PictureRule
 
 PROBE = ((0, 1, 2, 3, 4), (2, 1, 0), (3, 0, 3, 2, 2))
 """Records of token ids that show whether an LLM keeps records apart; the last changes places with the first."""
@@ -75,7 +76,7 @@ def build(
         (quantize_layers if quantization == "nf4" else quantize_layers_to_fp8)(llm, device)
     tower, tower_report = load_tower(tower_folder, dtype)
     image_processor = tower_family(tower.config).preprocessing(
-        tower_folder, recipe.data.aspect, recipe.data.transparency
+        tower_folder, recipe.data.aspect, PictureRule.of(recipe.data)
     )
     _require_size(tower, image_processor, tower_folder)
     size = image_processor.size, image_processor.size

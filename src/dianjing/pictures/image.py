@@ -16,14 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from dianjing.errors import ModelError
-from dianjing.pictures.picture import Transparency as Transparency
 from dianjing.pictures.picture import check_image as check_image
 from dianjing.pictures.picture import load_image as load_image
-from dianjing.pictures.picture import opaque as opaque
+from dianjing.pictures.rule import PLAIN, PictureRule
 
 Aspect = Literal["pad", "crop"]
-TRANSPARENCY_KEY = "dianjing_transparency"
-"""Where an export's preprocessor_config.json names `transparency`."""
+RULE_KEY = "dianjing_pictures"
+"""Where the preprocessor_config.json of an export says by which rule pictures are read, if it is not PLAIN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +42,16 @@ class ImageProcessor:
     std: tuple[float, float, float]
     aspect: Aspect
     """"pad": first make it a square on the mean colour, as XTuner's pad_image_to_square."""
-    transparency: Transparency = "white"
-    """"white": lay transparent pictures on white; "drop": ignore the alpha channel."""
+    rule: PictureRule = PLAIN
+    """How the files of its pictures are read."""
 
     @classmethod
     def from_folder(
-        cls, folder: str | os.PathLike[str], aspect: Aspect | None = None, transparency: Transparency | None = None
+        cls, folder: str | os.PathLike[str], aspect: Aspect | None = None, rule: PictureRule | None = None
     ) -> ImageProcessor:
         """Read the preprocessing of a vision tower, or of an export, from its folder.
 
-        None is what the folder says (do_pad, dianjing_transparency); "pad" and "white" if it says nothing.
+        None is what the folder says; for `aspect` (do_pad) "pad" if it says nothing.
 
         Raises:
             ModelError: the folder has none, or one that is not CLIP's or SigLIP's.
@@ -77,19 +76,18 @@ class ImageProcessor:
                 mean=_colour(config["image_mean"]),
                 std=_colour(config["image_std"]),
                 aspect=aspect or ("pad" if config.get("do_pad", True) else "crop"),
-                transparency=transparency or _transparency(config.get(TRANSPARENCY_KEY, "white")),
+                rule=rule or PictureRule.read(config.get(RULE_KEY, {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ModelError(f"{path}: not a preprocessing that can be done here: {reason}") from None
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
-        """Return the pixel values of an RGB or RGBA picture."""
+        """Return the pixel values of an RGB picture."""
         return pixel_values(self.pixels(image)[None], self.table())[0]
 
     def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
-        """Return an RGB or RGBA picture made opaque, padded, resized and cropped, its colours still bytes."""
-        image = opaque(image, self.transparency)
+        """Return an RGB picture padded, resized and cropped, its colours still bytes."""
         if self.aspect == "pad":
             image = self._padded(image)
         return torch.tensor(np.asarray(self._resized(image))).permute(2, 0, 1).contiguous()
@@ -154,12 +152,6 @@ def _side(value: Any) -> int:
             raise ValueError(f"size {lengths}")
         value = next(iter(lengths.values()))
     return int(value)
-
-
-def _transparency(value: Any) -> Transparency:
-    if value not in ("white", "drop"):
-        raise ValueError(f'{TRANSPARENCY_KEY} is {json.dumps(value)}, not "white" or "drop"')
-    return value
 
 
 def _colour(values: Any) -> tuple[float, float, float]:

@@ -16,7 +16,8 @@ from jinja2 import TemplateError
 
 from dianjing.constants import IMAGE_MARKER
 from dianjing.errors import DataError
-from dianjing.pictures.picture import Transparency, load_image, opaque
+from dianjing.pictures.picture import load_image
+from dianjing.pictures.rule import PLAIN, PictureRule
 from dianjing.serve.guard import Refusal
 
 MAX_PICTURES = 16
@@ -36,7 +37,8 @@ class ContextWindow:
     """Positions of one picture."""
     processor: Any
     """Its chat template and its tokenizer, as transformers has them."""
-    transparency: Transparency = "white"
+    rule: PictureRule = PLAIN
+    """How the model reads the files of pictures."""
 
     def taken(self, messages: Sequence[Mapping[str, Any]]) -> int:
         """Return how many positions a prompt takes, its pictures included.
@@ -117,7 +119,7 @@ def safe_request(body: bytes, model: str, window: ContextWindow) -> bytes:
     if not isinstance(messages, list) or not messages:
         raise Refusal(400, "messages must be a list of messages")
     pictures = [0]
-    safe = [_safe_message(number, message, pictures, window.transparency) for number, message in enumerate(messages)]
+    safe = [_safe_message(number, message, pictures, window.rule) for number, message in enumerate(messages)]
     if safe[-1]["role"] != "user":
         raise Refusal(400, "the last message must be the user's")
     asked = request.pop("max_completion_tokens", request.get("max_tokens"))
@@ -143,7 +145,7 @@ def _template_parts(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str
     return [{"type": "text", "text": part["text"]} if "text" in part else {"type": "image"} for part in parts]
 
 
-def _safe_message(number: int, message: Any, pictures: list[int], transparency: Transparency) -> dict[str, Any]:
+def _safe_message(number: int, message: Any, pictures: list[int], rule: PictureRule) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, dict) or set(message) - {"role", "content"}:
         raise Refusal(400, f"{where}: a message holds role and content, nothing else")
@@ -154,11 +156,11 @@ def _safe_message(number: int, message: Any, pictures: list[int], transparency: 
         return {"role": message["role"], "content": _safe_text(where, content)}
     if not isinstance(content, list) or not content:
         raise Refusal(400, f"{where}: content must be text or a list of parts")
-    parts = [_safe_part(f"{where}.content[{i}]", part, pictures, transparency) for i, part in enumerate(content)]
+    parts = [_safe_part(f"{where}.content[{i}]", part, pictures, rule) for i, part in enumerate(content)]
     return {"role": message["role"], "content": parts}
 
 
-def _safe_part(where: str, part: Any, pictures: list[int], transparency: Transparency) -> dict[str, Any]:
+def _safe_part(where: str, part: Any, pictures: list[int], rule: PictureRule) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": _safe_text(where, part["text"])}
@@ -175,7 +177,7 @@ def _safe_part(where: str, part: Any, pictures: list[int], transparency: Transpa
     pictures[0] += 1
     if pictures[0] > MAX_PICTURES:
         raise Refusal(400, f"{where}: more than {MAX_PICTURES} pictures in one request")
-    return {"type": "image_url", "image_url": {"url": _as_png(where, url[found.end() :], transparency)}}
+    return {"type": "image_url", "image_url": {"url": _as_png(where, url[found.end() :], rule)}}
 
 
 def _safe_text(where: str, text: str) -> str:
@@ -186,12 +188,12 @@ def _safe_text(where: str, text: str) -> str:
     return text
 
 
-def _as_png(where: str, encoded: str, transparency: Transparency) -> str:
+def _as_png(where: str, encoded: str, rule: PictureRule) -> str:
     """Return a picture as a data URI of a plain RGB PNG, read with the same care as a training picture."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             Path(folder, "picture").write_bytes(base64.b64decode(encoded, validate=True))
-            image = opaque(load_image(folder, "picture"), transparency)
+            image = load_image(folder, "picture", rule)
         except (ValueError, DataError) as error:  # what is not ASCII is not base64 either
             raise Refusal(400, f"{where}: {error}") from None
     file = io.BytesIO()

@@ -63,5 +63,5 @@ def transformers_app(folder: Path) -> tuple[ASGIApp, ContextWindow]:
         positions=model.config.get_text_config().max_position_embeddings,
         picture=picture_tokens(model.config, (preparing.size, preparing.size), kind)(),
         processor=processor,
-        transparency=preparing.transparency,
+        rule=preparing.rule,
     )

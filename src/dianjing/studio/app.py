@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 
 from dianjing.errors import DataError, DianjingError
 from dianjing.make.prompts import shipped_prompts
-from dianjing.pictures.picture import load_image, opaque
+from dianjing.pictures.picture import load_image
 from dianjing.studio.review import OPS, Stale, Unusable
 from dianjing.studio.session import FILTERS, ReviewSession
 from dianjing.studio.studio import Studio
@@ -154,7 +154,7 @@ def _index(request: Request) -> int:
 
 def _png(image: Image.Image) -> Response:
     """Return a picture encoded again: no byte of the file itself is sent."""
-    shown = opaque(image).copy()
+    shown = image.copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     file = io.BytesIO()
     small = shown.width * shown.height <= LOSSLESS_PIXELS

@@ -13,9 +13,12 @@ from dianjing.check.codes import Finding
 from dianjing.check.pictures import PictureChecker
 from dianjing.data.record import NOTICES, Place, examine
 from dianjing.errors import DianjingError
+from dianjing.pictures.rule import PictureRule
 
 
-def findings_of(fields: Mapping[str, Any], place: Place, root: str, images: Sequence[str]) -> list[Finding]:
+def findings_of(
+    fields: Mapping[str, Any], place: Place, root: str, images: Sequence[str], rule: PictureRule
+) -> list[Finding]:
     """Return what is wrong with one record by itself, its pictures included."""
     examined = examine(dict(fields), place)
     where = Where(place.source, place.index, examined.id, place.line)
@@ -25,7 +28,7 @@ def findings_of(fields: Mapping[str, Any], place: Place, root: str, images: Sequ
     result = ChunkResult()
     add_record(result, where, examined.record, ())
     found += result.findings
-    for name, picture in zip(images, PictureChecker(root)(images), strict=True):
+    for name, picture in zip(images, PictureChecker(root, rule)(images), strict=True):
         if picture.code:
             found.append(where.finding(picture.code, picture.text, "image"))
         found += [where.finding(code, f'picture "{name}": {text}', "image") for code, text in picture.notes]
@@ -39,7 +42,7 @@ class _Ended(Exception):
 class BackgroundCheck:
     """A check of the whole set that goes on while records are looked at."""
 
-    def __init__(self, path: str, images: str) -> None:
+    def __init__(self, path: str, images: str, rule: PictureRule) -> None:
         self.state: str = "running"
         """"running", "done", or why it ended otherwise."""
         self.progress = ""
@@ -48,7 +51,7 @@ class BackgroundCheck:
         """Findings that are not about a single record."""
         self.pictures_refused = 0
         """Of all records; none of them was opened by its path."""
-        self._settings = Settings(paths=(path,), images=images)
+        self._settings = Settings(paths=(path,), images=images, rule=rule)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

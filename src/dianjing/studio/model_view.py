@@ -51,7 +51,7 @@ class ModelView:
         """
         with self._lock:
             _, processor = self._reader(recipe, os.stat(recipe).st_mtime_ns)
-        return processor.to_picture(processor(load_image(root, name)))
+        return processor.to_picture(processor(load_image(root, name, processor.rule)))
 
 
 def _reader(path: str, modified: int) -> tuple[Encoder, ImageProcessor]:

@@ -44,9 +44,10 @@ class Proposer:
         model: str,
         max_tokens: int,
         timeout_seconds: float,
+        white: int = 0,
     ) -> None:
         self._root, self._journal, self._base_url = root, journal, base_url
-        self._parameters = Parameters(model=model, max_tokens=max_tokens)
+        self._parameters = Parameters(model=model, max_tokens=max_tokens, white=white)
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
 
@@ -56,7 +57,7 @@ class Proposer:
         Raises:
             DataError: the picture cannot be opened, or no answer is usable.
         """
-        picture = look_at(self._root, name)
+        picture = look_at(self._root, name, self._parameters.white)
         if isinstance(picture, str):
             raise DataError(picture)
         language: Literal["en", "zh"] = "zh" if prompt.endswith("_zh") else "en"

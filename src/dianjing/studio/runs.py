@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL.Image import Image
 from dianjing.config.load import load_recipe
 from dianjing.errors import ConfigError, DataError, DianjingError
 from dianjing.pictures.picture import load_image
+from dianjing.pictures.rule import PictureRule
 from dianjing.run.journal import METRICS, SAMPLE, read_rows
 from dianjing.run.layout import JOURNAL, RECIPE, SAMPLES, checkpoints
 from dianjing.run.lock import require_no_writer
@@ -162,10 +163,11 @@ class Runs:
         Raises:
             DianjingError: there is no such run or question, or its picture is elsewhere.
         """
-        root, images = _sample_pictures(self.recipe(name).parent, self._readable)
+        recipe = self.recipe(name)
+        root, images = _sample_pictures(recipe.parent, self._readable)
         if record not in images:
             raise DataError("this question has no picture in the folder")
-        return load_image(root, images[record])
+        return load_image(root, images[record], PictureRule.of(load_recipe(recipe).data))
 
     def _samples(self, run: Path) -> list[dict[str, Any]]:
         rows, _ = read_rows(run / SAMPLES, SAMPLE)

@@ -13,6 +13,7 @@ from dianjing.check.codes import CODES, Finding
 from dianjing.data.record import Place
 from dianjing.errors import DataError
 from dianjing.pictures.picture import load_image
+from dianjing.pictures.rule import PLAIN, PictureRule
 from dianjing.studio.export import export, reviewed_path
 from dianjing.studio.findings import BackgroundCheck, findings_of
 from dianjing.studio.records import RecordFile, images_of, messages_of, with_messages
@@ -29,15 +30,16 @@ class ReviewSession:
         DataError: the file, its journal or its image folder cannot be used.
     """
 
-    def __init__(self, data: Path, images: str) -> None:
+    def __init__(self, data: Path, images: str, rule: PictureRule = PLAIN) -> None:
         self.data = data
         self.root = images or str(data.parent)
+        self.rule = rule
         if not Path(self.root).is_dir():
             raise DataError(f"{self.root}: no such image folder; name it (--images)")
         self.records = RecordFile(str(data))
         self.journal = data.with_name(f"{data.stem}.review.jsonl")
         self.review = Review(self.journal, self.records.sha256, len(self.records))
-        self.check = BackgroundCheck(str(data), self.root)
+        self.check = BackgroundCheck(str(data), self.root, rule)
         self._exporting = threading.Lock()
 
     def close(self) -> None:
@@ -133,7 +135,7 @@ class ReviewSession:
         Raises:
             DataError: the record has no such picture, or it cannot be opened.
         """
-        return load_image(self.root, self.picture_name(index, number))
+        return load_image(self.root, self.picture_name(index, number), self.rule)
 
     def picture_name(self, index: int, number: int) -> str:
         """Return the name of a picture of a record.
@@ -163,7 +165,7 @@ class ReviewSession:
         if fields is None:
             problem = self.records[index].problem
             return [Finding(code="not_a_record", file=str(self.data), text=problem, record=index)]
-        alone = findings_of(fields, self.place(index), self.root, images)
+        alone = findings_of(fields, self.place(index), self.root, images, self.rule)
         if self.review.decision(index).conversations is not None:
             return alone
         known = self.check.by_record.get(index, [])

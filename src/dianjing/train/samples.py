@@ -41,7 +41,7 @@ class Samples:
             return
         self._root = recipe.data.images or str(Path(recipe.train.sample_path).parent)
         self._questions = sample_questions(recipe.train.sample_path, recipe.train.sample_count)
-        check_pictures(self._questions, self._root)
+        check_pictures(self._questions, self._root, built.image_processor.rule)
         self._loaded_model = LoadedModel(
             name=str(run),
             model=built.model,
@@ -80,7 +80,7 @@ class Samples:
         answers = Counter(row["step"] for row in self._rows)
         steps = [step for step, count in answers.items() if count == len(self._questions)]
         columns = [self._column(step) for step in [steps[0], *steps[1:][1 - COLUMNS :]]]
-        pictures = load_pictures(self._questions, self._root)
+        pictures = load_pictures(self._questions, self._root, self._loaded_model.picture_rule)
         text = page(f"{self._run.name}: sample answers", self._questions, columns, pictures)
         (self._run / SAMPLES_PAGE).write_text(text, encoding="utf-8")
 

@@ -114,7 +114,14 @@ ROOMS: dict[str, Any] = {
     "on_long_record": "truncate",
     "picture_tokens": FixedCount(NUM_IMAGE_TOKENS + 1),
 }
-FIELDS: dict[str, Any] = {"pack_tokens": 199, "turns": "together", "on_bad_record": "skip", "transparency": "drop"}
+FIELDS: dict[str, Any] = {
+    "pack_tokens": 199,
+    "turns": "together",
+    "on_bad_record": "skip",
+    "transparency": "drop",
+    "profiles": "ignore",
+    "white": 4095,
+}
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -177,18 +184,9 @@ def test_another_version_of_the_program(
 
 def test_the_program_that_decides_is_all_that_is_imported() -> None:
     names = {Path(path).stem for path in cache_module.DECIDING}
-    assert names == {
-        "encode",
-        "picture",
-        "picture_tokens",
-        "read",
-        "record",
-        "source",
-        "split",
-        "survey",
-        "template",
-        "cache",
-    }
+    pictures = {"dicom", "kinds", "picture", "profile", "rule", "tiff", "wide"}
+    records = {"encode", "picture_tokens", "read", "record", "source", "split", "survey", "template", "cache"}
+    assert names == pictures | records
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "text", "other arrays", "pickle", "other data", "a folder"])

@@ -23,6 +23,7 @@ from dianjing.importing.run import ImportOptions, import_run
 from dianjing.infer.load import load_for_use
 from dianjing.infer.segments import reader_of
 from dianjing.model.weights import trainable_state
+from dianjing.pictures.rule import PictureRule
 from dianjing.run.checkpoint import damage, newest, read_state
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
@@ -298,11 +299,12 @@ def test_an_error_in_the_config_inside_is_said_with_the_checkpoint(tmp_path: Pat
 def test_transparent_pictures_are_read_as_xtuner_does_wherever_the_run_goes(tmp_path: Path) -> None:
     import_run(PRETRAIN, tmp_path / "run", HERE)
     recipe = load_recipe(tmp_path / "run" / "recipe.toml")
-    assert recipe.data.transparency == "drop"
-    assert reader_of(recipe)[1].transparency == "drop"
+    rule = PictureRule(transparency="drop", profiles="ignore")
+    assert PictureRule.of(recipe.data) == rule
+    assert reader_of(recipe)[1].rule == rule
     loaded = load_for_use(str(tmp_path / "run"), "cpu")
     assert loaded.image_processor
-    assert loaded.image_processor.transparency == "drop"
+    assert loaded.image_processor.rule == rule
     (tmp_path / "export").mkdir()
     save(loaded, tmp_path / "export", Options())
     assert load_for_use(str(tmp_path / "export"), "cpu").image_processor == loaded.image_processor

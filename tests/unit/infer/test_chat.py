@@ -11,9 +11,10 @@ from dianjing.errors import DataError
 from dianjing.infer import chat as module
 from dianjing.infer.chat import Session, chat, open_picture
 from dianjing.infer.generate import Conversation
+from dianjing.pictures.rule import PLAIN
 from tests.loaded_models import picture
 
-LOADED: Any = SimpleNamespace(name="tiny", can_see=True)
+LOADED: Any = SimpleNamespace(picture_rule=PLAIN, name="tiny", can_see=True)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_bad_line_does_not_end_the_conversation(asked: list[Conversation], lin
 
 @pytest.mark.usefixtures("asked")
 def test_a_text_model_says_that_it_cannot_see() -> None:
-    loaded: Any = SimpleNamespace(name="text", can_see=False)
+    loaded: Any = SimpleNamespace(picture_rule=PLAIN, name="text", can_see=False)
     assert "cannot see" in talk(Session(loaded=loaded))
     assert "cannot see" not in talk(Session(loaded=LOADED))
 
@@ -100,5 +101,5 @@ def test_a_picture_is_found_through_a_link_and_from_home(tmp_path: Path, monkeyp
     picture(9, 7).save(tmp_path / "real" / "x.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "real" / "x.png")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_picture(str(tmp_path / "link.png")).size == (9, 7)
-    assert open_picture("~/link.png").size == (9, 7)
+    assert open_picture(str(tmp_path / "link.png"), PLAIN).size == (9, 7)
+    assert open_picture("~/link.png", PLAIN).size == (9, 7)

@@ -5,7 +5,6 @@ import json
 import struct
 import zlib
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from dianjing.errors import DataError, ModelError
 from dianjing.pictures.image import ImageProcessor, check_image, load_image
-from dianjing.pictures.picture import opaque
+from dianjing.pictures.rule import PictureRule
 
 SIZES = [
     (40, 40),
@@ -148,7 +147,7 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
     palette.save(tmp_path / "palette.png", transparency=0)
-    load = [opaque(load_image(str(tmp_path), f"{name}.png")) for name in ("clear", "half", "palette")]
+    load = [load_image(str(tmp_path), f"{name}.png") for name in ("clear", "half", "palette")]
     assert [image.getpixel((0, 0)) for image in load] == [(255, 255, 255), (127, 127, 127), (255, 255, 255)]
     assert load[2].getpixel((1, 0)) == (40, 50, 60)
 
@@ -163,24 +162,17 @@ def test_dropped_transparency_is_pillows_conversion_to_rgb(tmp_path: Path, mode:
     image.save(tmp_path / "a.png", **options.get(mode, {}))
     with Image.open(tmp_path / "a.png") as opened:
         expected = np.asarray(opened.convert("RGB"))
-    loaded = load_image(str(tmp_path), "a.png")
-    assert loaded.mode == "RGBA"
-    assert np.array_equal(np.asarray(opaque(loaded, "drop")), expected)
-    assert not np.array_equal(np.asarray(opaque(loaded, "white")), expected)
+    assert np.array_equal(np.asarray(load_image(str(tmp_path), "a.png", PictureRule(transparency="drop"))), expected)
+    assert not np.array_equal(np.asarray(load_image(str(tmp_path), "a.png")), expected)
 
 
-def test_the_processor_makes_pictures_opaque_its_way(tmp_path: Path) -> None:
-    red = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    exact = {**CLIP, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
-    processor = processor_from(tmp_path, exact)
-    assert processor(red).unique().tolist() == [1]
-    assert replace(processor, transparency="drop")(red)[1:].unique().tolist() == [0]
-
-
-def test_a_folder_may_say_what_becomes_of_transparency(tmp_path: Path) -> None:
-    assert processor_from(tmp_path, {**CLIP, "dianjing_transparency": "drop"}).transparency == "drop"
-    with pytest.raises(ModelError, match='dianjing_transparency is "black"'):
-        processor_from(tmp_path, {**CLIP, "dianjing_transparency": "black"})
+def test_a_folder_may_say_how_pictures_are_read(tmp_path: Path) -> None:
+    said = {"white": 4095, "profiles": "ignore", "transparency": "drop"}
+    assert processor_from(tmp_path, {**CLIP, "dianjing_pictures": said}).rule == PictureRule(**said)
+    assert processor_from(tmp_path, CLIP).rule == PictureRule()
+    for wrong in ({"transparency": "black"}, {"white": -1}, {"white": "x"}, {"profiles": 1}, {"other": 1}):
+        with pytest.raises(ModelError, match="not a preprocessing that can be done here"):
+            processor_from(tmp_path, {**CLIP, "dianjing_pictures": {**said, **wrong}})
 
 
 def test_grey_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:
@@ -239,8 +231,8 @@ def test_a_complete_jpeg_with_bytes_after_its_end_is_fine(tmp_path: Path) -> Non
         ("data:image/png;base64,iVBO", "not a path inside"),
         ("a\0.png", "not a path inside"),
         ("text.png", "cannot be opened"),
-        ("empty.png", "cannot be opened"),
-        ("vector.ppm", "cannot be opened"),
+        ("empty.png", "the file is empty"),
+        ("vector.ico", "cannot be opened"),
     ],
 )
 def test_what_is_not_opened(tmp_path: Path, name: str, message: str) -> None:
@@ -250,7 +242,7 @@ def test_what_is_not_opened(tmp_path: Path, name: str, message: str) -> None:
     (root / "link.png").symlink_to(tmp_path / "outside.png")
     (root / "text.png").write_text("no picture")
     (root / "empty.png").touch()
-    noise((4, 4)).save(root / "vector.ppm")
+    noise((16, 16)).save(root / "vector.ico")
     for read in (check_image, load_image):
         with pytest.raises(DataError, match=message):
             read(str(root), name)

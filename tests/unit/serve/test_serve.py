@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from dianjing.errors import ConfigError
+from dianjing.pictures.rule import PictureRule
 from dianjing.serve import api
 from dianjing.serve.api import ApiGuard
 from dianjing.serve.chat_request import ContextWindow
@@ -134,7 +135,7 @@ def test_a_picture_is_prepared_as_in_training() -> None:
     for url, size, colour, window in (
         (picture(tall, "JPEG", exif=exif), (6, 2), None, WINDOW),
         (picture(clear), (3, 3), (255, 255, 255), WINDOW),
-        (picture(clear), (3, 3), (0, 0, 0), replace(WINDOW, transparency="drop")),
+        (picture(clear), (3, 3), (0, 0, 0), replace(WINDOW, rule=PictureRule(transparency="drop"))),
     ):
         (body,) = ask(question(url), window=window)[2]
         passed = body["messages"][0]["content"][0]["image_url"]["url"]

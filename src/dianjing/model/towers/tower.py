@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dianjing.data.picture_tokens import Size
 from dianjing.pictures.image import Aspect, ImageProcessor
-from dianjing.pictures.picture import Transparency
+from dianjing.pictures.rule import PictureRule
 
 Layouts = frozenset[str]
 """Names of export formats; "adapter" holds every tower and is not among them."""
@@ -53,14 +53,14 @@ class Tower(Protocol):
         return {name: weight for name, weight in named.items() if not name.startswith(self.not_needed)}
 
     def preprocessing(
-        self, folder: Path, aspect: Aspect | None = None, transparency: Transparency | None = None
+        self, folder: Path, aspect: Aspect | None = None, rule: PictureRule | None = None
     ) -> ImageProcessor:
         """Return the image processor of a folder.
 
         Raises:
             ModelError: the folder has none that fits the family.
         """
-        return ImageProcessor.from_folder(folder, aspect, transparency)
+        return ImageProcessor.from_folder(folder, aspect, rule)
 
     def extra_tokens(self, config: Any) -> int:
         """Return how many states come before the patches: class and register tokens."""
