@@ -42,11 +42,7 @@ class Amount:
     """Fields of the recipes, by stage."""
 
 
-WHOLE = Amount(
-    held_out=200,
-    yes_no=100,
-    settings={"pretrain": {"train.epochs": 2}, "finetune": {"train.global_batch_size": 32}},
-)
+WHOLE = Amount(held_out=200, yes_no=100)
 """On a GPU: all captions and all conversations, twice."""
 SHORT = Amount(
     held_out=40,
