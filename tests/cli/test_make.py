@@ -52,7 +52,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("data.jsonl", "ends in .json"), ("mine.json", "has no journal (mine.journal.jsonl) beside it")],
+    [("data.jsonl", "ends in .json"), ("mine.json", "has no journal (mine.journal.jsonl) next to it")],
 )
 def test_an_output_that_is_not_ours_is_left_alone(
     images: Path, out: str, message: str, capsys: pytest.CaptureFixture[str]

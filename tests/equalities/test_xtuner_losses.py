@@ -35,7 +35,7 @@ def losses_of(tmp_path: Path, stage: str, start: str) -> list[dict[str, Any]]:
         images=str(IMAGES),
     )
     import_run(TINY / f"{stage}_{start}", tmp_path / "run", options)
-    run = train(load_recipe(tmp_path / "run" / "recipe.toml", {"train.log_every": "1"}), resume=True, quiet=True)
+    run = train(load_recipe(tmp_path / "run" / "recipe.toml", {"train.log_every": 1}), resume=True, quiet=True)
     return [json.loads(line) for line in (run / "train.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -109,6 +109,8 @@ def real_conversations(given: Arguments, notices: Console) -> list[Conversation]
         records = load_records(data, on_bad_record="skip").records
         spread = records[:: max(1, len(records) // RECORDS)][:RECORDS]
         questions = [questions_of(record)[0] for record in spread]
+        from dianjing.infer.load import picture_rule
+
         pictures = load_pictures(questions, images or str(Path(data).parent), picture_rule(given.run))
     except DataError as error:
         if given.data:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, LlavaConfig
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from dianjing.constants import IMAGE_MARKER, TEMPLATE_KEY
 from dianjing.data.record import with_markers, without_markers

@@ -139,7 +139,7 @@ def test_an_export_is_read_by_stock_transformers(make_recipe: MakeRecipe, tmp_pa
 def test_registers_are_refused_before_training(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     write(ROWS["registers"], tmp_path / "tower")
     recipe = make_recipe("pretrain", vision_tower={"folder": str(tmp_path / "tower")})
-    assert "cannot hold a DINOv2 with registers tower" in refusals(recipe)["hf"]
+    assert "has no place for a DINOv2 with registers vision tower" in refusals(recipe)["hf"]
     with pytest.raises(ExportError, match="DINOv2 with registers"):
         export(loaded_model(recipe), tmp_path / "out")
 
