@@ -108,7 +108,7 @@ class DataConfig:
     """"pad" to a square first (LLaVA's finetune), or "crop" the centre (LLaVA's pretrain)."""
     transparency: Literal["white", "drop"] = "white"
     """Transparent pictures: "white" lays them on white; "drop" ignores the alpha channel (XTuner and LLaVA)."""
-    white: int = 0
+    white: Count = 0
     """The value that is white in pictures of more than 8 bits which do not name it themselves, such as 4095 for 12
     bits (`dianjing check` proposes it); 0 = they use their whole range."""
     profiles: Literal["srgb", "ignore"] = "srgb"

@@ -113,8 +113,8 @@ def test_the_folder_says_whether_to_pad(tmp_path: Path, settings: dict, aspect: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_mean": None}, "tower"),
-        ({"crop_size": {"height": 20, "width": 20}}, "differs from size"),
+        ({"image_mean": None}, "not a preprocessing"),
+        ({"crop_size": {"height": 900, "width": 900}}, "is larger than size"),
         ({"size": {"height": 20, "width": 30}}, "size"),
         ({"do_normalize": False}, "do_normalize is false"),
     ],
