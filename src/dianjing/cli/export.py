@@ -18,7 +18,6 @@ from dianjing.run.layout import RECIPE
 if TYPE_CHECKING:
     from dianjing.export.receipt import Proof
     from dianjing.infer.generate import Conversation
-    from dianjing.infer.load import picture_rule
 
 NAME = "export"
 SUMMARY = "write a run for other programs to load, proved to answer as the run does"
