@@ -31,8 +31,8 @@ def test_features_and_pixels_are_transformers(name: str, tmp_path: Path) -> None
     row = ROWS[name]
     pixels, features = distances(row, tmp_path)
     assert features <= 1e-5
-    half_a_level = 0.5 / 255 / min(STRETCHED.image_std)
-    assert pixels <= (half_a_level + 1e-6 if row.float_pixels else 0)
+    a_level = 1 / 255 / min(STRETCHED.image_std)
+    assert pixels <= (a_level if row.float_pixels else 0)
 
 
 @pytest.mark.parametrize("name", ROWS)
