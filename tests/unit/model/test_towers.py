@@ -25,6 +25,9 @@ from tests.packs import outcome, prepare
 from tests.tower_table import DEPTH, ROWS, STRETCHED, distances, table, write
 
 
+ROOT = Path(__file__).parents[3]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_features_and_pixels_are_transformers(name: str, tmp_path: Path) -> None:
     """Of two pictures, none of them square; the tower is in training mode, as it is in a run."""
