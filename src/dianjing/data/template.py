@@ -241,6 +241,13 @@ def _is_one_token(string: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
 
 
+def answer_end(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that a learned answer ends with; EOS where the template ends it with several or none."""
+    if template.suffix_as_eos and _is_one_token(template.suffix, tokenizer):
+        return template.suffix
+    return str(tokenizer.eos_token or "")
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a text by itself: no BOS or EOS is put around it."""
     return cast(Any, tokenizer).encode(text, add_special_tokens=False)

@@ -73,7 +73,7 @@ def save(loaded: LoadedModel, folder: Path, options: Options) -> None:
 
     chat_template = jinja(encoder.template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
     max_length = config.text_config.max_position_embeddings
-    save_tokenizer(tokenizer, encoder.image_token_id, chat_template, max_length, folder)
+    save_tokenizer(tokenizer, encoder, chat_template, max_length, folder)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
     written = hub_config(

@@ -146,19 +146,21 @@ def part_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
 def preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
     """Return preprocessor_config.json of the stock image processor that does what training did.
 
-    LLaVA's pads to a square on the mean colour, whatever the tower; CLIP's and SigLIP's own do not.
+    LLaVA's pads to a square on the mean colour, whatever the tower; CLIP's and SigLIP's own do not. Of a square
+    the shorter side is both sides; readers that know no height and width take it (openvino-genai).
     """
-    size = processor.size
+    size, square = processor.size, {"height": processor.size, "width": processor.size}
+    by_side = processor.crop or processor.aspect == "pad"
     stock = "CLIPImageProcessor" if processor.crop else "SiglipImageProcessor"
     return {
         "image_processor_type": "LlavaImageProcessor" if processor.aspect == "pad" else stock,
         "processor_class": "LlavaProcessor",
         "do_pad": processor.aspect == "pad",
         "do_resize": True,
-        "size": {"shortest_edge": processor.edge or size} if processor.crop else {"height": size, "width": size},
+        "size": {"shortest_edge": processor.edge or size} if by_side else square,
         "resample": processor.resample,
         "do_center_crop": processor.crop,
-        "crop_size": {"height": size, "width": size},
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": processor.rescale,
         "do_normalize": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.encode import Encoder
+from dianjing.data.template import Template, answer_end
 from dianjing.errors import ExportError
 
 UNLIMITED = int(1e30)
@@ -17,11 +20,12 @@ UNLIMITED = int(1e30)
 
 
 def save_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, image_token_id: int, chat_template: str, max_length: int, folder: Path
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, chat_template: str, max_length: int, folder: Path
 ) -> None:
     """Write the tokenizer's files; the tokenizer in memory stays as it is.
 
-    The written tokenizer adds no BOS: the chat template does, and two would be one too many.
+    The written tokenizer adds no BOS: the chat template does, and two would be one too many. Its EOS is the token
+    that ends an answer in training: some readers stop at that one alone, whatever generation_config.json names.
 
     Raises:
         ExportError: the tokenizer has no Rust backend, or `<image>` does not get its id.
@@ -33,26 +37,26 @@ def save_tokenizer(
     copy.no_padding()
     copy.no_truncation()
     copy.add_special_tokens([AddedToken(IMAGE_MARKER, normalized=False, special=True)])
-    if copy.token_to_id(IMAGE_MARKER) != image_token_id:
+    if copy.token_to_id(IMAGE_MARKER) != encoder.image_token_id:
         raise ExportError(
-            f"{IMAGE_MARKER} became token {copy.token_to_id(IMAGE_MARKER)} but training used {image_token_id}; "
+            f"{IMAGE_MARKER} became token {copy.token_to_id(IMAGE_MARKER)} but training used {encoder.image_token_id}; "
             "the tokenizer's ids have a gap before its end"
         )
     copy.save(str(folder / "tokenizer.json"))
-    config = _tokenizer_config(tokenizer, copy, chat_template, max_length)
+    named = _named_tokens(tokenizer, encoder.template)
+    config = _tokenizer_config(named, copy, chat_template, max_length)
     for name, content in (
         ("tokenizer_config.json", config),
-        ("special_tokens_map.json", {key: config[key] for key in _named_tokens(tokenizer)}),
+        ("special_tokens_map.json", named),
     ):
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def _tokenizer_config(
-    tokenizer: PreTrainedTokenizerBase, written: Tokenizer, chat_template: str, max_length: int
+    named: Mapping[str, str], written: Tokenizer, chat_template: str, max_length: int
 ) -> dict[str, Any]:
     added = written.get_added_tokens_decoder()
-    named = _named_tokens(tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "LlavaProcessor",
@@ -81,12 +85,12 @@ def _tokenizer_config(
     }
 
 
-def _named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _named_tokens(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, str]:
     """Return BOS, EOS, UNK and PAD, as far as there are; padding falls back to UNK, then EOS."""
     padding = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     named = {
         "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
+        "eos_token": answer_end(template, tokenizer) or None,
         "unk_token": tokenizer.unk_token,
         "pad_token": padding,
     }

@@ -37,6 +37,8 @@ class LoadedModel:
     image_processor: ImageProcessor | None
     recipe: Recipe | None = None
     """Of the run; None for a model folder that is not a run."""
+    stop_ids: tuple[int, ...] = ()
+    """More tokens that end an answer: those of an export's generation_config.json."""
 
     @property
     def picture_rule(self) -> PictureRule:
@@ -142,7 +144,7 @@ def stop_sequences(loaded: LoadedModel) -> list[tuple[int, ...]]:
     words = [*template.stop_words, *([template.suffix] if template.suffix else [])]
     ends = {tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words}
     eos: Any = tokenizer.eos_token_id
-    return sorted(ends if eos is None else ends | {(eos,)})
+    return sorted(ends | {(stop,) for stop in loaded.stop_ids} | (set() if eos is None else {(eos,)}))
 
 
 class Prompt(NamedTuple):

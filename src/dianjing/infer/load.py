@@ -121,11 +121,14 @@ def _load_llava(folder: Path, device: str) -> LoadedModel:
     model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
     counts = picture_tokens(model.config, (image_processor.size, image_processor.size), KINDS["mlp"])
     model.config.image_seq_length = counts()
+    encoder = _encoder(tokenizer, config.get(TEMPLATE_KEY), counts, model.config.image_token_id)
+    ends = model.generation_config.eos_token_id
     return LoadedModel(
         name=str(folder),
         model=model.to(device).eval(),
         tokenizer=tokenizer,
-        encoder=_encoder(tokenizer, config.get(TEMPLATE_KEY), counts, model.config.image_token_id),
+        encoder=encoder,
+        stop_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
         image_processor=image_processor,
     )
 

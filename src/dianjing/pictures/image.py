@@ -62,7 +62,8 @@ class ImageProcessor:
             crop = bool(config.get("do_center_crop", "crop_size" in config))
             if crop and (size := _side(config["crop_size"])) > edge:
                 raise ValueError(f"crop_size {config['crop_size']} is larger than size {config['size']}")
-            if not crop and isinstance(config["size"], Mapping) and "shortest_edge" in config["size"]:
+            pads = str(config.get("image_processor_type")).startswith("LlavaImageProcessor") and config.get("do_pad")
+            if not crop and not pads and isinstance(config["size"], Mapping) and "shortest_edge" in config["size"]:
                 raise ValueError("it makes pictures of any shape (shortest_edge, and nothing is cropped)")
             for step in ("do_resize", "do_rescale", "do_normalize"):
                 if not config.get(step, True):

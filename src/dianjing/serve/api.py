@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Send
 
-from dianjing.serve.chat_request import ContextWindow, safe_request
+from dianjing.serve.answer_text import Tidy
+from dianjing.serve.chat_request import ContextWindow, safe_request, stop_texts
 from dianjing.serve.guard import Guard, Refusal, as_json
 
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
@@ -57,7 +58,8 @@ class ApiGuard(Guard):
         async def replay() -> Message:
             return parts.pop() if parts else await request.receive()
 
-        await self.app({**request.scope, "headers": headers.raw}, replay, send)
+        tidy = Tidy(send=send, stops=stop_texts(body))
+        await self.app({**request.scope, "headers": headers.raw}, replay, tidy)
 
 
 async def _read(request: Request) -> bytes:

@@ -91,6 +91,25 @@ VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "user": (_is_text, "text"),
 }
 """Field -> whether it may have a value, and the values it may have, in words; null is as if it were not there."""
+NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "n": [1],
+    "presence_penalty": [0],
+    "repetition_penalty": [1],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "logit_bias": [{}],
+    "response_format": [{"type": "text"}],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "modalities": [["text"]],
+    "metadata": [{}],
+    "store": [False],
+    "service_tier": ["auto", "default"],
+}
+"""Field of OpenAI's API -> the values with which it asks for nothing: many clients send them by themselves."""
 FIELDS = ("model", "messages", *VALUES)
 """All that a request may hold; transformers ignores the others, or lets them replace the prompt."""
 
@@ -107,11 +126,11 @@ def safe_request(body: bytes, model: str, window: ContextWindow) -> bytes:
         raise Refusal(400, f"the request is not JSON: {error}") from None
     if not isinstance(request, dict):
         raise Refusal(400, "the request must be a JSON object")
+    request = {name: value for name, value in request.items() if not _asks_for_nothing(name, value)}
     if unknown := sorted(set(request) - set(FIELDS)):
         raise Refusal(400, f"not supported: {', '.join(unknown)}; a request may hold {', '.join(FIELDS)}")
     if request.get("model", model) != model:
         raise Refusal(404, f"this server has only the model {model!r}")
-    request = {name: value for name, value in request.items() if value is not None}
     for name, (allowed, wanted) in VALUES.items():
         if name in request and not allowed(request[name]):
             raise Refusal(400, f"{name}: {wanted} is needed, not {json.dumps(request[name])[:60]}")
@@ -126,6 +145,22 @@ def safe_request(body: bytes, model: str, window: ContextWindow) -> bytes:
     limits = {"max_tokens": _answer_tokens(asked, window.taken(safe), window.positions)}
     # Without a temperature the answer is the likeliest one, as in `dianjing chat`.
     return json.dumps({"temperature": 0, **request, **limits, "model": model, "messages": safe}).encode()
+
+
+def stop_texts(request: bytes) -> list[str]:
+    """Return the texts that end the answer to a safe request."""
+    stop = json.loads(request).get("stop", [])
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Return whether a request would be the same without this field."""
+    known = name in NEUTRAL or name in FIELDS
+    neutral = NEUTRAL.get(name, ())
+    # True == 1 in Python, but not in JSON.
+    return known and (
+        value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+    )
 
 
 def _answer_tokens(asked: int | None, taken: int, positions: int) -> int:

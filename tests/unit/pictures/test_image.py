@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from dianjing.errors import DataError, ModelError
+from dianjing.export.layout import preprocessor_config
 from dianjing.pictures.image import ImageProcessor, check_image, load_image
 from dianjing.pictures.rule import PictureRule
 
@@ -85,6 +87,21 @@ def test_pixels_are_bit_equal_to_transformers(tmp_path: Path, config: dict, aspe
     pixels = processor_from(tmp_path, config, aspect)(image)
     assert pixels.dtype == torch.float32
     assert torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("config", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_a_padded_export_gives_stock_processors_the_same_pixels(
+    tmp_path: Path, config: dict, size: tuple[int, int]
+) -> None:
+    """It names the shorter side alone, which readers need that know no height and width."""
+    ours = processor_from(tmp_path, config, "pad")
+    written = preprocessor_config(ours)
+    assert written["size"] == {"shortest_edge": ours.size}
+    image = noise(size)
+    stock = LlavaImageProcessorPil(**written)(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(stock, ours(image))
+    assert processor_from(tmp_path, written) == ours
 
 
 def test_the_picture_can_be_had_back(tmp_path: Path) -> None:

@@ -296,3 +296,44 @@ def test_vllm_opens_no_address_either(tmp_path: Path) -> None:
 def test_the_example_survives_printf() -> None:
     assert '{"model": "100%% mine"' in example(80, "100% mine", key=False)
     assert "$DIANJING_SERVE_KEY" in example(80, "mine", key=True)
+
+
+NOTHING = [
+    {"n": 1},
+    {"presence_penalty": 0, "frequency_penalty": 0},
+    {"presence_penalty": 0.0},
+    {"logprobs": False, "top_logprobs": None},
+    {"response_format": {"type": "text"}},
+    {"tools": [], "tool_choice": "none"},
+    {"logit_bias": {}, "metadata": {}, "store": False},
+    {"functions": None, "stop": None},
+]
+
+
+@pytest.mark.parametrize("fields", NOTHING, ids=str)
+def test_a_field_that_asks_for_nothing_is_left_out(fields: dict[str, Any]) -> None:
+    status, _, (body,) = ask(question(**fields))
+    assert status == 200
+    assert set(body) <= {"model", "messages", "temperature", "max_tokens", "frequency_penalty"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"n": True},
+        {"presence_penalty": 0.5},
+        {"presence_penalty": False},
+        {"logprobs": True},
+        {"logprobs": 0},
+        {"response_format": {"type": "json_object"}},
+        {"tools": [{}]},
+        {"logit_bias": {"5": 1}},
+        {"prompt": None},
+    ],
+    ids=str,
+)
+def test_a_field_that_asks_for_something_unknown_is_refused(fields: dict[str, Any]) -> None:
+    status, reply, bodies = ask(question(**fields))
+    assert (status, bodies) == (400, [])
+    assert f"not supported: {next(iter(fields))}" in reply["error"]["message"]
