@@ -31,7 +31,13 @@ class Arguments(Asking):
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run, an exported folder, or the folder of a text LLM ("tinyworld")."""
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """LLaVA JSON or JSONL with the questions and their answers."""
+    """LLaVA JSON or JSONL with the questions and their answers, or a benchmark as its maker publishes it."""
+    benchmark: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
+    """A benchmark: mmbench (also CCBench), pope, mme, scienceqa, seed, ai2d, mmmu, gqa, textvqa, vqav2, vizwiz,
+    chartqa, refcoco, or choices (your own file); its own length of answers is used."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Of a benchmark: write answers, scores and the file for its test server here; the same command goes on where it
+    was stopped."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Write the scores and every answer to this file."""
 
@@ -41,6 +47,10 @@ def run(arguments: list[str]) -> int:
     given = parse(Arguments, arguments, NAME, SUMMARY)
 
     # Slow to import, so a typing error is said before.
+    if given.benchmark:
+        from dianjing.cli.benchmark import run_benchmark
+
+        return run_benchmark(given.model, given.benchmark, given.data, given.images, given.out, given.limit)
     from dianjing.cli.questions import read_questions
     from dianjing.eval.evaluate import evaluate, times_asked
     from dianjing.infer.load import load_for_use
