@@ -53,7 +53,7 @@ class Scores:
     @property
     def types(self) -> list[str]:
         """The types of questions, in order of first appearance."""
-        return list(dict.fromkeys(unit.type for unit in self.judged[RIGHT].units))
+        return list(dict.fromkeys(unit.type for unit in self.judged[RIGHT].units)) if RIGHT in self.judged else []
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name."""
