@@ -12,7 +12,7 @@ from typing import Any
 
 from dianjing.benchmark.choice_letter import mmmu_letter
 from dianjing.benchmark.item import LETTER, LETTERS, SHORT, Benchmark, Item, by_item, with_options
-from dianjing.benchmark.rows import Row, files_in, part, read_json, rows_of
+from dianjing.benchmark.rows import Row, files_in, objects_in, part, read_json, rows_of
 from dianjing.benchmark.short_answer import mmmu_forms, mmmu_open, same_words
 from dianjing.errors import ConfigError, DataError
 
@@ -64,10 +64,11 @@ def score_scienceqa(item: Item, answer: str) -> float:
 def read_seed(file: Path) -> list[Item]:
     """Return the questions about single pictures of SEED-Bench.json."""
     content = read_json(file)
-    names = {number: name for name, number in dict(content.get("question_type") or {}).items()}
+    questions = part(file, content, "questions")
+    names = {number: name for name, number in objects_in(file, content.get("question_type") or {}).items()}
     columns = ("question", "choice_a", "choice_b", "data_id", "data_type")
     items: list[Item] = []
-    for row in rows_of(file, part(file, content, "questions"), columns):
+    for row in rows_of(file, questions, columns):
         if row.values["data_type"] != "image":
             continue
         options = row.options([f"choice_{letter}" for letter in "abcd"])
@@ -97,11 +98,11 @@ def read_ai2d(folder: Path) -> list[Item]:
     test = set(chosen.read_text(encoding="utf-8").split()) if chosen.is_file() else None
     items: list[Item] = []
     for file in files_in(folder / "questions", ".json"):
-        content = read_json(file)
+        content = objects_in(file, read_json(file))
         image = str(content.get("imageName") or file.stem)
         if test is not None and image.partition(".")[0] not in test:
             continue
-        for question, values in dict(part(file, content, "questions")).items():
+        for question, values in objects_in(file, part(file, content, "questions")).items():
             row = Row(f"{file}: {question[:60]!r}", values if isinstance(values, dict) else {})
             options = _lettered(row, row.values.get("answerTexts"))
             items.append(

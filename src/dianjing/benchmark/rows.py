@@ -141,6 +141,17 @@ def part(file: Path, content: Any, name: str) -> Any:
     return content[name]
 
 
+def objects_in(file: Path, content: Any) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: an object by name is needed, not {type(content).__name__}; is it the right file?")
+    return content
+
+
 def picture_bytes(row: Row, encoded: str) -> bytes:
     """Return the file of a picture that stands in a row as base64.
 

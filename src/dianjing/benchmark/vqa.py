@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dianjing.benchmark.item import SHORT, Benchmark, Item, by_item
-from dianjing.benchmark.rows import Row, files_in, part, read_json, rows_of
+from dianjing.benchmark.rows import Row, files_in, objects_in, part, read_json, rows_of
 from dianjing.benchmark.short_answer import chart_agrees, evalai_words, same_words, vqa_score, vqa_words
 from dianjing.errors import DataError
 
@@ -96,9 +96,7 @@ def score_words(item: Item, answer: str) -> float:
 
 def read_gqa(file: Path) -> list[Item]:
     """Return the questions of testdev_balanced_questions.json."""
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: an object of questions by number is needed; is it the file that GQA publishes?")
+    content = objects_in(file, read_json(file))
     rows = rows_of(file, [*content.values()], ("question", "imageId"))
     return [
         Item(
