@@ -19,7 +19,7 @@ OPEN_FORMS = (
     (":", ")"),
     (":", ")."),
 )
-"""What may stand around a letter that is a word of its own; the first form with exactly one letter wins."""
+"""Marks that may stand around a letter that is a word of its own; the first form with exactly one letter wins."""
 PHRASES = (
     *(f"{the}{which}answer is" for which in ("", "correct ", "best ") for the in ("the ", "")),
     *(f"{the}{which}option is" for which in ("correct ", "best ") for the in ("the ", "")),

@@ -1,4 +1,4 @@
-"""One question of a benchmark, what a set of answers is worth, and what a benchmark has to say about itself."""
+"""One question of a benchmark, with the words in which all benchmarks are described."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Item:
     group: str = ""
     """Questions of one group count together; "" = alone."""
     row: Mapping[str, Any]
-    """What the maker's file says, for scoring and for the test server."""
+    """Fields of the maker's file, for scoring and for the test server."""
 
 
 class Unit(NamedTuple):
-    """What counts as one in a benchmark's mean: a question, or several that count together."""
+    """A thing that counts once in a benchmark's mean: a question, or several that count together."""
 
     type: str
     value: float
 
 
 class Judged(NamedTuple):
-    """What a set of answers is worth."""
+    """The worth of a set of answers."""
 
     units: list[Unit]
     """Their mean is the benchmark's main figure; the interval is drawn from them."""

@@ -1,4 +1,4 @@
-"""MMBench in English and Chinese, CCBench, and multiple-choice files of one's own."""
+"""MMBench in English and Chinese (CCBench too) or a multiple-choice file of one's own -> items; answers -> accuracy."""
 
 from __future__ import annotations
 

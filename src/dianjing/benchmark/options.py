@@ -30,7 +30,7 @@ def _letter_of(row: Row, number: Any, options: Mapping[str, str]) -> str:
 
 
 def read_scienceqa(file: Path) -> list[Item]:
-    """Return the questions with pictures of problems.json's test split, which pid_splits.json beside it names."""
+    """Return the questions with pictures of problems.json's test split, which pid_splits.json next to it names."""
     problems, splits = read_json(file), file.with_name("pid_splits.json")
     test = part(splits, read_json(splits), "test") if splits.is_file() else [*problems]
     items: list[Item] = []
@@ -197,7 +197,7 @@ def _mmmu_submission(items: Sequence[Item], answers: Sequence[str]) -> str:
 
 
 SCIENCEQA = Benchmark(
-    about="ScienceQA-IMG: problems.json, with pid_splits.json beside it",
+    about="ScienceQA-IMG: problems.json, with pid_splits.json next to it",
     read=read_scienceqa,
     judge=by_item(score_scienceqa),
     rule="the letter alone, case aside, or a capital and a full stop at the beginning",

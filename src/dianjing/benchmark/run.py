@@ -1,4 +1,4 @@
-"""A model and a benchmark's questions -> answers, kept as they come, and what they are worth with and without sight."""
+"""A model and a benchmark's questions -> answers, with what they are worth with and without sight."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF"
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a model's answers to one benchmark are worth, by way of asking."""
+    """The worth of a model's answers to one benchmark, by way of asking."""
 
     questions: int
     judged: Mapping[str, Judged]
@@ -107,7 +107,7 @@ class Asked:
     journal: Path | None
     """Answers are kept here and not asked for again."""
     header: Mapping[str, str]
-    """What the journal stands on: the benchmark, its file, the model."""
+    """The things that the journal stands on: the benchmark, its file, the model."""
 
 
 def score_benchmark(

@@ -15,7 +15,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 THOUSANDS = re.compile(r"(?<=\d),+(?=\d)")
 POINT = re.compile(r"\.(?!\d)")
 POINTS = 32
-"""VQA's own program takes only so many full stops out of an answer."""
+"""VQA's own program takes no more full stops than this out of an answer."""
 CHART_TOLERANCE = 0.05
 """ChartQA: numbers within 5 % are right."""
 _INSTEAD = """

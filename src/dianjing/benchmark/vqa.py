@@ -24,21 +24,21 @@ def _answers(row: Row, value: Any) -> list[str]:
 
 
 def read_vqav2(file: Path) -> list[Item]:
-    """Return the questions of v2_OpenEnded_mscoco_SPLIT_questions.json; v2_mscoco_SPLIT_annotations.json beside it
+    """Return the questions of v2_OpenEnded_mscoco_SPLIT_questions.json; v2_mscoco_SPLIT_annotations.json next to it
     has the answers, if they are published."""
     content = read_json(file)
     rows = rows_of(file, part(file, content, "questions"), ("image_id", "question", "question_id"))
-    beside = file.with_name(file.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    published = file.with_name(file.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     known: dict[Any, Row] = {}
-    if beside != file and beside.is_file():
-        given = part(beside, read_json(beside), "annotations")
-        known = {row.values["question_id"]: row for row in rows_of(beside, given, ("question_id", "answers"))}
+    if published != file and published.is_file():
+        given = part(published, read_json(published), "annotations")
+        known = {row.values["question_id"]: row for row in rows_of(published, given, ("question_id", "answers"))}
     split = str(content.get("data_subtype") or file.stem.split("_")[-2])
     items: list[Item] = []
     for row in rows:
         answered = known.get(row.values["question_id"])
         if known and answered is None:
-            raise DataError(f"{row.where}: {beside.name} has no answers to it; download both files again")
+            raise DataError(f"{row.where}: {published.name} has no answers to it; download both files again")
         items.append(
             Item(
                 id=str(row.values["question_id"]),
@@ -154,7 +154,7 @@ def _answered(item: Item) -> bool:
 
 THIRDS = "a third for each of the people who gave the same answer, at most 1; "
 VQAV2 = Benchmark(
-    about="VQAv2: v2_OpenEnded_mscoco_SPLIT_questions.json, the annotations beside it",
+    about="VQAv2: v2_OpenEnded_mscoco_SPLIT_questions.json, the annotations next to it",
     read=read_vqav2,
     judge=by_item(score_vqav2),
     rule=THIRDS + "punctuation, articles and case do not count, numbers are digits",

@@ -11,7 +11,7 @@ from dianjing.errors import DataError
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 MME_END = " Please answer yes or no."
-"""What MME's own questions end with; LLaVA 1.5 asks with its own end instead."""
+"""The end of MME's own questions; LLaVA 1.5 asks with its own end instead."""
 
 
 def read_pope(file: Path) -> list[Item]:

@@ -1,4 +1,4 @@
-"""What transformers' server answers -> the same answer as OpenAI's API gives it: no stop text, no blanks around it."""
+"""Answers of transformers' server -> the same answers as OpenAI's API gives them: no stop text, no blanks around."""
 
 from __future__ import annotations
 
