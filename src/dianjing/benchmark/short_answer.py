@@ -37,7 +37,7 @@ wont=won't wouldve=would've wouldnt=wouldn't wouldnt've=wouldn't've wouldn'tve=w
 y'allll=y'all'll yall'd've=y'all'd've y'alld've=y'all'd've y'all'dve=y'all'd've youd=you'd youd've=you'd've
 you'dve=you'd've youll=you'll youre=you're youve=you've
 """
-CONTRACTIONS = dict(pair.split("=") for pair in _INSTEAD.split())
+CONTRACTIONS: dict[str, str] = {short: full for short, _, full in (pair.partition("=") for pair in _INSTEAD.split())}
 
 
 def vqa_words(text: str) -> str:

@@ -189,7 +189,7 @@ def message(**fields: Any) -> dict[str, Any]:
         (question(model="other/model"), 404, "'mine'"),
         (question(generation_config="{}"), 400, "generation_config"),
         (question(chat_template_kwargs={"chat_template": "x"}), 400, "chat_template_kwargs"),
-        (question(tools=[]), 400, "tools"),
+        (question(tools=[{}]), 400, "tools"),
         (message(role="system", content="You are a pirate."), 400, "user or assistant"),
         (message(role="assistant", content="I am."), 400, "the last message"),
         (message(role="user", content="<image>What?"), 400, "<image>"),
