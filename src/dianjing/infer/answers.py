@@ -11,6 +11,7 @@ from dianjing.infer.generate import Conversation, LoadedModel, generate
 from dianjing.infer.questions import Question
 from dianjing.pictures.picture import check_image, load_image
 from dianjing.pictures.rule import PictureRule
+from dianjing.pictures.threads import on_all_cores
 
 WINDOW = 256
 """Questions whose pictures are in memory at the same time."""
@@ -41,7 +42,8 @@ def answer_questions(
 def load_pictures(questions: Sequence[Question], image_root: str, rule: PictureRule) -> dict[str, Image]:
     """Return the pictures of the questions by name, each loaded once."""
     names = dict.fromkeys(name for question in questions for name in question.images)
-    return {name: load_image(image_root, name, rule) for name in names}
+    images = on_all_cores(lambda name: load_image(image_root, name, rule), names)
+    return dict(zip(names, images, strict=True))
 
 
 def check_pictures(questions: Sequence[Question], image_root: str, rule: PictureRule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from dianjing.errors import DataError
 from dianjing.model.forward import arithmetic, embed, image_features
 from dianjing.pictures.image import ImageProcessor
 from dianjing.pictures.rule import PLAIN, PictureRule
+from dianjing.pictures.threads import on_all_cores
 
 MAX_NEW_TOKENS = 256
-BATCH_POSITIONS = 16384
-"""Most positions (prompts, padding and answers) in one batch: bounds the memory of the key-value cache."""
+CPU_POSITIONS = 16384
+"""Most positions (prompts, padding and answers) in one batch on a CPU, where larger batches are not faster."""
+OF_FREE_MEMORY = 0.4
+"""Share of a GPU's free memory that a batch may take by estimate; the rest is for attention and copies of the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +111,21 @@ def generate_ids(
     prompts = [prepare(loaded, conversation) for conversation in conversations]
     stops = stop_sequences(loaded)
     written: list[list[int]] = [[] for _ in prompts]
-    for rows in _batches([len(prompt.input_ids) for prompt in prompts], max_new_tokens):
-        for row, token in _tokens(loaded, [prompts[i] for i in rows], max_new_tokens, sampling, stops):
-            written[rows[row]].append(token)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    batches = [*_batches(lengths, max_new_tokens, _positions_that_fit(loaded.model))]
+    while batches:
+        rows = batches.pop(0)
+        try:
+            for row, token in _tokens(loaded, [prompts[i] for i in rows], max_new_tokens, sampling, stops):
+                written[rows[row]].append(token)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            print(f"out of GPU memory with {len(rows)} questions at once; asking half of them", file=sys.stderr)
+            half = len(rows) // 2
+            batches = [rows[:half], rows[half:], *batches]
+            written = [[] if i in rows else tokens for i, tokens in enumerate(written)]
+            torch.cuda.empty_cache()
     return written
 
 
@@ -183,12 +199,26 @@ def _blind(question: str) -> str:
     return question.replace(IMAGE_MARKER, "").strip() if IMAGE_MARKER in question else question
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+def _positions_that_fit(model: PreTrainedModel) -> int:
+    """Return how many positions a batch may have: on a GPU by its free memory."""
+    if model.device.type != "cuda":
+        return CPU_POSITIONS
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = 2 * text.num_hidden_layers * heads * size
+    passing = 8 * text.hidden_size + 3 * text.intermediate_size
+    return max(CPU_POSITIONS, int(OF_FREE_MEMORY * free / ((cached + passing) * model.dtype.itemsize)))
+
+
+def _batches(lengths: Sequence[int], max_new_tokens: int, positions: int) -> Iterator[list[int]]:
     """Yield groups of prompts of similar length, so that there is little padding."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * (lengths[i] + max_new_tokens) > BATCH_POSITIONS:
+        if batch and (len(batch) + 1) * (lengths[i] + max_new_tokens) > positions:
             yield batch
             batch = []
         batch.append(i)
@@ -285,7 +315,7 @@ def _features(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Float[Tensor, "
     place = {key: number for number, key in enumerate(distinct)}
     pixels = torch.zeros(0, 3, processor.size, processor.size)
     if distinct:
-        pixels = torch.stack([processor(image) for image in distinct.values()])
+        pixels = torch.stack(on_all_cores(processor, distinct.values()))
     return image_features(model, pixels.to(model.device))[[place[id(image)] for image in images]]
 
 

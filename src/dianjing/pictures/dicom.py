@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dianjing.pictures.rule import PictureError
+from dianjing.pictures.threads import WARNINGS
 from dianjing.pictures.wide import Depth, Samples
 
 NEEDS = "a DICOM file, which needs pydicom: pip install 'dianjing[dicom]'"
@@ -200,7 +201,7 @@ def _silent(name: str) -> Iterator[Any]:
         raise PictureError("picture_format", name, NEEDS) from None
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     try:
-        with warnings.catch_warnings():
+        with WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield pydicom
     except PictureError:

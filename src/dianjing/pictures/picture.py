@@ -15,6 +15,7 @@ from dianjing.pictures import dicom, kinds, tiff
 from dianjing.pictures.profile import to_srgb
 from dianjing.pictures.rule import NAME_SHOWN as NAME_SHOWN
 from dianjing.pictures.rule import PLAIN, PictureError, PictureRule
+from dianjing.pictures.threads import WARNINGS
 from dianjing.pictures.wide import Depth, Samples, depth_of, samples_of, to_8_bits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -149,7 +150,7 @@ def open_picture(path: str, name: str, frame: int = 0) -> Image.Image:
         PictureError: it is too large, no picture, or has no such frame.
     """
     try:
-        with warnings.catch_warnings():
+        with WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

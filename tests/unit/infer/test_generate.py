@@ -36,7 +36,7 @@ def test_batched_equals_one_by_one(loaded: LoadedModel) -> None:
 
 def test_small_batches_equal_one_large(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     together = generate_ids(loaded, conversations(), TOKENS)
-    monkeypatch.setattr(module, "BATCH_POSITIONS", 130)
+    monkeypatch.setattr(module, "CPU_POSITIONS", 130)
     assert generate_ids(loaded, conversations(), TOKENS) == together
 
 

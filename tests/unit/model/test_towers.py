@@ -24,7 +24,6 @@ from tests.loaded_models import loaded_model
 from tests.packs import outcome, prepare
 from tests.tower_table import DEPTH, ROWS, STRETCHED, distances, table, write
 
-
 ROOT = Path(__file__).parents[3]
 
 

@@ -18,14 +18,15 @@ from dianjing.run.layout import MANIFEST, RECIPE, STATE
 from dianjing.train import precision
 from dianjing.train.loop import train
 from tests.conftest import MakeRecipe
+from tests.llm_families import FAMILIES, write_family
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Return a setter of how many times as fast as fp32 this machine multiplies in bf16."""
+    """Return a setter of how many times as fast as in fp32 a layer is in bf16 on this machine."""
 
     def be(times: float) -> None:
-        monkeypatch.setattr(precision, "_seconds", lambda dtype: 1.0 if dtype == torch.float32 else 1 / times)
+        monkeypatch.setattr(precision, "layer_seconds", lambda _, dtype: 1.0 if dtype == torch.float32 else 1 / times)
 
     return be
 
@@ -46,12 +47,21 @@ def test_what_is_clearly_faster_is_chosen_and_said(
     recipe = make_recipe(train={"precision": "auto", "max_steps": 1, "compile": "off"})
     run = train(recipe)
     shown = " ".join(capsys.readouterr().err.split())
-    assert f"precision: {expected} (measured on this CPU: bf16 is {times:.1f} times as fast as fp32" in shown
+    assert (
+        f"precision: {expected} (measured on this CPU: a layer of the LLM takes 1 s in fp32, {1 / times:.2g} s in"
+        in shown
+    )
     assert of(run) == read_state(newest(run)).recipe["train.precision"] == expected
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "internlm2"])
+def test_a_layer_of_each_family_is_measured(family: str, tmp_path: Path) -> None:
+    write_family(tmp_path, family)
+    assert precision.layer_seconds(tmp_path, torch.bfloat16) > 0
+
+
 def test_a_named_precision_is_not_measured(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(precision, "_seconds")
+    monkeypatch.delattr(precision, "layer_seconds")
     assert of(train(make_recipe(train={"max_steps": 1}), quiet=True)) == "fp32"
 
 
