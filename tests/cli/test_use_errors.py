@@ -136,3 +136,11 @@ def test_a_fresh_process_says_the_same(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert "no such folder" in done.stderr
+
+
+def test_eval_refuses_flags_that_would_not_be_used(fails: Fails, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    assert "--out belongs to --benchmark" in fails("eval", "tinyworld", data, "--out", tmp_path / "out")
+    asked = ("eval", "tinyworld", data, "--benchmark", "pope")
+    assert "--json does not go with --benchmark" in fails(*asked, "--json", tmp_path / "scores.json")
+    assert "--max-new-tokens does not go with --benchmark" in fails(*asked, "--max-new-tokens", 8)

@@ -37,8 +37,11 @@ class Scores:
 
     @property
     def blind(self) -> bool:
-        """True if the score without a picture is not below that with the right one: it says nothing about seeing."""
-        if NO_PICTURE not in self.judged:
+        """True if the score without a picture is not below that with the right one: it says nothing about seeing.
+
+        Where nothing is right in any way there is no score to compare.
+        """
+        if NO_PICTURE not in self.judged or not any(unit.value for one in self.judged.values() for unit in one.units):
             return False
         gain = [a.value - b.value for a, b in zip(self.judged[RIGHT].units, self.judged[NO_PICTURE].units, strict=True)]
         return interval(gain)[0] <= 0

@@ -72,6 +72,10 @@ def run_benchmark(model: str, name: str, data: str, images: str, out: str, limit
             scores, answers = score_benchmark(loaded, asked, lambda count: progress.advance(task, count))
         if RIGHT in scores.judged:
             console.print(table(f"{model}: {name}, {len(items):,} questions", scores))
+            if not any(unit.value for unit in scores.judged[RIGHT].units):
+                console.print("Nothing counts as right. The first answers, to compare with the rule below:")
+                for item, answer in [*zip(items, answers, strict=True)][:3]:
+                    console.print(f"  {item.id}: {answer!r}", soft_wrap=True, markup=False)
         else:
             console.print(f"{name}: no references are published for these {len(items):,} questions; nothing is scored")
         console.print(f"read so: {benchmark.rule}", soft_wrap=True, markup=False)

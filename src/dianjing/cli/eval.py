@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dianjing.cli.flags import Asking, parse
+from dianjing.errors import ConfigError
 from dianjing.eval.summary import SIGHT, WAYS, Figure
 
 if TYPE_CHECKING:
@@ -39,12 +40,29 @@ class Arguments(Asking):
     """Of a benchmark: write answers, scores and the file for its test server here; the same command goes on where it
     was stopped."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Write the scores and every answer to this file."""
+    """Not of a benchmark: write the scores and every answer to this file."""
+
+
+def require_one_use(given: Arguments) -> None:
+    """Refuse flags that the way of scoring does not use.
+
+    Raises:
+        ConfigError: --out without a benchmark; --json or --max-new-tokens with one.
+    """
+    if not given.benchmark:
+        if given.out:
+            raise ConfigError("--out belongs to --benchmark; --json FILE writes the scores and answers of a data set")
+        return
+    if given.json:
+        raise ConfigError("--json does not go with --benchmark; --out DIR writes its scores.json and predictions.jsonl")
+    if given.max_new_tokens != Arguments.max_new_tokens:
+        raise ConfigError("--max-new-tokens does not go with --benchmark, which has its own; remove it")
 
 
 def run(arguments: list[str]) -> int:
     """Score a model on a data set; return the exit code."""
     given = parse(Arguments, arguments, NAME, SUMMARY)
+    require_one_use(given)
 
     # Slow to import, so a typing error is said before.
     if given.benchmark:

@@ -16,6 +16,7 @@ from dianjing.benchmark import run as module
 from dianjing.benchmark.run import Asked, questions_of_items, require_distinct, score_benchmark, write_results
 from dianjing.benchmark.table import BENCHMARKS
 from dianjing.errors import DataError
+from dianjing.eval.summary import RIGHT
 from dianjing.infer.questions import Question
 from dianjing.pictures.rule import PLAIN
 from tests import benchmark_files as made
@@ -96,6 +97,15 @@ def test_a_benchmark_that_a_blind_model_passes_is_named(asked: Asked, monkeypatc
     right = {item.text: str(item.row["answer"]) for item in asked.items}
     model(monkeypatch, lambda question: right[question.text.replace("<image>\n", "")])
     assert score_benchmark(loaded(), replace(asked, journal=None))[0].blind
+
+
+def test_a_benchmark_where_nothing_is_right_is_not_said_to_be_passed(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model(monkeypatch, lambda question: "I cannot tell.")
+    scores = score_benchmark(loaded(), replace(asked, journal=None))[0]
+    assert scores.figure(RIGHT) == (0.0, 0.0, 0.0)
+    assert not scores.blind
 
 
 def test_a_model_without_eyes_is_asked_once(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
