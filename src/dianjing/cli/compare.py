@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("no model is named; write dianjing compare MODEL MODEL --data FILE --out FILE")
 
     # Slow to import, so a typing error is said before.
-    from dianjing.cli.questions import read_questions
+    from dianjing.cli.questions import foreign_picture, read_questions, say_foreign
     from dianjing.eval.compare import Column, page
     from dianjing.eval.evaluate import evaluate, times_asked
     from dianjing.infer.answers import load_pictures
@@ -46,14 +46,18 @@ def run(arguments: list[str]) -> int:
     questions, root = read_questions(given.data, given, given.models, notices)
     _require_writable(given.out)
     columns = []
-    with Progress(console=notices, transient=True) as progress:
+    shown_foreign = 0
+    with foreign_picture(given, given.models) as foreign, Progress(console=notices, transient=True) as progress:
         for name in given.models:
             task = progress.add_task(name, total=None)
             loaded = load_for_use(name)
             progress.update(task, total=times_asked(loaded, questions))
             advance = lambda count, task=task: progress.advance(task, count)  # noqa: E731
-            columns.append(Column.of_report(evaluate(loaded, questions, root, given.max_new_tokens, advance)))
+            report = evaluate(loaded, questions, root, given.max_new_tokens, advance, foreign)
+            columns.append(Column.of_report(report))
+            shown_foreign = report.shown_foreign
             del loaded  # before the next one is loaded
+    say_foreign(shown_foreign, given, notices)
     pictures = load_pictures(questions, root, picture_rule(given.models[0]))
     html = page(f"{Path(given.data).name}: side by side", questions, columns, pictures)
     given.out.write_text(html, encoding="utf-8")

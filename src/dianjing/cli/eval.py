@@ -69,16 +69,18 @@ def run(arguments: list[str]) -> int:
         from dianjing.cli.benchmark import run_benchmark
 
         return run_benchmark(given.model, given.benchmark, given.data, given.images, given.out, given.limit)
-    from dianjing.cli.questions import read_questions
+    from dianjing.cli.questions import foreign_picture, read_questions, say_foreign
     from dianjing.eval.evaluate import evaluate, times_asked
     from dianjing.infer.load import load_for_use
 
     notices = Console(stderr=True)
     questions, root = read_questions(given.data, given, [given.model], notices)
-    loaded = load_for_use(given.model)
-    with Progress(console=notices, transient=True) as progress:
+    with foreign_picture(given, [given.model]) as foreign, Progress(console=notices, transient=True) as progress:
+        loaded = load_for_use(given.model)
         task = progress.add_task("answering", total=times_asked(loaded, questions))
-        report = evaluate(loaded, questions, root, given.max_new_tokens, lambda count: progress.advance(task, count))
+        advance = lambda count: progress.advance(task, count)  # noqa: E731
+        report = evaluate(loaded, questions, root, given.max_new_tokens, advance, foreign)
+    say_foreign(report.shown_foreign, given, notices)
     Console().print(table(report))
     if given.json:
         file = Path(given.json)
@@ -89,10 +91,12 @@ def run(arguments: list[str]) -> int:
 
 def table(report: Report) -> Table:
     """Return the scores as a table, a block a question type."""
-    caption = "" if report.can_see else "It cannot see: a text-only model, asked without pictures."
+    notes = [] if report.can_see else ["It cannot see: a text-only model, asked without pictures."]
+    if not report.overall.exact_says_something:
+        notes.append("Hardly an answer is exact: the sight that counts is that of the loss (nats a token).")
     shown = Table(
         title=f"{report.model}: means with 95 % intervals",
-        caption=caption,
+        caption="\n".join(notes),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,

@@ -107,3 +107,5 @@ class Asking:
     """Only the first N records; 0 = all."""
     max_new_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 256
     """Longest answer in tokens."""
+    other: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """The picture to show as the other one where the data have no other; one is drawn if not given."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -13,6 +16,13 @@ from dianjing.errors import ConfigError
 from dianjing.infer.answers import check_pictures
 from dianjing.infer.load import picture_rule
 from dianjing.infer.questions import Question, questions_of
+from dianjing.pictures.picture import check_image
+from dianjing.tinyworld.render import render
+from dianjing.tinyworld.scene import allowed_pairs, sample_scene
+
+DRAWN = "drawn.png"
+"""The picture that is shown where the data have no other one and none is named."""
+SEED = 18
 
 
 def read_questions(data: str, given: Asking, models: Sequence[str], notices: Console) -> tuple[list[Question], str]:
@@ -32,3 +42,33 @@ def read_questions(data: str, given: Asking, models: Sequence[str], notices: Con
     for rule in {picture_rule(model) for model in models}:
         check_pictures(questions, root, rule)
     return questions, root
+
+
+@contextmanager
+def foreign_picture(given: Asking, models: Sequence[str]) -> Iterator[Path]:
+    """Give the picture of --other, or one that is drawn, for questions without another picture in the data.
+
+    Raises:
+        DataError: the picture of --other cannot be used.
+    """
+    if given.other:
+        file = Path(given.other).expanduser()
+        for rule in {picture_rule(model) for model in models}:
+            check_image(str(file.parent), file.name, rule)
+        yield file
+        return
+    with TemporaryDirectory(prefix="dianjing-") as folder:
+        file = Path(folder) / DRAWN
+        render(sample_scene(random.Random(SEED), allowed_pairs("train")), SEED).save(file)
+        yield file
+
+
+def say_foreign(shown: int, given: Asking, notices: Console) -> None:
+    """Print which questions were shown a picture from outside the data, and what --other did."""
+    if shown:
+        name = given.other or "a drawn picture (--other FILE names one of yours)"
+        text = f"{shown} questions have no other picture in the data; their other picture is {name}"
+        notices.print(text, style="yellow", markup=False, soft_wrap=True)
+    elif given.other:
+        text = f"--other {given.other} was not shown: the data have another picture for every question"
+        notices.print(text, style="yellow", markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL.Image import Image, Resampling
 
 from dianjing.data.record import without_markers
-from dianjing.eval.score import exact_match, token_f1, tokens
+from dianjing.eval.score import contains_reference, exact_match, token_f1, tokens
 from dianjing.eval.summary import RIGHT, SIGHT, WAYS, Summary, score, summarise, summarise_by_type
 from dianjing.infer.questions import Question
 
@@ -26,7 +26,10 @@ THUMBNAIL_PIXELS = 360
 CLOSE_F1 = 0.5
 """From this token F1 on an answer that is not exact counts as close, if its reference is long."""
 LONG_REFERENCE = 10
-"""Words of a reference that can be missed in part; in a shorter one a wrong word is a wrong answer."""
+"""Words of a reference that can be missed in part or said in other words; in a shorter one a wrong word is a wrong
+answer."""
+MARKS = {"right": "✓ right", "close": "≈ close", "other": "○ other words", "wrong": "✗ wrong"}
+"""Verdict -> what the page says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ def page(title: str, questions: Sequence[Question], columns: Sequence[Column], p
         cards=cards,
         number=len(questions),
         ways=[*WAYS.values(), SIGHT],
+        exact=any(column.summary.exact_says_something for column in columns),
+        marks=MARKS,
         types=list(dict.fromkeys(question.type for question in questions)),
     )
 
@@ -111,14 +116,18 @@ def _row(i: int, question: Question, columns: Sequence[Column]) -> dict[str, Any
         "reference": question.reference,
         "answers": answers,
         "disagree": len({answer["verdict"] for answer in answers}) > 1,
-        "wrong": any(answer["verdict"] != "right" for answer in answers),
+        "unlike": any(answer["verdict"] != "right" for answer in answers),
     }
 
 
 def verdict(answer: str, reference: str) -> dict[str, Any]:
-    """Return "right", "close" or "wrong", and the token F1."""
-    f1 = token_f1(answer, reference)
+    """Return "right", "close", "other" or "wrong", and the token F1.
+
+    Only what can be known to be wrong is wrong: no answer, or one that does not say a short reference.
+    """
+    f1, long = token_f1(answer, reference), len(tokens(reference)) >= LONG_REFERENCE
     if exact_match(answer, reference):
         return {"verdict": "right", "f1": f1}
-    close = f1 >= CLOSE_F1 and len(tokens(reference)) >= LONG_REFERENCE
-    return {"verdict": "close" if close else "wrong", "f1": f1}
+    if contains_reference(answer, reference) or (long and f1 >= CLOSE_F1):
+        return {"verdict": "close", "f1": f1}
+    return {"verdict": "other" if long and tokens(answer) else "wrong", "f1": f1}

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dianjing.data.record import without_markers
+from dianjing.errors import DataError
 from dianjing.eval.captions import CAPTION_TYPE, caption_request, is_caption, known_captions, other_questions
+from dianjing.eval.losses import reference_losses
 from dianjing.eval.score import METRICS, exact_match
 from dianjing.eval.sight import digests, other_pictures
 from dianjing.eval.summary import (
@@ -27,8 +30,12 @@ from dianjing.infer.answers import answer_questions
 from dianjing.infer.generate import LoadedModel
 from dianjing.infer.questions import Question
 
+T = TypeVar("T")
+
 TIMES_ASKED = 5
 """With its picture, with another, with none; another question about it; a caption of it."""
+TIMES_MEASURED = 3
+"""The loss of the reference with its picture, with another, with none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,10 @@ class Answered:
     answer_other_question: str | None = None
     captions: tuple[str, ...] = ()
     """Of its pictures: the one that the model gives on request, and those in the data."""
+    loss: float | None = None
+    """Of the reference, in nats a token."""
+    loss_other_picture: float | None = None
+    loss_no_picture: float | None = None
 
     @cached_property
     def scored(self) -> Scored:
@@ -58,7 +69,12 @@ class Answered:
             OTHER_PICTURE: self.answer_other_picture,
             NO_PICTURE: self.answer_no_picture,
         }
-        return score(self.question.type, self.question.reference, answers, habits)
+        losses = {
+            RIGHT: self.loss,
+            OTHER_PICTURE: self.loss_other_picture,
+            NO_PICTURE: self.loss_no_picture,
+        }
+        return score(self.question.type, self.question.reference, answers, habits, losses)
 
     def to_json(self) -> dict[str, Any]:
         """Return the question, the answers and the values of the one with the right picture."""
@@ -80,6 +96,8 @@ class Report:
     overall: Summary
     by_type: dict[str, Summary]
     answers: tuple[Answered, ...]
+    shown_foreign: int = 0
+    """Questions that were shown a picture from outside the set as the other one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, answers included, as JSON values."""
@@ -87,15 +105,16 @@ class Report:
             "model": self.model,
             "can_see": self.can_see,
             "overall": self.overall.to_json(),
+            "shown_foreign": self.shown_foreign,
             "by_type": {name: summary.to_json() for name, summary in self.by_type.items()},
             "answers": [one.to_json() for one in self.answers],
         }
 
 
 def times_asked(loaded: LoadedModel, questions: Sequence[Question]) -> int:
-    """Return how many answers `evaluate` wants at most, for a progress bar."""
-    pictured = sum(bool(question.images) for question in questions)
-    return len(questions) + ((TIMES_ASKED - 1) * pictured if loaded.can_see else 0)
+    """Return how many answers and losses `evaluate` wants at most, for a progress bar."""
+    pictured = sum(bool(question.images) for question in questions) if loaded.can_see else 0
+    return 2 * len(questions) + (TIMES_ASKED - 1 + TIMES_MEASURED - 1) * pictured
 
 
 def evaluate(
@@ -104,27 +123,33 @@ def evaluate(
     image_root: str,
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda count: None,
+    foreign: Path | None = None,
 ) -> Report:
     """Return what a model answers with the right pictures, with those of another record, and with none.
 
-    It is also asked another question about the pictures, and for a caption of them. A model that cannot see is asked
-    each question once: its answers do not depend on the picture.
+    The loss of each reference is measured in the same three ways. The model is also asked another question about the
+    pictures, and for a caption of them. A model that cannot see is asked each question once: its answers do not depend
+    on the picture. `foreign` is a picture file that is shown where the set has no other picture.
+
+    Raises:
+        DataError: a question and its reference are too long for the model, or `foreign` is a picture of the set.
     """
-    answers_to = _Asker(loaded, image_root, max_new_tokens, advance)
     digest_of = digests((name for question in questions for name in question.images), image_root)
-    right = answers_to(questions)
-    others = [
-        replace(question, images=images) if images else None
-        for question, images in zip(questions, other_pictures(questions, digest_of), strict=True)
-    ]
-    blank = [_without_pictures(question) if question.images else None for question in questions]
+    changed = _Changed.of(questions, digest_of, image_root, foreign)
+    losses = _losses(loaded, questions, changed, advance)
+    answers_to = _Asker(loaded, max_new_tokens, advance)
+    right = answers_to(questions, image_root)
     instead = other_questions(questions, digest_of) if loaded.can_see else [None] * len(questions)
-    with_other, with_none = (
-        answers_to(changed) if loaded.can_see else [changed[i] and right[i] for i in range(len(questions))]
-        for changed in (others, blank)
-    )
-    with_other_question = answers_to(instead)
-    captions = _captions(questions, digest_of, answers_to) if loaded.can_see else [()] * len(questions)
+    if loaded.can_see:
+        with_other = _either(*(answers_to(wanted, root) for wanted, root in changed.others))
+        with_none = answers_to(changed.blank, image_root)
+    else:
+        with_other = [right[i] if has_other else None for i, has_other in enumerate(changed.has_other)]
+        with_none = [right[i] if blank else None for i, blank in enumerate(changed.blank)]
+    with_other_question = answers_to(instead, image_root)
+    captions = [()] * len(questions)
+    if loaded.can_see:
+        captions = _captions(questions, digest_of, partial(answers_to, image_root=image_root))
     answered = tuple(
         Answered(
             question=question,
@@ -134,6 +159,9 @@ def evaluate(
             other_question=without_markers(other.text) if (other := instead[i]) else None,
             answer_other_question=with_other_question[i],
             captions=captions[i],
+            loss=losses[RIGHT][i],
+            loss_other_picture=losses[OTHER_PICTURE][i],
+            loss_no_picture=losses[NO_PICTURE][i],
         )
         for i, question in enumerate(questions)
     )
@@ -144,34 +172,107 @@ def evaluate(
         overall=summarise(scored),
         by_type=summarise_by_type(scored),
         answers=answered,
+        shown_foreign=sum(one is not None for one in changed.with_foreign),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Changed:
+    """The questions with other pictures and with none; None where there is no such question."""
+
+    of_set: Sequence[Question | None]
+    """With pictures of other records."""
+    with_foreign: Sequence[Question | None]
+    """With the foreign picture, where the set has no other one."""
+    blank: Sequence[Question | None]
+    roots: tuple[str, str]
+    """Folders of the pictures of the set, and of the foreign one."""
+
+    @classmethod
+    def of(
+        cls, questions: Sequence[Question], digest_of: dict[str, str], image_root: str, foreign: Path | None
+    ) -> _Changed:
+        if foreign and digests([foreign.name], str(foreign.parent))[foreign.name] in digest_of.values():
+            raise DataError(f"{foreign}: this picture is in the data too; name one that is not")
+        found = other_pictures(questions, digest_of)
+        strange = [
+            (foreign.name,) * len(question.images) if foreign and question.images and not images else None
+            for question, images in zip(questions, found, strict=True)
+        ]
+        of_set, with_foreign = (
+            [replace(one, images=images) if images else None for one, images in zip(questions, chosen, strict=True)]
+            for chosen in (found, strange)
+        )
+        return cls(
+            of_set=of_set,
+            with_foreign=with_foreign,
+            blank=[_without_pictures(question) if question.images else None for question in questions],
+            roots=(image_root, str(foreign.parent) if foreign else image_root),
+        )
+
+    @property
+    def others(self) -> list[tuple[Sequence[Question | None], str]]:
+        """Return both kinds of questions with another picture, each with the folder of its pictures."""
+        return list(zip((self.of_set, self.with_foreign), self.roots, strict=True))
+
+    @property
+    def has_other(self) -> list[bool]:
+        """Return which questions have another picture."""
+        return [bool(one or other) for one, other in zip(self.of_set, self.with_foreign, strict=True)]
+
+
+def _losses(
+    loaded: LoadedModel, questions: Sequence[Question], changed: _Changed, advance: Callable[[int], object]
+) -> dict[str, list[float | None]]:
+    """Return the loss of each reference by way of asking; None where it is not asked so."""
+
+    def measured(wanted: Sequence[Question | None], root: str) -> list[float | None]:
+        found = iter(reference_losses(loaded, [one for one in wanted if one], root, advance))
+        return [next(found) if one else None for one in wanted]
+
+    image_root = changed.roots[0]
+    right = measured(questions, image_root)
+    if not loaded.can_see:
+        other = [right[i] if has_other else None for i, has_other in enumerate(changed.has_other)]
+        none = [right[i] if blank else None for i, blank in enumerate(changed.blank)]
+        return {RIGHT: right, OTHER_PICTURE: other, NO_PICTURE: none}
+    return {
+        RIGHT: right,
+        OTHER_PICTURE: _either(*(measured(wanted, root) for wanted, root in changed.others)),
+        NO_PICTURE: measured(changed.blank, image_root),
+    }
+
+
+def _either(first: Sequence[T | None], second: Sequence[T | None]) -> list[T | None]:
+    return [two if one is None else one for one, two in zip(first, second, strict=True)]
 
 
 class _Asker:
     """Asks questions of one model, each once however often it is wanted."""
 
-    def __init__(
-        self, loaded: LoadedModel, image_root: str, max_new_tokens: int, advance: Callable[[int], object]
-    ) -> None:
-        self._ask = partial(
-            answer_questions, loaded, image_root=image_root, max_new_tokens=max_new_tokens, advance=advance
-        )
+    def __init__(self, loaded: LoadedModel, max_new_tokens: int, advance: Callable[[int], object]) -> None:
+        self._ask = partial(answer_questions, loaded, max_new_tokens=max_new_tokens, advance=advance)
         self._advance = advance
-        self._said: dict[tuple[str, tuple[str, ...]], str] = {}
+        self._said: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
-    def __call__(self, wanted: Sequence[Question | None]) -> list[str | None]:
-        """Return the answer to each question; None for None."""
-        new = {(one.text, one.images): one for one in wanted if one and (one.text, one.images) not in self._said}
-        self._said.update(zip(new, self._ask(list(new.values())), strict=True))
+    def __call__(self, wanted: Sequence[Question | None], image_root: str) -> list[str | None]:
+        """Return the answer to each question, its pictures in `image_root`; None for None."""
+        keys = [(image_root, one.text, one.images) if one else None for one in wanted]
+        new = {key: one for key, one in zip(keys, wanted, strict=True) if key and one and key not in self._said}
+        self._said.update(zip(new, self._ask(list(new.values()), image_root), strict=True))
         self._advance(sum(one is not None for one in wanted) - len(new))
-        return [self._said[one.text, one.images] if one else None for one in wanted]
+        return [self._said[key] if key else None for key in keys]
 
 
 def _without_pictures(question: Question) -> Question:
     return replace(question, text=without_markers(question.text), images=())
 
 
-def _captions(questions: Sequence[Question], digest_of: Mapping[str, str], answers_to: _Asker) -> list[tuple[str, ...]]:
+def _captions(
+    questions: Sequence[Question],
+    digest_of: Mapping[str, str],
+    answers_to: Callable[[Sequence[Question | None]], list[str | None]],
+) -> list[tuple[str, ...]]:
     """Return the captions that an answer to each question is compared with; none where a caption is asked for."""
     given = answers_to(
         [

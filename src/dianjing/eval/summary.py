@@ -15,10 +15,15 @@ RIGHT, OTHER_PICTURE, NO_PICTURE = "", "_other_picture", "_no_picture"
 WAYS: Mapping[str, str] = {RIGHT: "right picture", OTHER_PICTURE: "other picture", NO_PICTURE: "no picture"}
 """How a question is asked: the end of a value's JSON name -> its label."""
 SIGHT = "sight"
-"""A metric with the right picture minus the same with another one."""
+"""A metric with the right picture minus the same with another one; for the loss the other way round, so that more than
+0 always means that the model looks."""
 CAPTION, SAME_ANSWER = "captions", "same_answer"
 HABITS: Mapping[str, str] = {CAPTION: "caption", SAME_ANSWER: "same answer"}
 """Habits that an answer may have, right or wrong: JSON name -> label."""
+LOSS = "loss"
+"""Of the reference answer, in nats a token."""
+EXACT_SHARE = 0.05
+"""Where fewer answers than this are exact, whatever picture is shown, exact match says nothing about a model."""
 
 RESAMPLES = 1000
 CHUNK = 2**22
@@ -30,7 +35,10 @@ def sight_name(metric: str) -> str:
     return SIGHT if metric == "accuracy" else f"{metric}_{SIGHT}"
 
 
-NAMES = (*(name for metric in METRICS for name in (*(metric + way for way in WAYS), sight_name(metric))), *HABITS)
+NAMES = (
+    *(name for metric in (*METRICS, LOSS) for name in (*(metric + way for way in WAYS), sight_name(metric))),
+    *HABITS,
+)
 """The JSON name of every figure."""
 
 
@@ -58,8 +66,12 @@ def score(
     reference: str,
     answers: Mapping[str, str | None],
     habits: Mapping[str, float] | None = None,
+    losses: Mapping[str, float | None] | None = None,
 ) -> Scored:
-    """Return what the answers to one question, by way of asking, are worth; None = it was not asked so."""
+    """Return what the answers to one question, and the losses of its reference, are worth by way of asking.
+
+    None = it was not asked so.
+    """
     values: dict[str, float] = {}
     for name, metric in METRICS.items():
         for way, answer in answers.items():
@@ -67,6 +79,9 @@ def score(
                 values[name + way] = float(metric.measure(answer, reference))
         if name + OTHER_PICTURE in values:
             values[sight_name(name)] = values[name] - values[name + OTHER_PICTURE]
+    values |= {LOSS + way: loss for way, loss in (losses or {}).items() if loss is not None}
+    if LOSS in values and LOSS + OTHER_PICTURE in values:
+        values[sight_name(LOSS)] = values[LOSS + OTHER_PICTURE] - values[LOSS]
     return Scored(type=type_, values={**values, **(habits or {})})
 
 
@@ -81,10 +96,16 @@ class Summary:
         """Return the mean of that JSON name; None where no question has it."""
         return self.figures[name].mean if name in self.figures else None
 
+    @property
+    def exact_says_something(self) -> bool:
+        """Return whether enough answers are exact, with any picture, for exact match to tell models apart."""
+        return any((self.mean(f"accuracy{way}") or 0) >= EXACT_SHARE for way in WAYS)
+
     def table(self) -> list[tuple[str, list[Figure | None]]]:
         """Return a row for each metric and habit: its label, and a figure for each of WAYS and for sight."""
+        labels = {**{name: metric.label for name, metric in METRICS.items()}, LOSS: "loss of reference"}
         names = {
-            **{metric.label: [*(name + way for way in WAYS), sight_name(name)] for name, metric in METRICS.items()},
+            **{label: [*(name + way for way in WAYS), sight_name(name)] for name, label in labels.items()},
             **{label: [name, "", "", ""] for name, label in HABITS.items()},
         }
         return [(label, [self.figures.get(name) for name in row]) for label, row in names.items()]

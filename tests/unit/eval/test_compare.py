@@ -82,7 +82,9 @@ def test_every_answer_is_there_with_its_verdict() -> None:
     assert "33.3" in shown.text
     assert shown.text.count("Cannot see") == 1
     assert [
-        attributes["data-disagree"] for tag, attributes in shown.tags if tag == "article" and "data-wrong" in attributes
+        attributes["data-disagree"]
+        for tag, attributes in shown.tags
+        if tag == "article" and "data-unlike" in attributes
     ] == [
         "1",
         "1",
@@ -133,6 +135,36 @@ def test_a_column_may_hold_the_first_answers_only() -> None:
 
 def test_a_short_answer_with_one_wrong_word_is_wrong() -> None:
     assert verdict("It is green.", "It is red.")["verdict"] == "wrong"
+
+
+def test_another_wording_of_a_long_reference_is_not_called_wrong() -> None:
+    reference = "Four things lie on a table beside the window of the old house."
+    assert verdict("A red cup, a plate and two spoons have been left in a room.", reference)["verdict"] == "other"
+    assert verdict("", reference)["verdict"] == "wrong"
+    assert verdict("It is red.", "red")["verdict"] == "close"
+    assert verdict("Nothing else of that kind is anywhere to be seen on it.", "red")["verdict"] == "wrong"
+
+
+def test_sentences_are_headed_by_f1_and_the_sight_of_losses() -> None:
+    """Exact match is 0 for every model, so the page does not head them with it."""
+    answered = tuple(
+        Answered(
+            question=QUESTIONS[0],
+            answer="A red thing",
+            answer_other_picture="A thing",
+            answer_no_picture="A thing",
+            loss=1.0 + number,
+            loss_other_picture=1.5 + number,
+            loss_no_picture=2.0,
+        )
+        for number in range(3)
+    )
+    scored = [one.scored for one in answered]
+    report = Report(model="m", can_see=True, overall=summarise(scored), by_type={}, answers=answered)
+    shown = Page(page("Title", [QUESTIONS[0]] * 3, [Column.of_report(report)], PICTURES)).text
+    assert "% right" not in shown
+    assert "token F1" in shown
+    assert "Sight +0.500 +0.50 to +0.50 nats a token" in shown
 
 
 def test_questions_about_one_picture_share_it() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dianjing.errors import DataError
 from dianjing.eval import evaluate as module
 from dianjing.eval.evaluate import evaluate, times_asked
 from dianjing.infer.questions import Question
@@ -45,7 +46,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
         assert all(one.text.count("<image>") == len(one.images) for one in questions)
         return [loaded.says(one) if loaded.can_see else "blue" for one in questions]
 
+    def reference_losses(loaded: Any, questions: Sequence[Question], image_root: str, advance: Any) -> list[float]:
+        advance(len(questions))
+        return [float(not loaded.can_see or loaded.says(one) != one.reference) for one in questions]
+
     monkeypatch.setattr(module, "answer_questions", answer_questions)
+    monkeypatch.setattr(module, "reference_losses", reference_losses)
     return seen
 
 
@@ -71,8 +77,9 @@ def test_an_eye_is_right_only_with_its_picture(root: str, asked: list[Question])
     assert (report.overall.n, report.overall.mean("accuracy")) == (4, 1)
     # With another picture it is the question of another record, and without it is one question: both asked once.
     assert len(asked) == 4 + 3
-    assert sum(done) == 4 + 3 + 3 + 3
-    assert sum(done) <= times_asked(seeing(), QUESTIONS) == 4 + 4 * 3
+    assert sum(done) == 4 + 3 + 3 + 3 + 4 + 3 + 3
+    assert sum(done) <= times_asked(seeing(), QUESTIONS) == 4 + 4 * 3 + 4 + 2 * 3
+    assert [colour.mean(name) for name in ("loss", "loss_other_picture", "loss_sight")] == [0, 1, 1]
 
 
 ABOUT_ONE = [
@@ -122,7 +129,9 @@ def test_a_blind_model_is_asked_once_and_has_no_sight(root: str, asked: list[Que
     assert colour.mean("sight") == 0
     assert report.by_type["fact"].mean("accuracy_no_picture") is None
     assert (report.overall.mean("captions"), report.overall.mean("same_answer")) == (None, None)
-    assert len(asked) == sum(done) == times_asked(loaded, QUESTIONS) == 4
+    assert len(asked) == 4
+    assert sum(done) == times_asked(loaded, QUESTIONS) == 4 + 4
+    assert [colour.mean(name) for name in ("loss", "loss_other_picture", "loss_sight")] == [1, 1, 0]
 
 
 @pytest.mark.usefixtures("asked")
@@ -135,3 +144,24 @@ def test_json_holds_every_answer(root: str) -> None:
     assert (first["f1"], first["contains"]) == (1, True)
     assert first["answer_other_picture"] in {"blue", "green"}
     assert last["answer_other_picture"] is None
+
+
+def test_one_picture_is_compared_with_a_foreign_one(root: str, asked: list[Question], tmp_path: Path) -> None:
+    """A model that says the same of any picture is right with a cat too: without it the table would show a dash."""
+    cat = tmp_path / "elsewhere" / "cat.png"
+    cat.parent.mkdir()
+    cat.write_text("cat")
+    recites = seeing(lambda one: {"Which colour?": "red", "Which shape?": "ball"}.get(one.text.split("\n")[-1], "?"))
+    alone = evaluate(recites, ABOUT_ONE[:2], root, 8)
+    assert (alone.overall.mean("sight"), alone.shown_foreign) == (None, 0)
+    with_cat = evaluate(recites, ABOUT_ONE[:2], root, 8, foreign=cat)
+    assert (with_cat.overall.mean("accuracy"), with_cat.overall.mean("sight"), with_cat.shown_foreign) == (1, 0, 2)
+    assert ("cat.png",) in {one.images for one in asked}
+    with_others = evaluate(seeing(), QUESTIONS, root, 8, foreign=cat)
+    assert (with_others.shown_foreign, with_others.by_type["colour"].mean("sight")) == (0, 1)
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_foreign_picture_that_is_in_the_set_is_refused(root: str) -> None:
+    with pytest.raises(DataError, match="in the data too"):
+        evaluate(seeing(), ABOUT_ONE, root, 8, foreign=Path(root) / "red.png")

@@ -28,7 +28,8 @@ def test_every_metric_has_a_mean_for_each_way_of_asking() -> None:
     written = summarise([scored("red", "red", "blue", "red"), scored("blue", "red", "blue", "blue")]).to_json()
     for metric in METRICS:
         assert [written[metric + way] for way in ("", "_other_picture", "_no_picture")] == [0.5, 0, 0.5]
-    assert {name for name in written if written[name] is None} == {"captions", "same_answer"}
+    losses = {"loss", "loss_other_picture", "loss_no_picture", "loss_sight"}
+    assert {name for name in written if written[name] is None} == {"captions", "same_answer", *losses}
 
 
 def test_old_names_mean_what_they_meant() -> None:
@@ -110,3 +111,22 @@ def test_large_sets_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = interval(values)
     monkeypatch.setattr("dianjing.eval.summary.CHUNK", 400)
     assert interval(values) == whole
+
+
+def test_the_sight_of_losses_is_paired_and_positive_where_the_picture_helps() -> None:
+    losses = [{RIGHT: 1.0, OTHER_PICTURE: 3.0, NO_PICTURE: 2.0}, {RIGHT: 5.0, OTHER_PICTURE: 5.5, NO_PICTURE: None}]
+    summary = summarise([score("t", "red", {RIGHT: "blue"}, losses=one) for one in [*losses, {RIGHT: 9.0}]])
+    means = [summary.mean(name) for name in ("loss", "loss_other_picture", "loss_no_picture", "loss_sight")]
+    assert means == [5.0, 4.25, 2.0, 1.25]
+    figure = summary.figures["loss_sight"]
+    assert 0.5 <= figure.low < figure.high <= 2.0
+
+
+@pytest.mark.parametrize(("exact", "says"), [(0, False), (4, False), (5, True), (100, True)])
+def test_exact_match_says_nothing_where_hardly_an_answer_is_exact(exact: int, says: bool) -> None:
+    summary = summarise([scored("a b" if i < exact else "a", "a b") for i in range(100)])
+    assert summary.exact_says_something == says
+
+
+def test_a_blind_guess_that_is_exact_counts_too() -> None:
+    assert summarise([scored("no", "yes", other="yes", none="no")]).exact_says_something
