@@ -153,6 +153,7 @@ picture_animated | note | several frames or pages, of which one is read | -
 picture_suffix | note | the file is of another format than its name says | rename it
 picture_duplicate | note | the same file under two names | -
 picture_near_duplicate | note | looks the same as another picture | -
+few_pictures | warning | fewer than ten different pictures in five records or more | add records with other pictures
 record_duplicate | warning | the same pictures and texts as an earlier record | remove one
 record_near_duplicate | note | as an earlier record but for capitals, spaces and punctuation | remove one
 answer_everywhere | warning | the same long answer to many pictures | see where it comes from

@@ -11,12 +11,13 @@ from dianjing.check.codes import Finding
 from dianjing.check.duplicates import look_alike, repeated
 from dianjing.check.gather import Gathered
 from dianjing.check.pictures import THUMB, Picture
+from dianjing.data.record import few_pictures
 
 SAME_ANSWER_RECORDS = 10
 SAME_ANSWER_SHARE = 0.02
 """A long answer is everywhere when this number of records have it, and this share of all."""
 FEW_RECORDS = 5
-"""Fewer may well have the same answer."""
+"""Fewer may well have the same answer or picture."""
 YES_NO_ANSWERS = 40
 YES_NO_SHARE = 0.8
 
@@ -65,7 +66,10 @@ def _place(gathered: Gathered, record: int) -> str:
 
 
 def picture_findings(gathered: Gathered, held_out: Gathered | None, pictures: Sequence[Picture]) -> Iterator[Finding]:
-    """Yield pictures that are there twice, or in the held-out set too; each with the first record that shows it."""
+    """Yield pictures that are few, there twice, or in the held-out set too; each with the first record that shows it."""
+    different = {pictures[number].content or -1 - number for number in gathered.pictures}
+    if len(gathered.ids) >= FEW_RECORDS and (text := few_pictures(len(different))):
+        yield Finding(code="few_pictures", file=gathered.files[0], text=text)
     names = _Shown(gathered, held_out)
     same = dict(repeated([picture.content for picture in pictures]))
     for number, first in same.items():

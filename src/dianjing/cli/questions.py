@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from dianjing.cli.flags import Asking
-from dianjing.data.record import load_records
+from dianjing.data.record import FEW_PICTURES, load_records
 from dianjing.errors import ConfigError
 from dianjing.infer.answers import check_pictures
 from dianjing.infer.load import picture_rule
@@ -41,6 +41,10 @@ def read_questions(data: str, given: Asking, models: Sequence[str], notices: Con
     questions = [question for record in found.records[: given.limit or None] for question in questions_of(record)]
     for rule in {picture_rule(model) for model in models}:
         check_pictures(questions, root, rule)
+    pictures = {name for question in questions for name in question.images}
+    if 1 < len(pictures) < FEW_PICTURES:
+        text = f"only {len(pictures)} pictures: the intervals tell how these agree, not what others would give"
+        notices.print(text, style="yellow", markup=False, soft_wrap=True)
     return questions, root
 
 

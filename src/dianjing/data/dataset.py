@@ -52,6 +52,7 @@ class Dataset:
     """One message a record that was left out."""
     fingerprint: str
     """Changes with any id, label, picture name or picture file's size."""
+    different_pictures: int = 0
     opened: str = ""
     """A line about the cache, for printing."""
 
@@ -132,6 +133,7 @@ def open_dataset(
         report=found.report,
         skipped=found.skipped,
         fingerprint=found.fingerprint,
+        different_pictures=len(found.pictures.names),
         opened=opened,
     )
 

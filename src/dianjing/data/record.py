@@ -342,6 +342,18 @@ def turns_alone(record: Record) -> list[Record]:
     return alone
 
 
+FEW_PICTURES = 10
+"""Fewer different pictures are learned by heart."""
+
+
+def few_pictures(number: int) -> str:
+    """Return what is to be said of a training set with this number of different pictures; "" where they suffice."""
+    if not 0 < number < FEW_PICTURES:
+        return ""
+    start = "one picture" if number == 1 else f"only {number} different pictures"
+    return f"{start}: a model learns the answers by heart, and nothing here can teach it to tell other pictures apart"
+
+
 def with_markers(question: str, count: int) -> str:
     """Return the question with `count` pictures in front, as LLaVA writes it."""
     return (f"{IMAGE_MARKER}\n" * count + question).strip() if count else question

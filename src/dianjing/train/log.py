@@ -16,6 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dianjing.data.dataset import Dataset
+from dianjing.data.record import few_pictures
 from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.model.stage import in_units
 from dianjing.run.journal import Journal
@@ -74,6 +75,8 @@ class Log:
         self.show(f"data: {found}")
         if dataset.opened:
             self.show(dataset.opened)
+        if text := few_pictures(dataset.different_pictures):
+            self.warn(text)
         for text in dataset.skipped[:SKIPPED_SHOWN]:
             self.warn(f"  skipped: {text}")
         if len(dataset.skipped) > SKIPPED_SHOWN:
