@@ -66,7 +66,7 @@ def _place(gathered: Gathered, record: int) -> str:
 
 
 def picture_findings(gathered: Gathered, held_out: Gathered | None, pictures: Sequence[Picture]) -> Iterator[Finding]:
-    """Yield pictures that are few, there twice, or in the held-out set too; each with the first record that shows it."""
+    """Yield that there are few pictures; and those there twice, or in the held-out set too, with their first record."""
     different = {pictures[number].content or -1 - number for number in gathered.pictures}
     if len(gathered.ids) >= FEW_RECORDS and (text := few_pictures(len(different))):
         yield Finding(code="few_pictures", file=gathered.files[0], text=text)

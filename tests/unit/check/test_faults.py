@@ -117,6 +117,14 @@ def test_a_fault_alone_gives_its_own_code(data: DataSet, reading: Reading, code:
     assert refuses(data, reading) == errs, "an error is what training refuses, and nothing else"
 
 
+@pytest.mark.parametrize(("records", "pictures", "found"), [(6, 1, 1), (30, 9, 1), (30, 10, 0), (4, 1, 0)])
+def test_few_pictures(data: DataSet, records: int, pictures: int, found: int) -> None:
+    names = [record["image"] for record in data.records[:pictures]]
+    data.records = [{**one, "image": names[i % pictures]} for i, one in enumerate(data.records[:records])]
+    data.write()
+    assert checked(data, None).findings.counts["few_pictures"] == found
+
+
 def test_all_faults_together_give_all_codes(data: DataSet, reading: Reading) -> None:
     for plant in FAULTS.values():
         plant(data)
