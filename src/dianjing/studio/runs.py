@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ MANY = 2000
 POINTS = 600
 """Of a curve, at most."""
 LOG_BYTES = 8192
+BASES = "bases.json"
+"""In the folder of an exported adapter, next to its recipe; a run has none."""
+PACKAGE = Path(str(files("dianjing"))).resolve()
+"""Its own recipes are not those of the folder: `dianjing recipes copy` makes one yours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +61,14 @@ class Runs:
         self._lock = threading.Lock()
 
     def listing(self) -> dict[str, Any]:
-        """Return the recipes and runs there are, by their path in the folder, and which run is going on."""
+        """Return the recipes, runs and exported adapters there are, by their path, and which run is going on."""
         recipes, runs = self._found()
         going = [self._name(run) for run, one in self._started.items() if one.process.poll() is None]
         fresh = [self._name(run) for run in self._started]  # its folder may not be there yet
         return {
             "recipes": sorted(map(self._name, recipes)),
-            "runs": sorted({*map(self._name, runs), *fresh}),
+            "runs": sorted({*(self._name(run) for run in runs if not _is_export(run)), *fresh}),
+            "exports": sorted(self._name(run) for run in runs if _is_export(run)),
             "going": going,
         }
 
@@ -182,12 +188,14 @@ class Runs:
         return path.relative_to(self.folder).as_posix()
 
     def _found(self) -> tuple[list[Path], list[Path]]:
-        """Return recipes and runs; links to elsewhere and hidden folders are left alone."""
+        """Return recipes, and runs and exports; links to elsewhere, hidden folders and the package are left alone."""
         recipes, runs = [], []
-        for folder, files in _walk(self.folder, DEPTH, Path(self._images).resolve() if self._images else None):
-            if RECIPE in files and folder != self.folder:
+        for folder, names in _walk(self.folder, DEPTH, Path(self._images).resolve() if self._images else None):
+            if PACKAGE in (folder, *folder.parents):
+                continue
+            if RECIPE in names and folder != self.folder:
                 runs.append(folder)
-            recipes += [folder / name for name in files if name.endswith(".toml") and _is_recipe(folder / name)]
+            recipes += [folder / name for name in names if name.endswith(".toml") and _is_recipe(folder / name)]
         return [path for path in recipes if path.parent not in runs], runs
 
 
@@ -221,6 +229,10 @@ def _walk(folder: Path, depth: int, without: Path | None) -> Iterator[tuple[Path
     for entry in sorted(entries, key=lambda entry: entry.name):
         if depth and entry.is_dir() and Path(entry.path) != without:
             yield from _walk(Path(entry.path), depth - 1, without)
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / BASES).is_file()
 
 
 def _is_recipe(path: Path) -> bool:

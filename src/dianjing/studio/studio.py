@@ -51,7 +51,8 @@ class Studio:
         """
         if name in self.named_models:
             return name
-        if name in self.runs.listing()["runs"]:
+        listing = self.runs.listing()
+        if name in (*listing["runs"], *listing["exports"]):
             return str(self.runs.folder / name)
         raise DataError(f'no model "{name[:200]}"; name it on the command line (--model)')
 

@@ -18,7 +18,7 @@ from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, DataError
 from dianjing.run.lock import locked
 from dianjing.studio.model_view import ModelView
-from dianjing.studio.runs import POINTS, Runs, Started
+from dianjing.studio.runs import PACKAGE, POINTS, Runs, Started
 from tests.conftest import MakeRecipe
 from tests.tiny import NUM_IMAGE_TOKENS, TinyDataset, tiny_records
 
@@ -53,7 +53,14 @@ def test_recipes_and_runs_of_the_folder_are_listed(recipe: Recipe, tmp_path: Pat
     (project / "linked").symlink_to(tmp_path / "outside")
     (project / "linked.toml").symlink_to(tmp_path / "outside" / "recipe.toml")
     write_run(project / ".hidden", recipe)
-    assert Runs(project, "").listing() == {"recipes": ["mine.toml"], "runs": ["runs/one"], "going": []}
+    write_run(project / "adapter", recipe)
+    (project / "adapter" / "bases.json").write_text("{}")
+    listing = Runs(project, "").listing()
+    assert listing == {"recipes": ["mine.toml"], "runs": ["runs/one"], "exports": ["adapter"], "going": []}
+
+
+def test_the_recipes_of_the_package_are_not_those_of_the_folder() -> None:
+    assert Runs(PACKAGE.parent, "").listing()["recipes"] == []
 
 
 def test_a_folder_full_of_data_is_passed_over(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

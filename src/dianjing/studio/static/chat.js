@@ -14,7 +14,7 @@ export async function enter() {
   ready = true;
   $("take-record").hidden = review.index() === null;
   const { value } = await request("runs");
-  const names = [...about.models, ...value.runs];
+  const names = [...about.models, ...value.runs, ...value.exports];
   for (const [id, first] of [["model-1", []], ["model-2", [["", say("none")]]]]) {
     const before = $(id).value || (id === "model-2" && !talks.length ? (about.models[1] ?? "") : "");
     const options = [...first, ...names.map((name) => [name, name])];

@@ -68,7 +68,11 @@ function begin() {
   $("edit").addEventListener("click", () => busy || edit(shown.messages ?? [], null));
   $("undo").addEventListener("click", () => alone(undo));
   $("generate").addEventListener("click", generate);
-  $("sees").addEventListener("click", () => { $("seen").hidden = !$("seen").hidden; showSeen(); });
+  $("sees").addEventListener("click", async () => {
+    $("seen").hidden = !$("seen").hidden;
+    await showSeen();
+    if (!$("seen").hidden) $("seen").scrollIntoView({ block: "start" });
+  });
   $("export").addEventListener("click", writeReviewed);
   $("jump").addEventListener("change", () => {
     const wanted = Number($("jump").value);

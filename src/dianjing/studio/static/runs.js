@@ -36,13 +36,20 @@ function lists({ recipes, runs, going }) {
     open(value.name);
   };
   fill($("recipe-list"), recipes.map((name) => element("li", {},
-    element("span", { class: "name", title: name }, name),
+    element("span", { class: "name", title: name }, ...short(name)),
     element("button", { type: "button", disabled: going.length > 0, onclick: begin(name, false) }, say("start")),
     element("button", { type: "button", class: "quiet", disabled: going.length > 0, onclick: begin(name, true) }, say("resume")))),
     say("no_recipes"));
   fill($("run-list"), runs.map((name) => element("li", {},
     element("a", { href: `#runs/${encodeURIComponent(name)}`, "aria-current": name === chosen ? "true" : null, title: name }, name),
     going.includes(name) ? element("span", { class: "chip going" }, say("going")) : null)), say("no_runs"));
+}
+
+// The recipe's own name first, then its folder.
+function short(name) {
+  const parts = name.replace(/\.toml$/, "").split("/");
+  const own = parts.pop();
+  return [own, ...(parts.length ? [element("small", {}, parts.join("/"))] : [])];
 }
 
 function fill(list, items, empty) {
