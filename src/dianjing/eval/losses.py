@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dianjing.constants import IGNORE_INDEX
+from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.encode import Example
 from dianjing.data.record import Record, Turn, without_markers
 from dianjing.errors import DataError
@@ -66,7 +66,7 @@ def _example(loaded: LoadedModel, question: Question, sizes: Sequence[tuple[int,
     """Return question and reference as training reads them, however long they are."""
     text, images = question.text, question.images
     if not loaded.can_see:
-        text, images = without_markers(text), ()
+        text, images = without_markers(text) if IMAGE_MARKER in text else text, ()
     turn = Turn(question=text, answer=question.reference)
     record = Record(id=question.id, images=images, turns=(turn,), types=(), source="question", index=question.turn)
     example = replace(loaded.encoder, max_tokens=sys.maxsize).encode(record, sizes)
