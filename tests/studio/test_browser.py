@@ -182,6 +182,7 @@ def test_chat_with_a_picture_and_see_what_the_model_sees(
     expect(page.locator("#seen .tokens .supervised").first).to_be_visible()
     expect(page.locator("#seen img").first).to_have_js_property("complete", True)
     assert page.locator("#seen img").first.evaluate("image => image.naturalWidth") > 0
+    expect(page.locator("#seen h2")).to_be_in_viewport()
 
 
 def test_a_run_is_started_followed_and_stopped(
