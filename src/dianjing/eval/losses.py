@@ -17,7 +17,7 @@ from dianjing.data.record import Record, Turn, without_markers
 from dianjing.errors import DataError
 from dianjing.infer.answers import WINDOW, load_pictures
 from dianjing.infer.generate import (
-    BATCH_POSITIONS,
+    CPU_POSITIONS,
     LoadedModel,
     Prompt,
     answering,
@@ -80,10 +80,10 @@ def _example(loaded: LoadedModel, question: Question, sizes: Sequence[tuple[int,
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Yield the numbers of examples of similar length, at most BATCH_POSITIONS together, padding included."""
+    """Yield the numbers of examples of similar length, at most CPU_POSITIONS together, padding included."""
     batch: list[int] = []
     for row in sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids)):
-        if batch and (len(batch) + 1) * len(examples[row].input_ids) > BATCH_POSITIONS:
+        if batch and (len(batch) + 1) * len(examples[row].input_ids) > CPU_POSITIONS:
             yield batch
             batch = []
         batch.append(row)

@@ -57,7 +57,7 @@ def test_small_batches_equal_one_large(
     loaded: LoadedModel, tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = reference_losses(loaded, QUESTIONS, str(tiny_dataset.images))
-    monkeypatch.setattr(module, "BATCH_POSITIONS", 60)
+    monkeypatch.setattr(module, "CPU_POSITIONS", 60)
     monkeypatch.setattr(module, "ROWS_AT_A_TIME", 2)
     monkeypatch.setattr(module, "WINDOW", 3)
     done: list[int] = []
