@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
             app, window = transformers_app(folder)
             from dianjing.serve.api import ApiGuard  # needs what transformers_app has found to be installed
 
-            guard = ApiGuard(app=app, model=folder.name, window=window, key=key)
+            guard = ApiGuard(app=app, port=port, model=folder.name, window=window, key=key)
             console.print(f"serving {folder.name} at http://{HOST}:{port}/v1 to this machine only; Ctrl-C ends")
             console.print(example(port, folder.name, bool(key)))
             run_server(guard, listening)

@@ -10,13 +10,13 @@ import hmac
 from dataclasses import dataclass
 
 from starlette.datastructures import MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Send
 
 from dianjing.serve.answer_text import Tidy
 from dianjing.serve.chat_request import ContextWindow, safe_request, stop_texts
-from dianjing.serve.guard import Guard, Refusal, as_json
+from dianjing.serve.guard import Guard, Refusal, as_json, read_body
 
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
@@ -65,12 +65,4 @@ class ApiGuard(Guard):
 async def _read(request: Request) -> bytes:
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "send the request as application/json")
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_REQUEST_BYTES:
-                raise Refusal(413, f"a request may have at most {MAX_REQUEST_BYTES // 2**20} MiB")
-    except ClientDisconnect:
-        raise Refusal(400, "the connection was closed") from None
-    return bytes(body)
+    return await read_body(request, MAX_REQUEST_BYTES)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,6 +28,8 @@ class Guard(ABC):
     """An ASGI application in front of another one; each kind of guard says in `answer` what it lets through."""
 
     app: ASGIApp
+    port: int
+    """Port of this server, which its own pages name as their origin."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -38,6 +40,7 @@ class Guard(ABC):
         request = Request(scope, receive)
         try:
             self._check_host(request)
+            self._check_origin(request)
             await self.answer(request, send)
         except Refusal as refusal:
             await self.refusal(refusal)(scope, receive, send)
@@ -60,6 +63,33 @@ class Guard(ABC):
         host = given.rpartition(":")[0] or given
         if host not in (HOST, "localhost"):
             raise Refusal(403, f"this server answers only to {HOST} and localhost, not to the name {host!r}")
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse what a web page from elsewhere makes a browser send; programs send no Origin."""
+        origins = [f"http://{host}:{self.port}" for host in (HOST, "localhost")]
+        if request.headers.get("origin", origins[0]) not in origins:
+            raise Refusal(403, "another web page may not ask here")
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Return the body of a request; one that says it is larger than `most` bytes is not read at all.
+
+    Raises:
+        Refusal: it is too large, or the connection was closed.
+    """
+    too_large = Refusal(413, f"a request may have at most {most // 2**20} MiB")
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and (len(said) > 15 or int(said) > most):
+        raise too_large
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise too_large
+    except ClientDisconnect:
+        raise Refusal(400, "the connection was closed") from None
+    return bytes(body)
 
 
 def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

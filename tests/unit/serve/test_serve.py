@@ -92,7 +92,7 @@ def ask(
 
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": fields}
-    asyncio.run(ApiGuard(app=application, model="mine", window=window, key=key)(scope, receive, send))
+    asyncio.run(ApiGuard(app=application, port=8080, model="mine", window=window, key=key)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), application.bodies
 
 
@@ -256,6 +256,23 @@ def test_a_request_too_large_is_refused_while_it_is_read(monkeypatch: pytest.Mon
     assert ask(b" " * 2**20 + b"{")[0] == 413
 
 
+@pytest.mark.parametrize("said", [str(2**20 + 1), "9" * 5000])
+def test_a_request_that_says_it_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setattr(api, "MAX_REQUEST_BYTES", 2**20)
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("it is read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    fields = [(name.encode(), value.encode()) for name, value in {**JSON, "content-length": said}.items()]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": fields}
+    asyncio.run(ApiGuard(app=Application(), port=8080, model="mine", window=WINDOW)(scope, receive, send))
+    assert sent[0]["status"] == 413
+
+
 @pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses", "/v1/completions", "/docs", "/v1/audio/x"])
 def test_other_paths_are_not_served(path: str) -> None:
     assert [ask({}, path=path, method=method)[0::2] for method in ("GET", "POST")] == [(404, [])] * 2
@@ -266,6 +283,9 @@ def test_another_web_page_cannot_ask() -> None:
     assert ask(question(), headers={**JSON, "content-type": "text/plain"})[0] == 415
     assert ask(question(), headers={**JSON, "host": "evil.example:8080"})[0] == 403
     assert ask(question(), headers={**JSON, "host": "localhost"})[0] == 200
+    assert ask(question(), headers={**JSON, "origin": "https://evil.example"})[0] == 403
+    assert ask(question(), headers={**JSON, "origin": "null"})[0] == 403
+    assert ask(question(), headers={**JSON, "origin": "http://127.0.0.1:8080"})[0] == 200
 
 
 def test_the_key_opens() -> None:
