@@ -57,8 +57,9 @@ def layer_seconds(folder: Path, dtype: torch.dtype) -> float:
     config.vocab_size, config.pad_token_id = 8, None
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    layer: Any = MODEL_MAPPING[type(config)]
-    layer = layer._from_config(config, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        layer: Any = MODEL_MAPPING[type(config)]
+        layer = layer._from_config(config, dtype=dtype)
     tokens = torch.ones(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
     taken: list[float] = []
     for _ in range(TIMES):

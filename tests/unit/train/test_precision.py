@@ -57,7 +57,9 @@ def test_what_is_clearly_faster_is_chosen_and_said(
 @pytest.mark.parametrize("family", [*FAMILIES, "internlm2"])
 def test_a_layer_of_each_family_is_measured(family: str, tmp_path: Path) -> None:
     write_family(tmp_path, family)
+    before = torch.random.get_rng_state()
     assert precision.layer_seconds(tmp_path, torch.bfloat16) > 0
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_named_precision_is_not_measured(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
