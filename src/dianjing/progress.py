@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dianjing.console import Console
 
 Watch = Callable[[str, int, int], None]
 """Called with the name of the work, how much is done and how much there is."""

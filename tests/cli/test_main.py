@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dianjing import __version__
 from dianjing.cli import main as module
@@ -21,11 +24,12 @@ def test_help_is_quick_and_lists_every_verb() -> None:
     code = "import sys; from dianjing.cli.main import main; main(['--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for verb, summary in VERBS.items():
-        assert f"{verb:7}  {summary}" in done.stdout
+        assert f"{verb:10}  {summary}" in done.stdout
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 0
     assert capsys.readouterr().out == f"dianjing {__version__}\n"
 
 
@@ -50,6 +54,34 @@ def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: unknown verb 'trian'; did you mean 'train'?\n"
     assert main(["fly"]) == 2
     assert "there are demo, make, check, recipes, show" in capsys.readouterr().err
+
+
+def test_help_as_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["help"], ["-h"]):
+        assert main(arguments) == 0
+        assert "usage: dianjing VERB ..." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["help", "train"])
+    assert "usage: dianjing train" in capsys.readouterr().out
+    assert main(["help", "trian"]) == 2
+
+
+@pytest.mark.parametrize("verb", module.ELSEWHERE)
+def test_the_verbs_of_xtuner_name_ours(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb not in VERBS
+    assert main([verb, "x", "--y"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: '{verb}' is called otherwise here: dianjing ")
+    assert {*re.findall(r"dianjing ([\w-]+)", said)} <= {*VERBS}
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_list_of_verbs_fits_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = module._help().splitlines()
+    assert max(map(len, lines[:-1])) <= columns
+    assert " ".join(VERBS["show"].split()) in " ".join(" ".join(lines).split())
 
 
 @pytest.mark.parametrize(
@@ -88,11 +120,35 @@ def test_python_dash_m() -> None:
     assert done.stderr.startswith("error: unknown verb 'fly'")
 
 
-@pytest.mark.parametrize("arguments", ["--help", "recipes"])
+@pytest.mark.parametrize("arguments", ["--help", "recipes", "train --help"])
 def test_a_reader_that_has_enough(arguments: str) -> None:
-    command = f"{sys.executable} -m dianjing {arguments} | true"
+    command = f"set -o pipefail; {sys.executable} -m dianjing {arguments} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("image", "code"), [("there.png", 0), ("nowhere.png", 1)])
+@pytest.mark.parametrize("flags", ["", "--json"])
+def test_a_check_that_nobody_reads_to_its_end_keeps_its_exit_code(
+    tmp_path: Path, image: str, code: int, flags: str
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "there.png")
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "1", "image": image, "conversations": said}]))
+    command = f"set -o pipefail; {sys.executable} -m dianjing check {tmp_path}/data.json {flags} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_without_chinese(tmp_path: Path, encoding: str) -> None:
+    said = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "\u5929"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "1", "conversations": said}]))
+    command = [sys.executable, "-m", "dianjing", "show", str(tmp_path / "data.json"), "--llm", "tinyworld"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0
+    assert b"\\u5929<|im_end|>" in done.stdout
 
 
 def test_recipes_are_listed_and_copied(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dianjing.run.checkpoint import newest, read_state
 from dianjing.run.fingerprints import PROJECTOR_START, SUBJECTS
 from dianjing.run.layout import checkpoints
 from dianjing.run.lock import locked
+from dianjing.train import loop as loop_module
 from dianjing.train.loop import train
 from tests.tiny import tiny_records, write_clip, write_images
 
@@ -191,9 +193,9 @@ def test_a_checkpoint_of_other_weights(started: Recipe, tmp_path: Path, capsys: 
 def test_a_second_writer_is_refused(started: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     with locked(tmp_path / "run", print):
-        for arguments in ([], ["--resume"]):
-            message = complaint(capsys, tmp_path / "run.toml", *arguments)
-            assert message.startswith(f"{tmp_path / 'run'}: process {os.getpid()} on {socket.gethostname()} is writing")
+        assert "already holds a run, up to step-000002; give --resume" in complaint(capsys, tmp_path / "run.toml")
+        message = complaint(capsys, tmp_path / "run.toml", "--resume")
+        assert message.startswith(f"{tmp_path / 'run'}: process {os.getpid()} on {socket.gethostname()} is writing")
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
@@ -301,3 +303,18 @@ def test_a_run_says_what_it_does(file: Path, tmp_path: Path, capsys: pytest.Capt
     ]
     places = [err.index(text) for text in told]
     assert places == sorted(places)
+
+
+def test_a_run_that_was_stopped_names_the_whole_command_to_go_on_with(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "_on_any_rank", lambda accelerator, number: signal.SIGINT)
+    flags = ["--output", str(tmp_path / "my run"), "--train.save-every", "25"]
+    for given in (flags, [*flags, "--resume"]):
+        monkeypatch.setattr(loop_module, "_on_any_rank", lambda accelerator, number: signal.SIGINT)
+        code = main(["train", str(file), *given, "--train.epochs", "2"])
+        said = capsys.readouterr().err
+        assert code == 130
+        again = f"{file} --output '{tmp_path}/my run' --train.save-every 25"
+        assert f"go on with: dianjing train {again} " in said
+        assert said.count("--resume") == 1

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from dianjing.cli.main import main
-from dianjing.cli.train import without_gpus
 from dianjing.config.load import save_recipe
 from dianjing.run.checkpoint import newest, read_state
 from dianjing.run.layout import checkpoints
@@ -41,6 +40,8 @@ def test_a_signal_to_the_launcher_stops_all_ranks_and_another_number_goes_on(mak
     _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 130, errors
     assert errors.count("stopping after this step") == errors.count("stopped after step") == 1
+    again = f"dianjing train {tmp_path / 'recipe.toml'} --gpus 2 --engine fsdp2 --quiet --resume"
+    assert f", with a checkpoint; go on with: {again}\n" in errors
     assert 10 <= read_state(newest(Path(recipe.output))).step < 120
     train(recipe, resume=True, quiet=True)
     assert read_state(newest(Path(recipe.output))).step == 120
@@ -78,7 +79,7 @@ def test_an_error_on_all_ranks_is_told_once_too(make_recipe: Any, tmp_path: Path
         (["--gpus", "0"], "--gpus 0: this machine has 0 GPUs"),
         (["--engine", "deepspeed_zero2"], "DeepSpeed is not installed; pip install 'dianjing[deepspeed]'"),
         (
-            ["--engine", "fsdp2", "--train.sample-every", "5", "--train.sample-path", "x"],
+            ["--engine", "fsdp2", "--train.sample-every", "5", "--train.sample-path", "held_out.json"],
             "train.sample_every: fsdp2 leaves no rank with a whole",
         ),
     ],
@@ -92,6 +93,8 @@ def test_what_is_refused(
     message: str,
 ) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held_out.json").write_text("[]", encoding="utf-8")
     save_recipe(make_recipe(), tmp_path / "recipe.toml")
     assert main(["train", str(tmp_path / "recipe.toml"), *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -108,8 +111,3 @@ def test_another_launcher_is_seen(
     monkeypatch.setitem(os.environ, "ACCELERATE_USE_DEEPSPEED", "true")
     assert main(["train", str(tmp_path / "recipe.toml")]) == 2
     assert "launch plainly, the recipe chooses: train.engine is ddp" in capsys.readouterr().err
-
-
-def test_the_processes_are_started_without_the_flag_that_starts_them() -> None:
-    assert without_gpus(["r.toml", "--gpus=8", "--resume"]) == ["r.toml", "--resume"]
-    assert without_gpus(["--gpus", "2", "r.toml"]) == ["r.toml"]

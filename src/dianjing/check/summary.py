@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.text import Text
 
 from dianjing.check.check import Result
 from dianjing.check.codes import CODES, SEVERITIES, Severity
 from dianjing.check.picture_notes import SEEN_OTHERWISE
+from dianjing.console import Console
 
 EXAMPLES = 3
 STYLES: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "cyan"}

@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -23,6 +22,7 @@ from dianjing.benchmark.run import (
     write_results,
 )
 from dianjing.benchmark.table import BENCHMARKS
+from dianjing.console import Console
 from dianjing.errors import ConfigError, DataError
 from dianjing.eval.summary import RIGHT, WAYS, Figure
 from dianjing.infer.load import load_for_use

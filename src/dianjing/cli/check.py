@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
 
 from dianjing.check.codes import CODES
 from dianjing.cli.flags import parse
 from dianjing.config.load import load_recipe
 from dianjing.config.schema import DataConfig, Recipe
+from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.pictures.rule import PictureRule
 from dianjing.progress import watched
@@ -71,7 +72,9 @@ def run(arguments: list[str]) -> int:
     if given.pictures and not given.fix:
         raise ConfigError("--pictures goes with --fix OUT, the records that name the copies")
     result = watched_check(settings, notices)
-    tell(result, as_json=given.json)
+    errors = int(result.findings.number("error") > 0)
+    with suppress(BrokenPipeError):  # the reader has enough; what there is to write and to return stays
+        tell(result, as_json=given.json)
     if given.report:
         # Slow to import, as is all that only some calls need.
         from dianjing.check.report import page
@@ -90,7 +93,7 @@ def run(arguments: list[str]) -> int:
             markup=False,
             soft_wrap=True,
         )
-    return int(result.findings.number("error") > 0)
+    return errors
 
 
 def copied(given: Arguments, settings: Settings, result: Result, notices: Console) -> dict[str, tuple[str, str]]:

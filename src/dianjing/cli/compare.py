@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.progress import Progress
 
 from dianjing.cli.flags import Asking, parse
+from dianjing.console import Console
 from dianjing.errors import ConfigError
 
 NAME = "compare"

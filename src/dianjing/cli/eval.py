@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from dianjing.cli.flags import Asking, parse
+from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.eval.summary import SIGHT, WAYS, Figure
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from dianjing.cli.flags import parse
 from dianjing.config.load import load_recipe
+from dianjing.console import Console
 from dianjing.errors import DataError
 from dianjing.export.formats import FORMATS, Dtype, Options, require_taken
 from dianjing.run.layout import RECIPE

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, replace
-from typing import Annotated, Any, TypeVar
+import shutil
+import textwrap
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
-from dianjing.config.fields import KINDS, recipe_fields
+from dianjing.config.fields import KINDS, docstrings, recipe_fields
 from dianjing.config.load import RENAMED, as_flag, as_toml, flatten, load_recipe, make_recipe, read_values, today
 from dianjing.config.schema import Recipe
 
@@ -35,8 +44,8 @@ def parse(
         kind,
         args=arguments,
         prog=f"dianjing {verb}",
-        description=summary,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        description=_wrapped(summary),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
         registry=VALUES,
         default=default or tyro.MISSING_NONPROP,
     )
@@ -63,6 +72,12 @@ def parse_with_recipe(kind: type[RunArgumentsT], arguments: list[str], verb: str
     return replace(given, recipe=load_recipe(path, changed))
 
 
+def _wrapped(text: str) -> str:
+    """Return paragraphs in lines as long as the terminal's."""
+    width = shutil.get_terminal_size().columns
+    return "\n\n".join(textwrap.fill(paragraph, width) for paragraph in text.split("\n\n"))
+
+
 def _today(word: str) -> str:
     """Return a word of the command line with today's and the full name of its flag."""
     flag, equals, value = word.partition("=")
@@ -73,6 +88,53 @@ def _today(word: str) -> str:
 
 
 VALUES = ConstructorRegistry()
+METAVARS = {
+    "FILE": ("data", "held_out", "path", "sample_path", "config", "report", "other"),
+    "DIR": ("folder", "images", "output", "llm", "vision_tower"),
+    "NAME": ("template",),
+    "RUN": ("init_from",),
+}
+"""Words for the value of a flag, by its name; a flag may say something else."""
+UNSAID = ("", "''", "None", "False")
+"""Defaults that the text of a flag explains, if anything is to be explained."""
+
+
+@VALUES.struct_rule
+def _flags(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Return the fields of a dataclass as flags: with docstring, what each takes, and a default that says something."""
+    owner, default = info.type, info.default
+    if not is_dataclass(owner):
+        return None
+    docs, hints = docstrings(owner), get_type_hints(owner, include_extras=True)
+    known = default is not tyro.MISSING and default is not tyro.MISSING_NONPROP
+    return StructConstructorSpec(
+        instantiate=owner,
+        fields=tuple(
+            StructFieldSpec(
+                name=field.name,
+                type=_described(hints[field.name], field.name),
+                default=getattr(default, field.name) if known else _default(field, default),
+                helptext=docs.get(field.name),
+            )
+            for field in fields(owner)
+        ),
+    )
+
+
+def _described(hint: Any, name: str) -> Any:
+    """Return the type of a flag with its metavar; what the type itself says comes later, and wins."""
+    metavar = next((metavar for metavar, names in METAVARS.items() if name in names), None)
+    described = tyro.conf.arg(
+        metavar=metavar, help_behavior_hint=lambda label: "" if label in UNSAID else f"(default: {label})"
+    )
+    inner, *more = (hint.__origin__, *hint.__metadata__) if get_origin(hint) is Annotated else (hint,)
+    return Annotated[inner, described, *more]
+
+
+def _default(field: Field[Any], owner: object) -> object:
+    if field.default is not MISSING:
+        return field.default
+    return owner if field.default_factory is MISSING else field.default_factory()
 
 
 @VALUES.primitive_rule

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from dianjing.cli.flags import parse
+from dianjing.console import Console
 from dianjing.errors import ConfigError
 
 NAME = "import"

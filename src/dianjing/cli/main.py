@@ -7,10 +7,14 @@ import errno
 import importlib
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 
 from dianjing import __version__
+from dianjing.console import finish_output, open_output
 from dianjing.errors import ConfigError, DianjingError
 
 VERBS = {
@@ -28,26 +32,48 @@ VERBS = {
     "export": "write a run for other programs to load, proved to answer as the run does",
     "serve": "answer over HTTP as OpenAI's API does, on this machine",
     "studio": "review records, follow runs and ask models on a page of this machine",
+    "completion": "print what lets a shell complete verbs, flags and recipes",
 }
 """Each is the module of that name here, imported only when it is called; the text is its SUMMARY."""
+ELSEWHERE = {
+    "merge": "dianjing export RUN OUT, which adds the adapters to the weights",
+    "convert": "dianjing export RUN OUT --format NAME; dianjing import reads a checkpoint",
+    "list-cfg": "dianjing recipes",
+    "copy-cfg": "dianjing recipes copy NAME",
+    "log-dataset": "dianjing show DATA",
+    "check-custom-dataset": "dianjing check DATA",
+    "test": "dianjing eval RUN DATA",
+    "mmbench": "dianjing eval RUN FILE --benchmark mmbench",
+    "eval_refcoco": "dianjing eval RUN FILE --benchmark refcoco",
+}
+"""XTuner's verbs, and what does the same here."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    open_output()
     try:
-        code = _run(given[0] if given else "--help", given[1:])
-        sys.stdout.flush()
-        return code
+        return _code(given[0] if given else "--help", given[1:])
+    finally:
+        finish_output()
+
+
+def _code(verb: str, arguments: list[str]) -> int:
+    """Return the exit code of a verb, its errors printed."""
+    try:
+        try:
+            return _run(verb, arguments)
+        finally:
+            with suppress(BrokenPipeError):  # a verb that has done its work keeps its exit code
+                sys.stdout.flush()
     except DianjingError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (`| head`) has enough; what is still to be written at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has enough
         return 0
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -59,10 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    if verb in ("-h", "--help", "--version"):
-        print(f"dianjing {__version__}" if verb == "--version" else _help())
+    if verb == "help" and arguments:
+        verb, arguments = arguments[0], ["--help"]
+    if verb in ("help", "-h", "--help", "-V", "--version", "version"):
+        print(f"dianjing {__version__}" if "version" in verb or verb == "-V" else _help())
         return 0
     if verb not in VERBS:
+        if verb in ELSEWHERE:
+            raise ConfigError(f"'{verb}' is called otherwise here: {ELSEWHERE[verb]}")
         near = difflib.get_close_matches(verb, VERBS, n=1)
         offer = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(VERBS)}"
         raise ConfigError(f"unknown verb '{verb}'{offer}")
@@ -79,6 +109,10 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:{width}}  {summary}" for verb, summary in VERBS.items()]
+    indent = max(map(len, VERBS)) + 4
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    lines = [
+        textwrap.fill(f"  {verb:{indent - 4}}  {summary}", max(width, 2 * indent), subsequent_indent=" " * indent)
+        for verb, summary in VERBS.items()
+    ]
     return "\n".join(["usage: dianjing VERB ...", "", *lines, "", "`dianjing VERB --help` says more about one."])

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from dianjing.cli.flags import parse
 from dianjing.cli.recipes import copy_shipped
+from dianjing.console import Console
 from dianjing.errors import ConfigError
 
 if TYPE_CHECKING:

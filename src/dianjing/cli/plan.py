@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from dianjing.cli.flags import RunArguments, parse_with_recipe
+from dianjing.console import Console
 from dianjing.errors import ConfigError
+from dianjing.model.folders import check_models
 from dianjing.plan.gpus import GPUS, Gpu, any_gpu, find_gpu, gpu_here
 
 NAME = "plan"
@@ -45,6 +46,7 @@ def run(arguments: list[str]) -> int:
     """Print the plan and return 0; whether it fits is in what is printed."""
     given = parse_with_recipe(Arguments, arguments, NAME, f"{SUMMARY}\n{DETAILS}")
     gpus = _gpus(given)
+    check_models(given.recipe, weights=False)
 
     from dianjing.export.refusals import as_lines, refusals
     from dianjing.plan.plan import make_plan  # slow to import: a typing error is said before

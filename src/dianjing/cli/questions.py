@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
-
 from dianjing.cli.flags import Asking
+from dianjing.console import Console
 from dianjing.data.record import FEW_PICTURES, load_records
 from dianjing.errors import ConfigError
 from dianjing.infer.answers import check_pictures

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from rich.padding import Padding
 from tyro.conf import Positional, arg
 
 from dianjing.cli.flags import parse
 from dianjing.config.fields import nearest
 from dianjing.config.load import shipped_recipes
+from dianjing.console import Console
 from dianjing.errors import ConfigError
 
 NAME = "recipes"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from dianjing.cli.flags import parse
+from dianjing.console import Console
 from dianjing.errors import ConfigError, ModelError
 from dianjing.run.layout import is_run
 
@@ -84,7 +84,7 @@ def servable(model: str, port: int, console: Console) -> Path:
             f"--host 127.0.0.1 --port {port}"
         )
         raise ConfigError(f"{model}: GGUF files are served by llama.cpp:\n  {command}")
-    from dianjing.formats.weights import read_config
+    from dianjing.formats.config import read_config
 
     if not (folder / "config.json").is_file() or read_config(folder).get("model_type") != "llava":
         raise ModelError(f"{model}: neither a run nor a LLaVA that `dianjing export` wrote; give the folder of one")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
 
 from dianjing.cli.flags import parse
 from dianjing.config.load import find_recipe, load_recipe
+from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.pictures.rule import PLAIN, PictureRule
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,6 +13,8 @@ import tyro
 from dianjing.cli.flags import RunArguments, parse_with_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ModelError
+from dianjing.train.launch import LAUNCHED
+from dianjing.train.places import check_places
 
 NAME = "train"
 SUMMARY = "train what a recipe says"
@@ -34,10 +38,12 @@ class Arguments(RunArguments):
 def run(arguments: list[str]) -> int:
     """Train, and return 0; or 128 and the signal's number when a signal stopped the run."""
     given = parse_with_recipe(Arguments, arguments, NAME, f"{SUMMARY}\n{DETAILS}")
-    if given.gpus is not None:
+    if "WORLD_SIZE" not in os.environ:  # ranks say it together, once
+        check_places(given.recipe, resume=given.resume)
+    if given.gpus is not None and LAUNCHED not in os.environ:
         from dianjing.train.launch import launch
 
-        return launch(given.gpus, without_gpus(arguments))
+        return launch(given.gpus, arguments)
 
     from dianjing.train.interrupt import Stopped
     from dianjing.train.loop import train  # slow to import: a typing error in the recipe is said before
@@ -49,7 +55,8 @@ def run(arguments: list[str]) -> int:
         train(given.recipe, resume=given.resume, quiet=given.quiet)
     except Stopped as stopped:
         if is_main():
-            print(f"{stopped}; go on with: dianjing train {given.path} --resume", file=sys.stderr)
+            again = arguments if given.resume else [*arguments, "--resume"]
+            print(f"{stopped}; go on with: dianjing train {shlex.join(again)}", file=sys.stderr)
         leave_group()
         return stopped.exit_code
     leave_group()
@@ -66,9 +73,3 @@ def _say_refusals(recipe: Recipe) -> None:
         return
     for line in lines:
         print(line, file=sys.stderr)
-
-
-def without_gpus(arguments: list[str]) -> list[str]:
-    """Return the arguments of one of the N processes."""
-    at = next(i for i, word in enumerate(arguments) if word.partition("=")[0] == "--gpus")
-    return arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]

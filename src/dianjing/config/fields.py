@@ -59,7 +59,6 @@ def sections() -> dict[str, type]:
 @cache
 def recipe_fields() -> dict[str, RecipeField]:
     """Return every field by dotted name, those outside sections first."""
-    meanings = _meanings()
     found: dict[str, RecipeField] = {}
     for section, owner in {"": schema.Recipe, **sections()}.items():
         hints = get_type_hints(owner, include_extras=True)
@@ -70,7 +69,7 @@ def recipe_fields() -> dict[str, RecipeField]:
                     name=name,
                     kinds=get_args(hints[field.name]) if _is_union(hints[field.name]) else (hints[field.name],),
                     default=field.default,
-                    meaning=meanings.get((owner.__name__, field.name), ""),
+                    meaning=docstrings(owner).get(field.name, ""),
                 )
     return found
 
@@ -169,12 +168,14 @@ def _kind_of(value: object) -> str:
     return "a list" if isinstance(value, list) else KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def _meanings() -> dict[tuple[str, str], str]:
-    """Return the docstring of each field of the schema; only its source has them."""
-    found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if isinstance(node, ast.ClassDef):
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    found[node.name, ast.unparse(field.target)] = str(ast.literal_eval(text.value))
+@cache
+def docstrings(owner: type) -> dict[str, str]:
+    """Return the docstring of each field of a dataclass, its parents' included; only the source has them."""
+    found: dict[str, str] = {}
+    for parent in reversed(owner.__mro__[:-1]):
+        (node,) = ast.parse(inspect.getsource(parent)).body
+        assert isinstance(node, ast.ClassDef)
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     return found

@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from jinja2.exceptions import SecurityError
-from transformers import PreTrainedTokenizerBase
 
 from dianjing.errors import ModelError, shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow to import
 
 Message = tuple[str, str]
 """Role and text."""

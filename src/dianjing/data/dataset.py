@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from jaxtyping import UInt8
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from dianjing.config.schema import DataConfig
 from dianjing.data.cache import cached_survey
-from dianjing.data.collate import Batch, collate
 from dianjing.data.encode import Encoder, Example
 from dianjing.data.pack import pack
 from dianjing.data.picture_tokens import Size
-from dianjing.data.source import DataFile, Records
+from dianjing.data.source import Records, open_files
 from dianjing.data.survey import image_folder, naming
 from dianjing.errors import DataError
-from dianjing.pictures.image import ImageProcessor, load_image
+from dianjing.pictures.picture import load_image
 from dianjing.progress import Watch
+
+if TYPE_CHECKING:  # slow to import, and records can be looked at without
+    from jaxtyping import UInt8
+    from torch import Tensor
+
+    from dianjing.data.collate import Batch
+    from dianjing.pictures.image import ImageProcessor
 
 CACHE_BYTES = 512 * 2**20
 """Memory for pictures that are used again, in each process."""
@@ -80,6 +82,8 @@ class Dataset:
         Raises:
             DataError: a picture is broken, or no longer there.
         """
+        from dianjing.data.collate import collate
+
         assert self.image_processor, "a data set without an image processor makes no batches"
         pixels: list[UInt8[Tensor, "3 height width"]] = []
         examples: list[Example] = []
@@ -117,9 +121,7 @@ def open_dataset(
         DataError: a file cannot be read; or some records cannot be used, all named in one error, unless
             on_bad_record and, for the long ones, on_long_record have them skipped.
     """
-    if config.images and not os.path.isdir(config.images):
-        raise DataError(f"{config.images}: there is no such image folder; name it (data.images)")
-    files = [DataFile(path) for path in ([config.path] if isinstance(config.path, str) else config.path)]
+    files = open_files(config)
     found, opened = cached_survey(files, config, encoder, watch)
     tokens, images = found.rows["tokens"], found.rows["images"]
     return Dataset(
@@ -138,13 +140,13 @@ def open_dataset(
     )
 
 
-class _Packs(TorchDataset[Batch | DataError | None]):
+class _Packs:
     """Batches by the records that are in them (no records: None), for the DataLoader's processes."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, members: Sequence[int]) -> Batch | DataError | None:  # type: ignore[override]
+    def __getitem__(self, members: Sequence[int]) -> Batch | DataError | None:
         try:
             return self.dataset.batch(members) if members else None
         except DataError as error:
@@ -162,6 +164,10 @@ def step_batches(
     Raises:
         DataError: a picture is broken, or no longer there.
     """
+    from torch.utils.data import DataLoader
+
+    from dianjing.data.collate import Batch
+
     sizes: deque[int] = deque()
 
     def packs() -> Iterator[list[int]]:
@@ -171,7 +177,7 @@ def step_batches(
             yield from members
 
     batches = iter(
-        DataLoader(_Packs(dataset), batch_size=None, sampler=packs(), num_workers=workers, pin_memory=pinned)
+        DataLoader(cast(Any, _Packs(dataset)), batch_size=None, sampler=packs(), num_workers=workers, pin_memory=pinned)
     )
     for first in batches:
         made = [first, *islice(batches, sizes.popleft() - 1)]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dianjing.config.schema import DataConfig
 from dianjing.data.read import Place, is_lines, unreadable
 from dianjing.data.record import Record, parse_record, turns_alone
 from dianjing.errors import DataError
@@ -74,6 +75,17 @@ class DataFile:
     def _look(self) -> tuple[int, int, int]:
         seen = os.fstat(self.number)
         return seen.st_ino, seen.st_size, seen.st_mtime_ns
+
+
+def open_files(config: DataConfig) -> list[DataFile]:
+    """Return the data files of a recipe, open.
+
+    Raises:
+        DataError: a file, or the folder of the pictures, is not there.
+    """
+    if config.images and not os.path.isdir(config.images):
+        raise DataError(f"{config.images}: there is no such image folder; name it (data.images)")
+    return [DataFile(path) for path in ([config.path] if isinstance(config.path, str) else config.path)]
 
 
 def _reopen(path: str, state: tuple[int, int, int]) -> DataFile:

@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from dianjing.data.chat_template import Turns, TurnsError, read_turns, special_tokens
 from dianjing.data.record import Turn
 from dianjing.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow to import
 
 OWN = "own"
 """Names the chat template that comes with the tokenizer."""

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from dianjing.config.load import load_recipe
+from dianjing.console import Console
 from dianjing.demo.world import World
 from dianjing.errors import ConfigError
 from dianjing.eval.evaluate import Report, evaluate

@@ -23,8 +23,8 @@ from dianjing.export.formats import Options
 from dianjing.export.layout import LIVE_EMBEDDING, LIVE_HEAD, not_held, part_config
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Proof, compare
+from dianjing.formats.config import read_config
 from dianjing.formats.llava import MLP, llava_name
-from dianjing.formats.weights import read_config
 from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.model.folders import TINYWORLD, resolve
 from dianjing.model.stage import part_of

@@ -31,7 +31,7 @@ from dianjing.export.foreign import copy_tokenizer, read_back, require_run
 from dianjing.export.formats import Options
 from dianjing.export.layout import not_held, part_config, preprocessor_config
 from dianjing.export.receipt import Proof, compare
-from dianjing.formats.weights import read_config
+from dianjing.formats.config import read_config
 from dianjing.formats.xtuner import LIVE_TOWER, from_live
 from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.model.folders import resolve

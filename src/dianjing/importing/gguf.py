@@ -21,8 +21,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dianjing import __version__
 from dianjing.data.encode import load_tokenizer
 from dianjing.errors import ConfigError, ModelError, shortened
+from dianjing.formats.config import impossible
 from dianjing.formats.gguf import Header, read_header
-from dianjing.formats.weights import impossible, name_some
+from dianjing.formats.weights import name_some
 from dianjing.model.language import count, empty_language_model
 
 RECEIPT = "gguf_receipt.json"

@@ -17,7 +17,7 @@ from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.picture_tokens import FixedCount, PictureTokens
 from dianjing.data.template import template_for
 from dianjing.errors import ModelError
-from dianjing.formats.weights import read_config
+from dianjing.formats.config import read_config
 from dianjing.infer.generate import LoadedModel
 from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
 from dianjing.model.build import build

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dianjing.config.schema import ProjectorKind, Recipe
 from dianjing.constants import IGNORE_INDEX
@@ -12,8 +13,10 @@ from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenize
 from dianjing.data.picture_tokens import FixedCount, PictureTokens
 from dianjing.data.template import template_for
 from dianjing.model.folders import resolve
-from dianjing.pictures.image import ImageProcessor
 from dianjing.pictures.rule import PictureRule
+
+if TYPE_CHECKING:
+    from dianjing.pictures.image import ImageProcessor
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def reader_of(recipe: Recipe) -> tuple[Encoder, ImageProcessor]:
     Raises:
         ModelError: a folder, a tokenizer or a template does not fit.
     """
+    from dianjing.pictures.image import ImageProcessor  # imports torch
+
     tokenizer = load_tokenizer(resolve(recipe.language_model.folder, "language_model", weights=False))
     tower = resolve(recipe.vision_tower.folder, "vision_tower", weights=False)
     encoder = Encoder(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 from dianjing.config.schema import Recipe
 from dianjing.errors import ModelError
+from dianjing.formats.config import read_config
 from dianjing.formats.gguf import is_gguf
 from dianjing.model.hub import hub_folder, is_hub_name
 
@@ -36,6 +38,28 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
             f"{folder}: no such {kind} folder; give a folder on this machine, a model of the hub (owner/name), "
             f'or "{TINYWORLD}"'
         )
+    return path
+
+
+def check_models(recipe: Recipe, *, weights: bool = True) -> None:
+    """Look for the models of a recipe and at their config.json, without torch; `weights` as for `resolve`.
+
+    Raises:
+        ModelError: a folder does not exist, or is not one of a model.
+    """
+    read_config(resolve(recipe.language_model.folder, "language_model", weights=weights))
+    read_config(resolve(recipe.vision_tower.folder, "vision_tower", weights=weights))
+
+
+def projector_source(init_from: str | Path) -> Path:
+    """Return the path that projector.init_from names.
+
+    Raises:
+        ModelError: nothing is there.
+    """
+    path = Path(init_from).expanduser()
+    if not os.path.exists(path):
+        raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
     return path
 
 

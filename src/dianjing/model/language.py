@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dianjing.errors import ModelError
+from dianjing.formats.config import read_config
 from dianjing.formats.internlm2 import HeadsError, internlm2_to_llama
-from dianjing.formats.weights import name_some, read_config, read_weights, weight_files
+from dianjing.formats.weights import name_some, read_weights, weight_files
 
 INTERNLM2_SETTINGS = (
     "vocab_size",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dianjing.formats.source import open_foreign
 from dianjing.formats.weights import name_some
 from dianjing.formats.xtuner import PROJECTOR as FOREIGN_PROJECTOR
 from dianjing.formats.xtuner import live_parts, require_two_layers
+from dianjing.model.folders import projector_source
 from dianjing.model.projector import Kind, kind_of
 from dianjing.run.checkpoint import find_checkpoint
 from dianjing.run.layout import TRAINABLE
@@ -62,9 +62,7 @@ def load_projector(
         CheckpointError: there is no checkpoint in the run, or none that is whole.
         ModelError: nothing is there; or its projector joins another vision tower or LLM, or does not hold weights.
     """
-    path = Path(source).expanduser()
-    if not os.path.exists(path):
-        raise ModelError(f"{path}: no such run or checkpoint; projector.init_from names one to take the projector from")
+    path = projector_source(source)
     checkpoint = find_checkpoint(path, notify)
     projector = model.model.multi_modal_projector
     kind = kind_of(projector)

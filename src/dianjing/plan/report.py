@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from dianjing.console import Console
 from dianjing.model.stage import in_units
 from dianjing.plan.advice import changes, faster
 from dianjing.plan.plan import Plan, Verdict

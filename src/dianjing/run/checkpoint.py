@@ -23,6 +23,7 @@ from dianjing.errors import CheckpointError
 from dianjing.run.layout import (
     CHECKPOINTS,
     MANIFEST,
+    NOT_BEGUN,
     OPTIMIZER,
     STATE,
     TRAINABLE,
@@ -101,7 +102,7 @@ def newest(run: Path, notify: Callable[[str], object] | None = None) -> Path:
         passed_over.append(f"{checkpoint}: {fault}")
     if passed_over:
         raise CheckpointError("\n  ".join([f"{run}: no checkpoint is whole:", *passed_over]))
-    raise CheckpointError(f"{run}: there is no checkpoint in it; train without --resume first, or name another run")
+    raise CheckpointError(f"{run}: {NOT_BEGUN}")
 
 
 def find_checkpoint(path: Path, notify: Callable[[str], object] | None = None) -> Path | None:

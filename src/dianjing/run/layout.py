@@ -34,6 +34,7 @@ SAMPLES = "samples.jsonl"
 SAMPLES_PAGE = "samples.html"
 STEP = "step-"
 """How the name of a checkpoint begins; the number of its step follows."""
+NOT_BEGUN = "there is no checkpoint in it; train without --resume first, or name another run"
 
 
 def is_run(folder: Path) -> bool:

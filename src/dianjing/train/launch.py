@@ -14,6 +14,8 @@ from types import FrameType
 from dianjing.errors import ConfigError, TrainError
 from dianjing.train.interrupt import STOPPING
 
+LAUNCHED = "DIANJING_LAUNCHED"
+"""In the environment of the ranks, which have the command line of the launch, --gpus included."""
 GRACE_SECONDS = 15.0
 """How long the others may take to end by themselves once a rank has failed."""
 LOOK_SECONDS = 0.1
@@ -75,6 +77,7 @@ def _environment(ranks: int) -> dict[str, str]:
         raise ConfigError(f"--gpus {ranks}: this machine has {gpus} GPUs")
     environment = {
         **os.environ,
+        LAUNCHED: "1",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

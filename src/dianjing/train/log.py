@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dianjing.console import Console
 from dianjing.data.dataset import Dataset
 from dianjing.data.record import few_pictures
 from dianjing.layers.cuda_graphs import peak_bytes

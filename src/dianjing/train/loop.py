@@ -35,6 +35,7 @@ from dianjing.run.state import TrainState, state_at
 from dianjing.train.interrupt import Interrupt, Stopped
 from dianjing.train.log import Log
 from dianjing.train.memory import WithinMemory, out_of_memory_explained, plan_checkpointing
+from dianjing.train.places import require_new
 from dianjing.train.precision import settle_precision
 from dianjing.train.ranks import SILENCE_MINUTES, one_error
 from dianjing.train.samples import Samples
@@ -67,7 +68,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
 
 
 def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, resume: bool) -> None:
-    checkpoint = newest(run, log.warn) if resume else _require_new(run)
+    checkpoint = newest(run, log.warn) if resume else require_new(run)
     recipe, precision = settle_precision(recipe, accelerator, checkpoint)
     strategy = strategy_of(recipe, accelerator)
 
@@ -185,19 +186,6 @@ def _start_accelerator(recipe: Recipe) -> Accelerator:
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ConfigError(f"the launch asks for {kind.value}; only CUDA GPUs and CPUs are supported")
     return accelerator
-
-
-def _require_new(run: Path) -> None:
-    """Refuse to write over a run.
-
-    Raises:
-        ConfigError: the folder has checkpoints.
-    """
-    if found := checkpoints(run):
-        raise ConfigError(
-            f"{run}: it already holds a run, up to {found[-1].name}; give --resume to go on with it, or choose "
-            "another output"
-        )
 
 
 def _prepare_folder(run: Path, recipe: Recipe, trainable: int) -> None:

@@ -73,7 +73,7 @@ def test_a_flag_gives_what_the_file_lacks(tmp_path: Path, capsys: pytest.Capture
     text = Path("src/dianjing/recipes/tinyworld_pretrain.toml").read_text(encoding="utf-8")
     (tmp_path / "part.toml").write_text(re.sub("(?m)^output = .*$", "", text), encoding="utf-8")
     assert parsed(str(tmp_path / "part.toml"), "--output", "here").recipe.output == "here"
-    assert "--output STR Folder of the run. (required)" in refused(capsys, "train", str(tmp_path / "part.toml"))
+    assert "--output DIR Folder of the run. (required)" in refused(capsys, "train", str(tmp_path / "part.toml"))
 
 
 def test_the_old_name_of_a_flag_is_read_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from dianjing.errors import ModelError
+from dianjing.formats.config import read_config
 from dianjing.formats.internlm2 import internlm2_to_llama
-from dianjing.formats.weights import read_config
 from dianjing.model.language import load_language_model
 from tests.xtuner import XTUNER
 

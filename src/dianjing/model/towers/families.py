@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from dianjing.data.picture_tokens import Size
 from dianjing.errors import ModelError
-from dianjing.formats.weights import read_config, read_weights
+from dianjing.formats.config import read_config
+from dianjing.formats.weights import read_weights
 from dianjing.model.language import LoadReport, count, load_exactly, make_config
 from dianjing.model.towers.clip import Clip
 from dianjing.model.towers.dinov2 import Dinov2
