@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("no model is named; write dianjing compare MODEL MODEL --data FILE --out FILE")
 
     # Slow to import, so a typing error is said before.
-    from dianjing.cli.questions import foreign_picture, read_questions, say_foreign
+    from dianjing.cli.questions import foreign_picture, read_questions, say_pictures
     from dianjing.eval.compare import Column, page
     from dianjing.eval.evaluate import evaluate, times_asked
     from dianjing.infer.answers import load_pictures
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
             columns.append(Column.of_report(report))
             shown_foreign = report.shown_foreign
             del loaded  # before the next one is loaded
-    say_foreign(shown_foreign, given, notices)
+    say_pictures(questions, shown_foreign, given, notices)
     pictures = load_pictures(questions, root, picture_rule(given.models[0]))
     html = page(f"{Path(given.data).name}: side by side", questions, columns, pictures)
     given.out.write_text(html, encoding="utf-8")

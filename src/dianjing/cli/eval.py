@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
         from dianjing.cli.benchmark import run_benchmark
 
         return run_benchmark(given.model, given.benchmark, given.data, given.images, given.out, given.limit)
-    from dianjing.cli.questions import foreign_picture, read_questions, say_foreign
+    from dianjing.cli.questions import foreign_picture, read_questions, say_pictures
     from dianjing.eval.evaluate import evaluate, times_asked
     from dianjing.infer.load import load_for_use
 
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
         task = progress.add_task("answering", total=times_asked(loaded, questions))
         advance = lambda count: progress.advance(task, count)  # noqa: E731
         report = evaluate(loaded, questions, root, given.max_new_tokens, advance, foreign)
-    say_foreign(report.shown_foreign, given, notices)
+    say_pictures(questions, report.shown_foreign, given, notices)
     Console().print(table(report))
     if given.json:
         file = Path(given.json)

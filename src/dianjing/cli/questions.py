@@ -40,10 +40,6 @@ def read_questions(data: str, given: Asking, models: Sequence[str], notices: Con
     questions = [question for record in found.records[: given.limit or None] for question in questions_of(record)]
     for rule in {picture_rule(model) for model in models}:
         check_pictures(questions, root, rule)
-    pictures = {name for question in questions for name in question.images}
-    if 1 < len(pictures) < FEW_PICTURES:
-        text = f"only {len(pictures)} pictures: the intervals tell how these agree, not what others would give"
-        notices.print(text, style="yellow", markup=False, soft_wrap=True)
     return questions, root
 
 
@@ -66,8 +62,12 @@ def foreign_picture(given: Asking, models: Sequence[str]) -> Iterator[Path]:
         yield file
 
 
-def say_foreign(shown: int, given: Asking, notices: Console) -> None:
-    """Print which questions were shown a picture from outside the data, and what --other did."""
+def say_pictures(questions: Sequence[Question], shown: int, given: Asking, notices: Console) -> None:
+    """Print that the pictures are few, how many questions were shown one from outside, and what --other did."""
+    pictures = {name for question in questions for name in question.images}
+    if 1 < len(pictures) < FEW_PICTURES:
+        text = f"only {len(pictures)} pictures: the intervals tell how these agree, not what others would give"
+        notices.print(text, style="yellow", markup=False, soft_wrap=True)
     if shown:
         name = given.other or "a drawn picture (--other FILE names one of yours)"
         text = f"{shown} questions have no other picture in the data; their other picture is {name}"
