@@ -20,6 +20,7 @@ from dianjing.eval.summary import (
     OTHER_PICTURE,
     RIGHT,
     SAME_ANSWER,
+    WAYS,
     Scored,
     Summary,
     score,
@@ -124,19 +125,20 @@ def evaluate(
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda count: None,
     foreign: Path | None = None,
+    with_losses: bool = True,
 ) -> Report:
     """Return what a model answers with the right pictures, with those of another record, and with none.
 
-    The loss of each reference is measured in the same three ways. The model is also asked another question about the
-    pictures, and for a caption of them. A model that cannot see is asked each question once: its answers do not depend
-    on the picture. `foreign` is a picture file that is shown where the set has no other picture.
+    `with_losses` measures the loss of each reference too. The model is also asked another question about the pictures,
+    and for a caption of them. A model that cannot see is asked each question once: its answers do not depend on the
+    picture. `foreign` is a picture file that is shown where the set has no other picture.
 
     Raises:
         DataError: a question and its reference are too long for the model, or `foreign` is a picture of the set.
     """
     digest_of = digests((name for question in questions for name in question.images), image_root)
     changed = _Changed.of(questions, digest_of, image_root, foreign)
-    losses = _losses(loaded, questions, changed, advance)
+    losses = _losses(loaded, questions, changed, advance) if with_losses else _unmeasured(questions)
     answers_to = _Asker(loaded, max_new_tokens, advance)
     right = answers_to(questions, image_root)
     instead = other_questions(questions, digest_of) if loaded.can_see else [None] * len(questions)
@@ -219,6 +221,10 @@ class _Changed:
     def has_other(self) -> list[bool]:
         """Return which questions have another picture."""
         return [bool(one or other) for one, other in zip(self.of_set, self.with_foreign, strict=True)]
+
+
+def _unmeasured(questions: Sequence[Question]) -> dict[str, list[float | None]]:
+    return {way: [None] * len(questions) for way in WAYS}
 
 
 def _losses(

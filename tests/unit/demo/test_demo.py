@@ -35,6 +35,7 @@ def test_results_have_the_promised_form(demo: tuple[Path, World, Results]) -> No
         for name in ("accuracy", "accuracy_other_picture", "accuracy_no_picture"):
             assert 0 <= stage[name] <= 1
         assert len(stage["by_type"]) >= 8
+        assert stage["loss"] is None
     assert found["ceiling"] >= 0.8  # 9 questions: one may go wrong
     assert {"data", "pretrain", "finetune", "scoring", "export"} <= set(found["seconds"])
 

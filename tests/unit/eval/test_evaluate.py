@@ -82,6 +82,17 @@ def test_an_eye_is_right_only_with_its_picture(root: str, asked: list[Question])
     assert [colour.mean(name) for name in ("loss", "loss_other_picture", "loss_sight")] == [0, 1, 1]
 
 
+def test_losses_are_not_measured_where_they_are_not_wanted(
+    root: str, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "reference_losses", lambda *_: pytest.fail("a loss was measured"))
+    for model in (seeing(), SimpleNamespace(name="blind", can_see=False)):
+        report = evaluate(model, QUESTIONS, root, 8, with_losses=False)
+        assert report.overall.mean("accuracy") is not None
+        assert [report.overall.mean(name) for name in ("loss", "loss_other_picture", "loss_sight")] == [None] * 3
+    assert asked
+
+
 ABOUT_ONE = [
     question("colour", ("red.png",), "red"),
     question("shape", ("red.png",), "ball", "Which shape?"),
