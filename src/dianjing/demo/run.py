@@ -130,7 +130,7 @@ def _overrides(out: Path, name: str, world: World) -> dict[str, object]:
 
 
 def _score(loaded: LoadedModel, world: World) -> Stage:
-    # Its answers are short, so exact match says enough; losses would make scoring a third slower.
+    # Its answers are short, so exact match says enough; losses would make scoring a quarter to two fifths slower.
     report = evaluate(loaded, world.held_out, str(world.images), world.max_new_tokens, with_losses=False)
     figures = {
         one.name: one.measure(loaded, report) if one.measure else report.overall.mean(one.name) for one in world.figures
