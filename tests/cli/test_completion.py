@@ -20,8 +20,9 @@ def bash(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_it_knows_the_flags_that_help_lists(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([verb, "--help"])
+    for command in ([verb], [verb, "new"]) if verb == "recipes" else ([verb],):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
     listed = {*re.findall(r"^[│|]? +(?:-h, )?(--[a-z][\w.-]+)", capsys.readouterr().out, re.MULTILINE)}
     known = {word for word in words()[verb] if word.startswith("--")}
     assert known - {"--engine"} == listed

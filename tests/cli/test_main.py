@@ -167,9 +167,9 @@ def test_recipes_are_listed_and_copied(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tinyworld_pretain"], "no such shipped recipe; there are course_photo, "),
-        ([], "copy which recipe?; there are course_photo"),
-        (["tinyworld_pretain"], "did you mean 'tinyworld_pretrain'?"),
+        (["tinyworld_pretain"], "There are course_photo, "),
+        ([], "name the recipe to copy: course_photo"),
+        (["tinyworld_pretain"], "no such shipped recipe; did you mean 'tinyworld_pretrain'? There"),
         (["tinyworld_pretrain", "there.toml"], "there.toml: it already exists"),
         (["tinyworld_pretrain", "no/where.toml"], "there is no folder no"),
         (["tinyworld_pretrain", "x" * 300], "xxx: File name too long; name another"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from dianjing.cli.main import main
 from dianjing.config.load import load_recipe, save_recipe
+from dianjing.console import Console
 from dianjing.plan.gpus import GPUS
+from dianjing.plan.plan import make_plan
+from dianjing.plan.report import print_plan
 from tests.tiny import TinyDataset
 
 VICUNA = "llava_v1_5_7b_finetune_lora"
@@ -70,7 +74,35 @@ def test_a_plan_of_all_gpus(capsys: pytest.CaptureFixture[str], recipe: str, tin
     assert all(f"\n{gpu.name} " in out for gpu in GPUS)
     assert "frozen weights (bf16)" in out
     assert "Predicted, not measured" in out
-    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_a_plan_fits_a_terminal(recipe: str, columns: int) -> None:
+    terminal = Console(file=io.StringIO(), width=columns, force_terminal=True, color_system=None)
+    print_plan(make_plan(load_recipe(recipe), GPUS), "mine", terminal)
+    lines = terminal.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    tables = [line for line in lines if line.startswith(tuple(gpu.name for gpu in GPUS))]
+    assert len(tables) == len(GPUS)
+    assert max(map(len, tables)) <= columns
+    assert all(" min  fits" in line and "\u2026" not in line for line in tables)
+    assert ("GiB" in tables[0]) is (columns > 40)
+
+
+def test_the_run_and_what_it_lacks(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    out = said(capsys, recipe)
+    assert "\n  the run        only 2 optimizer steps: 8 records in batches of 4, 1 epoch. " in out
+    assert "train.global_batch_size = 4 and train.epochs = 150 make 300 " in " ".join(out.split())
+    assert "\n  the run        300 steps\n" in said(capsys, recipe, "--train.epochs", "150")
+
+
+def test_gpus_that_wait_for_the_cpu_are_marked(
+    capsys: pytest.CaptureFixture[str], recipe: str, vicuna: list[str]
+) -> None:
+    out = said(capsys, recipe)
+    assert out.count("*  < 1 min  fits") == len(GPUS)
+    assert "a GPU waits for the CPU that starts its work" in out
+    assert "This machine has no GPU. Training on its CPU works too" in out
+    assert "*" not in said(capsys, *vicuna, "--gpu", "RTX 4090")
 
 
 def test_what_a_run_would_refuse_or_nobody_measured(capsys: pytest.CaptureFixture[str], recipe: str) -> None:

@@ -297,9 +297,11 @@ def test_a_run_says_what_it_does(file: Path, tmp_path: Path, capsys: pytest.Capt
         "projector: ",
         "stage pretrain: ",
         "data: 8 records, 7 pictures, 2 text-only",
+        "only 2 optimizer steps: 8 records in batches of 4, 1 epoch. In fewer than 100 a model hardly learns; ",
         "step 1/2  loss ",
         "step 2/2  loss ",
-        f"done: {tmp_path / 'run'} holds",
+        "done: 2 steps, loss ",
+        f"{tmp_path / 'run'} holds the checkpoint",
     ]
     places = [err.index(text) for text in told]
     assert places == sorted(places)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dianjing.config.steps import steps_per_epoch
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.encode import Encoder, LongRecordError
-from dianjing.data.order import epoch_order, step_indices, steps_per_epoch
+from dianjing.data.order import epoch_order, step_indices
 from dianjing.data.pack import pack
 from dianjing.data.record import Place, Record, parse_record, place_marker
 from dianjing.data.template import TEMPLATES

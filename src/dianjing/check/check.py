@@ -15,6 +15,7 @@ from dianjing.check.pictures import Picture, PictureChecker
 from dianjing.check.set_findings import leaked_records, picture_findings, record_findings
 from dianjing.check.tokens import Reading
 from dianjing.config.schema import Recipe
+from dianjing.config.steps import few_steps, steps_per_epoch, total_steps
 from dianjing.data.pack import pack
 from dianjing.data.parallel import spread
 from dianjing.errors import DataError
@@ -55,6 +56,10 @@ class Run:
     """Tokens, of all positions together."""
     pack_fill: float | None
     """Share of the positions of its packs that are in use; None without a recipe."""
+    steps: int | None
+    """Optimizer steps of its training; None without a recipe."""
+    few_steps: str
+    """Warning about a training of few steps."""
 
     def distribution(self) -> Counter[str | int]:
         """Return how often each length is there."""
@@ -214,7 +219,7 @@ def _refused(reading: Reading | None, gathered: Gathered) -> bool:
 
 def _pack_fill(recipe: Recipe, lengths: Sequence[int], modality_lengths: Sequence[int]) -> float:
     """Return how full the packs of the first epoch are, of 1; `modality_lengths` as a Dataset has them."""
-    from dianjing.data.order import epoch_order, step_indices, steps_per_epoch  # slow to import: torch
+    from dianjing.data.order import epoch_order, step_indices  # slow to import: torch
 
     size = recipe.train.global_batch_size
     mode = recipe.data.order
@@ -250,4 +255,6 @@ def _run(gathered: Gathered, pictures: Sequence[Picture], settings: Settings) ->
         lengths=tuple(lengths),
         supervised=supervised,
         pack_fill=_pack_fill(recipe, lengths, modality_lengths) if recipe else None,
+        steps=total_steps(recipe, len(lengths)) if recipe else None,
+        few_steps=few_steps(recipe, len(lengths)) if recipe else "",
     )

@@ -93,6 +93,8 @@ def facts(result: Result) -> Iterator[str]:
         )
         if run.pack_fill is not None:
             yield f"its packs would be {run.pack_fill:.0%} full"
+        if run.steps is not None:
+            yield f"its training takes {run.steps:,} optimizer steps" if not run.few_steps else run.few_steps
 
 
 def _middle(values: Counter[str | int]) -> str:

@@ -82,7 +82,7 @@ def words() -> Words:
     first = {
         "help": tuple(VERBS),
         "completion": ("bash", "zsh", "fish"),
-        "recipes": ("list", "copy", *shipped_recipes()),
+        "recipes": ("list", "copy", "new", *shipped_recipes()),
         "make": ("prompts",),
         **dict.fromkeys(("train", "plan"), tuple(shipped_recipes())),
     }
@@ -91,16 +91,19 @@ def words() -> Words:
 
 
 def flags(verb: str) -> Iterator[str]:
-    """Yield the flags of a verb."""
-    owner = importlib.import_module(f"dianjing.cli.{verb}").Arguments
+    """Yield the flags of a verb, and those that only one of its actions has."""
+    module = importlib.import_module(f"dianjing.cli.{verb}")
     (positional,) = get_args(tyro.conf.Positional[int])[1:]
-    hints = get_type_hints(owner, include_extras=True)
-    for field in fields(owner):
-        kind, *about = get_args(hints[field.name]) or (hints[field.name],)
-        if kind is Recipe:
-            yield from ("--engine", *map(as_flag, recipe_fields()))
-        elif positional not in about:
-            yield as_flag(field.name)
+    for owner in (module.Arguments, getattr(module, "NewArguments", None)):
+        if owner is None:
+            continue
+        hints = get_type_hints(owner, include_extras=True)
+        for field in fields(owner):
+            kind, *about = get_args(hints[field.name]) or (hints[field.name],)
+            if kind is Recipe:
+                yield from ("--engine", *map(as_flag, recipe_fields()))
+            elif positional not in about:
+                yield as_flag(field.name)
     yield "--help"
 
 

@@ -21,7 +21,7 @@ VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
     "make": "make records about pictures with a vision model behind an OpenAI-compatible endpoint",
     "check": "find faults in a data set, and fix those that are certain",
-    "recipes": "list the shipped recipes, or copy one to edit",
+    "recipes": "list the shipped recipes, copy one, or write those that fit your data",
     "show": "show what the model sees of each record, and what it learns from it",
     "import": "make a run of a checkpoint of XTuner or LLaVA, or an LLM's folder of a GGUF file",
     "plan": "say before a run what it takes: memory by part, on which GPUs it fits, how long it lasts",

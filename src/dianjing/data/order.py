@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dianjing.config.schema import Order
+from dianjing.config.steps import steps_per_epoch
 
 MOST_BATCHES = 50
 """In one group of the order by length."""
@@ -61,11 +62,6 @@ def _groups(indices: Sequence[int], lengths: Sequence[int], size: int, generator
 
 def _permutation(n: int, generator: torch.Generator) -> list[int]:
     return torch.randperm(n, generator=generator).numpy().tolist()
-
-
-def steps_per_epoch(n: int, global_batch_size: int) -> int:
-    """Return how many optimizer steps show each of n records once; the last one may be smaller."""
-    return -(-n // global_batch_size)
 
 
 def step_indices(order: Sequence[int], step: int, global_batch_size: int, rank: int, world_size: int) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dianjing.config.fields import check, known_field
 from dianjing.config.load import load_recipe, make_recipe, save_recipe
 from dianjing.config.schema import Recipe
+from dianjing.config.steps import total_steps
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.errors import ConfigError, DataError, ModelError
 from dianjing.formats.checkpoint import Adapter, Foreign
@@ -31,7 +32,7 @@ from dianjing.model.weights import trainable_state
 from dianjing.run.checkpoint import save
 from dianjing.run.fingerprints import fingerprints
 from dianjing.run.layout import RECIPE
-from dianjing.run.state import TrainState, state_at, total_steps
+from dianjing.run.state import TrainState, state_at
 
 SECTIONS = {"llm": "language_model", "visual_encoder": "vision_tower"}
 """XTuner's name of a part -> the recipe's section."""

@@ -12,7 +12,7 @@ from dianjing.plan.flops import Flops, flops
 from dianjing.plan.gpus import Gpu
 from dianjing.plan.lengths import Lengths, measured_lengths, step_records
 from dianjing.plan.memory import Memory, memory
-from dianjing.plan.speed import samples_per_second
+from dianjing.plan.speed import SCALING, most_started, samples_per_second
 from dianjing.plan.weights import Weights, llm_folder, weights_of_recipe
 
 
@@ -27,6 +27,8 @@ class Verdict:
     """Bytes, on each GPU."""
     samples_per_second: float
     """Of all GPUs together; nan when the speed of this GPU is not known."""
+    waits: bool = False
+    """True if the GPU waits for the CPU that starts its work, which then decides the speed."""
     refused: str = ""
     """Why the recipe does not run there at all."""
 
@@ -117,8 +119,10 @@ def _verdict(plan: Plan, gpu: Gpu) -> Verdict:
         packs=plan.packs,
         gpus=plan.gpus,
     )
+    most = most_started(plan.weights.shapes, plan.recipe, records=plan.step_records, packs=plan.packs)
     return Verdict(
         gpu=gpu,
+        waits=speed >= most * (SCALING if plan.gpus > 1 else 1),
         checkpointing=on,
         needed=(plan.checkpointed if on else plan.plain).total,
         samples_per_second=speed,

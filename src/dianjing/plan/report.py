@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
+from dianjing.config.steps import few_steps, total_steps
 from dianjing.console import Console
 from dianjing.model.stage import in_units
 from dianjing.plan.advice import changes, faster
@@ -15,22 +18,43 @@ from dianjing.plan.plan import Plan, Verdict
 
 PER_RECORDS = 100_000
 """Records that hours are given for when it is not known how many there are."""
+NARROW = 72
+"""Columns of a terminal that hold the whole table of GPUs."""
+INDENT = 17
+"""Columns before what is said of each part."""
+ON_A_CPU = (
+    "This machine has no GPU. Training on its CPU works too, at a speed that is not predicted: add "
+    "--train.max-steps 20 to dianjing train, and see."
+)
+WAITS = (
+    "* The model is so small that a GPU waits for the CPU that starts its work: so it is as fast as others. Larger "
+    "data.pack_tokens, where a step has the records for them, make it faster."
+)
 HONESTY = "Predicted, not measured: shapes and data sheets, by rows measured on one H200."
 
 
 def print_plan(plan: Plan, name: str, console: Console) -> None:
     """Print a plan for a person; with one GPU, also what to change."""
+    width = console.width if console.is_terminal else sys.maxsize
+
+    def say(text: str, indent: int = 0, style: str = "") -> None:
+        lines = textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False)
+        console.print("\n".join(lines), markup=False, soft_wrap=True, style=style)
+
     for line in _heading(plan, name):
-        console.print(line, markup=False, soft_wrap=True)
+        say(line, INDENT)
     console.print(_memory_table(plan))
     console.print()
     if len(plan.verdicts) == 1:
         for line in _verdict_lines(plan, plan.verdicts[0]):
-            console.print(line, markup=False, soft_wrap=True)
+            say(line, 2)
     else:
-        console.print(_gpu_table(plan))
-        console.print("More on one of them, and what to change: --gpu NAME", markup=False)
-    console.print(HONESTY, style="dim", markup=False, soft_wrap=True)
+        console.print(_gpu_table(plan, narrow=width < NARROW))
+        say("More on one of them, and what to change: --gpu NAME")
+        say(ON_A_CPU)
+    if any(verdict.waits for verdict in plan.verdicts):
+        say(WAITS)
+    say(HONESTY, style="dim")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -44,6 +68,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tflop_per_sample": plan.flops.useful / 1e12,
         "gpus": plan.gpus,
         "packs_per_step": plan.packs,
+        "steps": total_steps(plan.recipe, plan.lengths.records) if plan.lengths.records else None,
         "verdicts": [_verdict_json(plan, verdict) for verdict in plan.verdicts],
     }
 
@@ -87,6 +112,9 @@ def _heading(plan: Plan, name: str) -> Iterator[str]:
         f"  {'a step':15}{batch} records in {packs} of at most {recipe.data.pack_tokens:,} positions, "
         f"about {plan.records_per_pack:.0f} records each"
     )
+    if lengths.records:
+        steps = total_steps(recipe, lengths.records)
+        yield f"  {'the run':15}{few_steps(recipe, lengths.records) or f'{steps:,} steps'}"
     yield ""
 
 
@@ -108,19 +136,21 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _gpu_table(plan: Plan) -> Table:
+def _gpu_table(plan: Plan, *, narrow: bool) -> Table:
+    """Return a row for each GPU; a narrow terminal gets name, time and verdict."""
     table = Table(title="where it runs", title_justify="left", box=None, pad_edge=False)
     table.padding = (0, 2, 0, 0)
-    table.add_column("GPU")
-    for heading in ("memory", "needed", "samples/s", _time_heading(plan)):
+    table.add_column("GPU", no_wrap=True)
+    for heading in (_time_heading(plan),) if narrow else ("memory", "needed", "samples/s", _time_heading(plan)):
         table.add_column(heading, justify="right")
     table.add_column("")
     for verdict in plan.verdicts:
         known = verdict.fits and not math.isnan(verdict.samples_per_second)
-        speed, time = (f"{value:.1f}" if known else "" for value in (verdict.samples_per_second, _hours(plan, verdict)))
-        style = "" if verdict.fits else "dim"
-        memory = f"{verdict.gpu.gib:.0f} GiB"
-        table.add_row(verdict.gpu.name, memory, in_units(verdict.needed), speed, time, _in_short(verdict), style=style)
+        speed = f"{verdict.samples_per_second:.1f}{'*' * verdict.waits}" if known else ""
+        time = _in_time(_hours(plan, verdict)) if known else ""
+        sizes = (f"{verdict.gpu.gib:.0f} GiB", in_units(verdict.needed), speed)
+        cells = (verdict.gpu.name, *(() if narrow else sizes), time, _in_short(verdict))
+        table.add_row(*cells, style="" if verdict.fits else "dim")
     return table
 
 
@@ -166,7 +196,8 @@ def _time_lines(plan: Plan, verdict: Verdict) -> Iterator[str]:
         yield f"Its speed is not known: {missing}."
         return
     run = f"{plan.samples:,} samples" if plan.samples else f"each {PER_RECORDS:,} records"
-    yield f"{verdict.samples_per_second:.1f} samples/s, {_in_time(_hours(plan, verdict))} for {run}."
+    speed = f"{verdict.samples_per_second:.1f}{'*' * verdict.waits} samples/s"
+    yield f"{speed}, {_in_time(_hours(plan, verdict))} for {run}."
 
 
 def _hours(plan: Plan, verdict: Verdict) -> float:
@@ -174,10 +205,10 @@ def _hours(plan: Plan, verdict: Verdict) -> float:
 
 
 def _time_heading(plan: Plan) -> str:
-    return "hours" if plan.samples else f"hours per\n{PER_RECORDS:,} records"
+    return "time" if plan.samples else f"time for\n{PER_RECORDS:,} records"
 
 
 def _in_time(hours: float) -> str:
     if hours * 60 < 1:
-        return "less than a minute"
-    return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:.1f} hours"
+        return "< 1 min"
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h"

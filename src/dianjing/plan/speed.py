@@ -57,8 +57,14 @@ def samples_per_second(
     rest = done * (1 / share - 1 / PRODUCTS) / H200.bf16 * (H200.bandwidth / gpu.bandwidth)
     seconds = (products / PRODUCTS + rest) / 1e12 * (NF4_SLOWER if llm.quantization == "nf4" else 1)
     step = seconds * records / gpus
-    tower = TOWER_READ if recipe.vision_tower.tuning == "frozen" else TOWER_LAUNCH
-    start = packs * (shapes.layers * DECODER_LAUNCH + shapes.tower_layers * tower)
     if math.isnan(step) or recipe.train.precision == "fp32":
         return math.nan
-    return records / max(step, start) * (SCALING if gpus > 1 else 1)
+    return min(records / step, most_started(shapes, recipe, records=records, packs=packs)) * (
+        SCALING if gpus > 1 else 1
+    )
+
+
+def most_started(shapes: Shapes, recipe: Recipe, *, records: int, packs: int) -> float:
+    """Return the samples a second that a CPU can start the work for; GPUs that are faster wait for it."""
+    tower = TOWER_READ if recipe.vision_tower.tuning == "frozen" else TOWER_LAUNCH
+    return records / (packs * (shapes.layers * DECODER_LAUNCH + shapes.tower_layers * tower))

@@ -10,8 +10,8 @@ from typing import Any
 from dianjing.config.fields import recipe_fields
 from dianjing.config.load import RENAMED, flatten
 from dianjing.config.schema import Recipe
+from dianjing.config.steps import steps_per_epoch, total_steps
 from dianjing.data.dataset import Dataset
-from dianjing.data.order import steps_per_epoch
 from dianjing.errors import CheckpointError
 from dianjing.run.fingerprints import SUBJECTS
 
@@ -95,12 +95,6 @@ def state_at(
         data={**dataset.report, "fingerprint": dataset.fingerprint},
         fingerprints=found,
     )
-
-
-def total_steps(recipe: Recipe, num_records: int) -> int:
-    """Return the optimizer steps of a whole run."""
-    steps = recipe.train.epochs * steps_per_epoch(num_records, recipe.train.global_batch_size)
-    return min(steps, recipe.train.max_steps or steps)
 
 
 def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> None:

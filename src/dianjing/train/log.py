@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import resource
 import sys
+import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +22,9 @@ from dianjing.data.dataset import Dataset
 from dianjing.data.record import few_pictures
 from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.model.stage import in_units
-from dianjing.run.journal import Journal
+from dianjing.run.journal import Journal, read_journal
 from dianjing.run.layout import BOARD, CURVE
+from dianjing.train.closing import closing, seconds_until
 from dianjing.train.curve import draw_curve
 
 SKIPPED_SHOWN = 5
@@ -89,8 +92,15 @@ class Log:
             peak, of = peak_bytes(device), "tensors on the GPU"
         else:
             unit = 1 if sys.platform == "darwin" else 1024
-            peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the whole process"
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            of = "the whole process: libraries, weights, activations"
         self.show(f"peak memory: {in_units(peak)} ({of})")
+
+    def closing(self, run: Path) -> None:
+        """Print how the run went, and what to do next."""
+        if self._write:
+            self.show(closing(read_journal(run)))
+            self.show(f"{run} holds the checkpoint, loss.svg and train.jsonl; try: dianjing chat {run} --image PICTURE")
 
     def steps(self, first_step: int, total_steps: int, log_every: int) -> StepLog:
         """Return the log of the steps after `first_step`; lines of later ones, now repeated, are dropped."""
@@ -118,8 +128,10 @@ class StepLog:
         )
 
     def __enter__(self) -> StepLog:
+        self._began, self._seconds_before = time.monotonic(), 0.0
         if self._run:
             self._journal = Journal(self._run, self._first_step, self._log.warn)
+            self._seconds_before = seconds_until(self._journal.rows)
             if importlib.util.find_spec("tensorboard"):  # an extra
                 from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
 
@@ -177,7 +189,11 @@ class StepLog:
         }
 
     def _record(self, metrics: dict[str, float], notes: list[str]) -> None:
-        self._journal.append({**metrics, **({"notes": notes} if notes else {})})
+        now = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(self._seconds_before + time.monotonic() - self._began, 3),
+        }
+        self._journal.append({**metrics, **now, **({"notes": notes} if notes else {})})
         for name, value in metrics.items():
             if self._board and name != "step":
                 self._board.add_scalar(f"train/{name}", value, int(metrics["step"]))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from dianjing.config.load import save_recipe
 from dianjing.config.schema import Recipe
+from dianjing.config.steps import few_steps
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset, step_batches
 from dianjing.data.order import run_indices
@@ -84,6 +85,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
     with watched(log.console) as watch:
         dataset = open_dataset(recipe.data, built.encoder, built.image_processor, watch)
     log.data(dataset)
+    if text := few_steps(recipe, dataset.num_records):
+        log.warn(text)
     require_pictures(dataset, recipe.stage)
 
     found = fingerprints(*base_folders(recipe), dataset)
@@ -115,7 +118,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
     )
     _take_all_steps(parts, strategy, state, log, samples, run)
     log.peak_memory(accelerator.device)
-    log.show(f"done: {run} holds the checkpoint, loss.svg and train.jsonl; try: dianjing chat {run} --image PICTURE")
+    log.closing(run)
 
 
 def _take_all_steps(parts: Parts, strategy: Strategy, state: TrainState, log: Log, samples: Samples, run: Path) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import Recipe
+from dianjing.config.steps import steps_per_epoch
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import Dataset
-from dianjing.data.order import steps_per_epoch
 from dianjing.train.engine import Engine
 from dianjing.train.log import StepResult
 from dianjing.train.memory import WithinMemory

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dianjing.data.order import epoch_order, run_indices, step_indices, steps_per_epoch
+from dianjing.config.steps import steps_per_epoch
+from dianjing.data.order import epoch_order, run_indices, step_indices
 from tests.xtuner import XTUNER
 
 ORDERS: dict[str, list[int]] = json.loads((XTUNER / "tiny" / "orders.json").read_text(encoding="utf-8"))

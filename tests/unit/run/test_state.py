@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from dianjing.config.fields import recipe_fields
+from dianjing.config.steps import total_steps
 from dianjing.data.dataset import Dataset, open_dataset
 from dianjing.errors import CheckpointError
 from dianjing.model.build import build
-from dianjing.run.state import FREE_TO_CHANGE, TrainState, require_same_run, state_at, total_steps
+from dianjing.run.state import FREE_TO_CHANGE, TrainState, require_same_run, state_at
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -43,6 +44,9 @@ def test_a_line_covers_the_steps_since_the_last_one(tmp_path: Path) -> None:
     take(tmp_path, 0, 7)
     rows = read_journal(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    times = [(datetime.fromisoformat(row.pop("time")), row.pop("seconds")) for row in rows]
+    assert times == sorted(times)
+    assert abs((datetime.now(UTC) - times[0][0]).total_seconds()) < 60
     assert rows[1] == {
         "step": 4,
         "epoch": 1.0,
@@ -53,6 +57,15 @@ def test_a_line_covers_the_steps_since_the_last_one(tmp_path: Path) -> None:
         "supervised_tokens_per_second": 70.0,
         "data_wait": pytest.approx(0.2),
     }
+
+
+def test_seconds_go_on_after_a_resume(tmp_path: Path) -> None:
+    take(tmp_path, 0, 4)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"seconds": 1000.0} for line in lines]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    take(tmp_path, 4, 7)
+    assert [row["seconds"] // 100 for row in read_journal(tmp_path)] == [10, 10, 10, 10]
 
 
 def test_the_curve_goes_through_every_line(tmp_path: Path) -> None:
@@ -101,7 +114,11 @@ def test_a_resumed_run_goes_on_with_the_same_lines(tmp_path: Path) -> None:
     with (tmp_path / "killed" / "train.jsonl").open("a") as journal:
         journal.write('{"step": 7, "lo')
     take(tmp_path / "killed", 4, 7)
-    assert read_journal(tmp_path / "killed") == read_journal(tmp_path / "straight")
+    killed, straight = (
+        [{name: value for name, value in row.items() if name not in ("time", "seconds")} for row in read_journal(run)]
+        for run in (tmp_path / "killed", tmp_path / "straight")
+    )
+    assert killed == straight
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
@@ -144,7 +161,9 @@ def test_peak_memory_is_at_least_what_is_held(tmp_path: Path) -> None:
     log.console = Console(file=io.StringIO(), width=80)
     log.peak_memory(torch.device("cpu"))
     text = log.console.file.getvalue()  # type: ignore[attr-defined]
-    found = re.fullmatch(r"peak memory: ([\d.]+) (MiB|GiB) \(the whole process\)\n", text)
+    found = re.fullmatch(
+        r"peak memory: ([\d.]+) (MiB|GiB) \(the whole process: libraries, weights, activations\)\n", text
+    )
     assert found, text
     assert float(found[1]) * (1024 if found[2] == "GiB" else 1) > held.nbytes / 2**20
 
