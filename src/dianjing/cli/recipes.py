@@ -99,7 +99,7 @@ def _new(arguments: list[str]) -> int:
     given = parse(NewArguments, arguments, f"{NAME} new", f"{NEW_SUMMARY}\n{NEW_DETAILS}")
     if not given.data:
         raise ConfigError("no data is named; write dianjing recipes new DATA --llm DIR --vision-tower DIR")
-    name = _common_name(given.data)
+    name = _shared_words(given.data)
     files: dict[Stage, Path] = {
         "pretrain": given.out / f"{name}_pretrain.toml",
         "finetune": given.out / f"{name}_finetune.toml",
@@ -139,7 +139,7 @@ def _new(arguments: list[str]) -> int:
     return 0
 
 
-def _common_name(paths: tuple[str, ...]) -> str:
+def _shared_words(paths: tuple[str, ...]) -> str:
     """Return the words that the names of the data files begin with, or else the name of their folder."""
     words = zip(*(re.split(r"[-_. ]+", Path(path).stem) for path in paths), strict=False)
     common = [first for first, *others in words if others.count(first) == len(others)]

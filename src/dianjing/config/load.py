@@ -84,8 +84,8 @@ def find_recipe(path: str | Path) -> Path:
     if str(path) in shipped:
         return shipped[str(path)]
     reason = "a folder, not a recipe" if file.is_dir() else "there is no such recipe"
-    offer = "".join(f"; did you mean '{name}'?" for name in nearest(str(path), shipped)) or ";"
-    raise ConfigError(f"{path}: {reason}{offer} Give a TOML file or a shipped recipe: {', '.join(shipped)}")
+    offer = "".join(f"did you mean '{name}'? Give" for name in nearest(str(path), shipped)) or "give"
+    raise ConfigError(f"{path}: {reason}; {offer} a TOML file or a shipped recipe: {', '.join(shipped)}")
 
 
 def shipped_recipes() -> dict[str, Path]:

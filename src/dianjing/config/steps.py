@@ -1,4 +1,4 @@
-"""Optimizer steps of a recipe, and a batch and epochs that make enough of them."""
+"""Optimizer steps of a run, by batch, epochs and records."""
 
 from __future__ import annotations
 
