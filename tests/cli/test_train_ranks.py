@@ -77,7 +77,7 @@ def test_an_error_on_all_ranks_is_told_once_too(make_recipe: Any, tmp_path: Path
     ("arguments", "message"),
     [
         (["--gpus", "0"], "--gpus 0: this machine has 0 GPUs"),
-        (["--engine", "deepspeed_zero2"], "DeepSpeed is not installed; pip install 'dianjing[deepspeed]'"),
+        (["--engine", "deepspeed_zero2"], "DeepSpeed is not installed: "),
         (
             ["--engine", "fsdp2", "--train.sample-every", "5", "--train.sample-path", "held_out.json"],
             "train.sample_every: fsdp2 leaves no rank with a whole",

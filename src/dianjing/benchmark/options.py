@@ -15,6 +15,7 @@ from dianjing.benchmark.item import LETTER, LETTERS, SHORT, Benchmark, Item, by_
 from dianjing.benchmark.rows import Row, files_in, objects_in, part, read_json, rows_of
 from dianjing.benchmark.short_answer import mmmu_forms, mmmu_open, same_words
 from dianjing.errors import ConfigError, DataError
+from dianjing.extras import install
 
 
 def _lettered(row: Row, texts: Any) -> dict[str, str]:
@@ -128,7 +129,7 @@ def read_mmmu(folder: Path) -> list[Item]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ConfigError("MMMU is published as parquet: pip install 'dianjing[parquet]'") from None
+        raise ConfigError(f"MMMU is published as parquet: {install('parquet')}") from None
     files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
     if not files:
         raise DataError(f"{folder}: no .parquet file is there; give MMMU's folder, or one subject's file")

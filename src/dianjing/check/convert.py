@@ -20,6 +20,7 @@ from dianjing.data.read import Place, is_lines
 from dianjing.data.record import examine
 from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import ConfigError, DataError
+from dianjing.extras import install
 from dianjing.pictures.picture import SUFFIXES, PictureError, open_picture, picture_path
 
 CAPTION_QUESTION = "Describe the picture."
@@ -130,7 +131,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[Place, Mapping[str, object]]]:
         import pyarrow.parquet
         from pyarrow.lib import ArrowException
     except ImportError:
-        raise ConfigError(f"{path}: to read parquet install pyarrow: pip install 'dianjing[parquet]'") from None
+        raise ConfigError(f"{path}: parquet is read with pyarrow: {install('parquet')}") from None
     index = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

@@ -19,6 +19,7 @@ from dianjing.cli.flags import parse
 from dianjing.config.load import find_recipe, load_recipe
 from dianjing.console import Console
 from dianjing.errors import ConfigError
+from dianjing.extras import install
 from dianjing.pictures.rule import PLAIN, PictureRule
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(arguments: list[str]) -> int:
     if (given.images or given.base_url) and not given.data:
         raise ConfigError("--images and --base-url go with --data, the records to review")
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f'the studio needs {" and ".join(missing)}; pip install "dianjing[studio]"')
+        raise ConfigError(f"the studio needs {' and '.join(missing)}: {install('studio')}")
 
     # Slow to import, so a typing error is said before.
     from dianjing.model.hub import ONLINE
@@ -132,7 +133,7 @@ def open_proposer(given: Arguments, rule: PictureRule, console: Console) -> Prop
     from dianjing.studio.propose import Proposer
 
     if importlib.util.find_spec("openai") is None:
-        raise ConfigError('asking an endpoint needs the package openai; pip install "dianjing[make]"')
+        raise ConfigError(f"asking an endpoint needs the package openai: {install('make')}")
     if warning := check_base_url(given.base_url):
         console.print(f"warning: {warning}", style="yellow")
     return Proposer(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dianjing.errors import ModelError, shortened
+from dianjing.extras import install
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
@@ -60,7 +61,7 @@ def read_header(path: Path) -> Header:
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError:
-        raise ModelError(f"{path}: GGUF needs the package gguf; install it: pip install 'dianjing[gguf]'") from None
+        raise ModelError(f"{path}: GGUF needs the package gguf: {install('gguf')}") from None
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Reader(content, {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}).read()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dianjing.errors import ConfigError, ModelError
+from dianjing.extras import install
 
 BLOCK_SIZE = 64
 """Weights that share a scale; bitsandbytes 0.50.2 dequantizes NF4 wrongly on CPUs if a block crosses rows."""
@@ -31,7 +32,7 @@ def require_bitsandbytes() -> None:
     except ImportError:
         raise ConfigError(
             'language_model.quantization = "nf4" needs bitsandbytes, which is not installed: '
-            "pip install 'dianjing[qlora]'; or set it to \"\""
+            f'{install("qlora")}; or set it to ""'
         ) from None
 
 

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dianjing.extras import install
 from dianjing.pictures.rule import PictureError
 from dianjing.pictures.threads import WARNINGS
 from dianjing.pictures.wide import Depth, Samples
 
-NEEDS = "a DICOM file, which needs pydicom: pip install 'dianjing[dicom]'"
+NEEDS = "a DICOM file, which needs pydicom"
 VIDEO = "1.2.840.10008.1.2.4.10"
 """How the transfer syntaxes of MPEG-2, MPEG-4 and HEVC begin."""
 NO_PICTURE = "a DICOM file without a picture"
@@ -184,7 +185,7 @@ def _require_pixels(data: Any, name: str, pydicom: Any) -> None:
     except NotImplementedError:
         available = False
     if not available:
-        text = f"a DICOM file compressed as {syntax.name}, which needs more packages: pip install 'dianjing[dicom]'"
+        text = f"a DICOM file compressed as {syntax.name}, which needs more packages: {install('dicom')}"
         raise PictureError("picture_format", name, text)
 
 
@@ -198,7 +199,7 @@ def _silent(name: str) -> Iterator[Any]:
     try:
         import pydicom
     except ImportError:
-        raise PictureError("picture_format", name, NEEDS) from None
+        raise PictureError("picture_format", name, f"{NEEDS}: {install('dicom')}") from None
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     try:
         with WARNINGS, warnings.catch_warnings():

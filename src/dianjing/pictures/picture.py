@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from dianjing.extras import install
 from dianjing.pictures import dicom, kinds, tiff
 from dianjing.pictures.profile import to_srgb
 from dianjing.pictures.rule import NAME_SHOWN as NAME_SHOWN
@@ -239,7 +240,7 @@ def _open_heif(path: str, name: str) -> Image.Image:
     try:
         import pillow_heif
     except ImportError:
-        text = "HEIC, which needs pillow-heif: pip install 'dianjing[heic]'; or save it as JPEG"
+        text = f"HEIC, which needs pillow-heif: {install('heic')}; or save it as JPEG"
         raise PictureError("picture_format", name, text) from None
     pillow_heif.register_heif_opener()
     try:

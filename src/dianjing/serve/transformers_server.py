@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dianjing.errors import ConfigError, ModelError
+from dianjing.extras import install
 from dianjing.model.projector import kind_of, picture_tokens
 from dianjing.pictures.image import ImageProcessor
 
@@ -26,7 +27,7 @@ def transformers_app(folder: Path) -> tuple[ASGIApp, ContextWindow]:
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise ConfigError("serving needs more packages; install them: pip install 'dianjing[serve]'")
+        raise ConfigError(f"serving needs more packages: {install('serve')}")
     if set(folder.name) & set("@:"):
         raise ModelError(f"{folder}: @ and : have a meaning in a served model's name; rename the folder")
 

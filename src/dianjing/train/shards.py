@@ -28,6 +28,7 @@ from transformers import LlavaForConditionalGeneration
 from dianjing.config.schema import SHARDS_WEIGHTS, Recipe
 from dianjing.data.collate import Batch
 from dianjing.errors import ConfigError
+from dianjing.extras import install
 from dianjing.model.towers.families import layers_of
 from dianjing.train.engine import Engine, PendingOutcome, StepOutcome, count_change
 from dianjing.train.optim import load_optimizer_state, make_optimizer, require_state_of, steps_of
@@ -215,7 +216,7 @@ def require_engine(recipe: Recipe) -> None:
     engine = recipe.train.engine
     if engine.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            f"train.engine is {engine}, but DeepSpeed is not installed; pip install 'dianjing[deepspeed]', or use fsdp2"
+            f"train.engine is {engine}, but DeepSpeed is not installed: {install('deepspeed')}; or use fsdp2"
         )
     if engine not in SHARDS_WEIGHTS:
         return

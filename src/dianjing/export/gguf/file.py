@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dianjing.errors import ExportError
+from dianjing.extras import install
 
 try:
     import gguf
     from gguf import GGMLQuantizationType as Type
 except ImportError:
-    raise ExportError("GGUF needs the package gguf; install it: pip install 'dianjing[gguf]'") from None
+    raise ExportError(f"GGUF needs the package gguf: {install('gguf')}") from None
 
 Value = bool | int | float | str | list[Any]
 """Of a key: integers are written as uint32, lists as their first element says."""
