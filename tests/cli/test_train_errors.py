@@ -296,7 +296,7 @@ def test_a_run_says_what_it_does(file: Path, tmp_path: Path, capsys: pytest.Capt
         "vision tower: CLIPVisionModel",
         "projector: ",
         "stage pretrain: ",
-        "data: 8 records, 7 pictures, 2 text-only",
+        "data: 8 records, 4 pictures, 2 text-only",
         "only 2 optimizer steps: 8 records in batches of 4, 1 epoch. In fewer than 100 a model hardly learns; ",
         "step 1/2  loss ",
         "step 2/2  loss ",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,11 +83,21 @@ def run(arguments: list[str]) -> int:
         report = evaluate(loaded, questions, root, given.max_new_tokens, advance, foreign)
     say_pictures(questions, report.shown_foreign, given, notices)
     Console().print(table(report))
+    _say_next(given, notices)
     if given.json:
         file = Path(given.json)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _say_next(given: Arguments, notices: Console) -> None:
+    """Print the command that shows the answers, with the flags that were given."""
+    flags = {"--data": given.data, "--images": given.images, "--other": given.other, "--out": "compare.html"}
+    words = [word for flag, value in flags.items() if value for word in (flag, value)]
+    limit = ["--limit", str(given.limit)] if given.limit else []
+    line = f"next, the answers side by side: dianjing compare BEFORE {shlex.join([given.model, *words, *limit])}"
+    notices.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def table(report: Report) -> Table:

@@ -68,6 +68,9 @@ def run(arguments: list[str]) -> int:
     conversations = real_conversations(given, notices)
     proof = export(load_for_use(given.run, "cpu"), given.out, conversations, given.format, options)
     notices.print(said(proof), soft_wrap=True, highlight=False, markup=False)
+    notices.print(
+        f"next: {given.out / 'README.md'} says how it is loaded", soft_wrap=True, highlight=False, markup=False
+    )
     print(given.out)
     return 0
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +18,7 @@ from dianjing.cli.flags import parse
 from dianjing.cli.recipes import copy_shipped
 from dianjing.console import Console
 from dianjing.errors import ConfigError
+from dianjing.extras import install
 
 if TYPE_CHECKING:
     from dianjing.make.cost import Budget, Prices
@@ -34,9 +39,11 @@ class Arguments:
     """The command line of `dianjing make`. The endpoint's key comes from DIANJING_API_KEY or OPENAI_API_KEY alone."""
 
     images: Annotated[Positional[Path], arg(metavar="IMAGES")]
-    """Folder of pictures, or a text file that names one a line; "prompts" lists the shipped prompts instead."""
+    """Folder of pictures, one picture, or a text file that names one a line; "prompts" lists the shipped prompts
+    instead."""
     out: Annotated[Path, arg(metavar="FILE")]
-    """The records, as LLaVA JSON; the journal and the report lie next to it. The same command goes on after a stop."""
+    """The records, as LLaVA JSON, or FILE_KIND.json for each kind if the prompts are of several; the journal and the
+    report lie next to it. The same command goes on after a stop."""
     model: str
     """The model, as the endpoint calls it."""
     base_url: Annotated[str, arg(metavar="URL")] = ""
@@ -104,12 +111,11 @@ def run(arguments: list[str]) -> int:
 
     # Slow to import, so a typing error is said before.
     from dianjing.make.journal import Journal
-    from dianjing.make.run import AskOutcome, check_held_out, journal_path, write
+    from dianjing.make.run import AskOutcome, journal_path, write
 
     notices = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     journal = Journal(journal_path(given.out))
     job = _job(given, notices)
-    check_held_out(job)
     if given.dry_run:
         journal.read()
         Console().print(_estimate_table(given, job, journal))
@@ -164,6 +170,9 @@ def _check(given: Arguments) -> None:
         raise ConfigError("--batch-in and --batch-out are two steps; give one")
     if not (given.base_url or given.dry_run or given.batch_in or given.batch_out):
         raise ConfigError("--base-url is needed: the endpoint to ask, such as http://127.0.0.1:8000/v1")
+    asks = not (given.dry_run or given.batch_in or given.batch_out)
+    if asks and importlib.util.find_spec("openai") is None:
+        raise ConfigError(f"making records needs the package openai: {install('make')}")
 
 
 def _job(given: Arguments, notices: Console) -> Job:
@@ -171,12 +180,13 @@ def _job(given: Arguments, notices: Console) -> Job:
     from dianjing.make.pictures import look
     from dianjing.make.prompts import choose_prompts, read_questions
     from dianjing.make.requests import Parameters, plan
-    from dianjing.make.run import Job
+    from dianjing.make.run import Job, check_paths
 
     names = given.prompts or (() if given.questions else DEFAULT_PROMPTS)
     prompts = choose_prompts(names, given.language, given.pairs)
     if given.questions:
         prompts.append(read_questions(given.questions))
+    check_paths(given.out, prompts, given.held_out)
     if given.base_url and (warning := check_base_url(given.base_url)):
         notices.print(f"warning: {warning}", style="yellow")
     parameters = Parameters(
@@ -212,8 +222,8 @@ def _print_pictures(pictures: Pictures, notices: Console) -> None:
         "other files left alone": pictures.other_files,
     }
     notices.print(", ".join(f"{number:,} {name}" for name, number in counts.items() if number))
-    for name, reason in list(pictures.refused.items())[:LISTED]:
-        notices.print(f"refused: {name}: {reason}")
+    for reason in list(pictures.refused.values())[:LISTED]:
+        notices.print(f"refused: {reason}")
 
 
 def _prices(given: Arguments) -> Prices | None:
@@ -307,13 +317,18 @@ def _ask(given: Arguments, job: Job, journal: Journal, budget: Budget, notices: 
 
 def _print_result(job: Job, journal: Journal, budget: Budget, result: Result, notices: Console) -> None:
     made, totals = result.made, journal.totals
-    print(f"{job.out}: {result.train:,} records")
+    for path, number in result.train.items():
+        print(f"{path}: {number:,} records")
+    for path, number in result.held_out.items():
+        print(f"{path}: {number:,} records of other pictures")
     if job.held_out:
-        print(f"{job.held_out_path}: {result.held_out:,} records of other pictures")
         notices.print(", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in result.overlap.items()))
     if result.near_duplicates:
         alike = sum(map(len, result.near_duplicates))
-        notices.print(f"{alike:,} pictures look nearly like another one ({len(result.near_duplicates):,} groups)")
+        groups = f"{len(result.near_duplicates):,} groups"
+        notices.print(
+            f"{alike:,} pictures look nearly like another one ({groups}), as charts and forms of one layout do"
+        )
     if made.drops:
         notices.print("dropped: " + ", ".join(f"{number:,} {reason}" for reason, number in made.drops.items()))
     for one in made.failed[:LISTED]:
@@ -335,4 +350,25 @@ def _exit_code(asked: AskOutcome, job: Job, result: Result, notices: Console) ->
     left = {"requests failed": len(made.failed), "not asked": made.unasked, "pictures refused": refused}
     if listed := ", ".join(f"{number:,} {name}" for name, number in left.items() if number):
         notices.print(f"not complete: {listed}; see {job.report_path}")
+    for line in _next(job, result):
+        notices.print(line)
     return asked.exit_code or int(bool(listed))
+
+
+def _next(job: Job, result: Result) -> Iterator[str]:
+    """Yield the commands that go on with the files that hold records, with the flags they need."""
+
+    def command(*words: str | Path) -> str:
+        return f"dianjing {shlex.join(map(str, words))}"
+
+    files = [path for path, number in result.train.items() if number]
+    if not files:
+        return
+    own_folder = {os.path.realpath(path.parent) for path in files} == {os.path.realpath(job.pictures.root)}
+    images = [] if own_folder else ["--images", job.pictures.root]
+    aside = next((path for path, number in reversed(result.held_out.items()) if number), None)
+    held_out = ["--held-out", aside] if aside else []
+    models = "--llm LLM --vision-tower TOWER"
+    yield f"next: {command('check', *files, *images, *held_out)}"
+    yield f"      {command('show', files[-1], *images)} {models}"
+    yield f"      {command('recipes', 'new', *files, *images, *held_out)} {models}"

@@ -57,17 +57,12 @@ def open_records(
 
 def report_lines(dataset: Dataset) -> Iterator[str]:
     """Yield what is worth knowing about the whole set."""
-    yield counts(dataset)
+    yield dataset.counts
     if dataset.opened:
         yield dataset.opened
     yield from doubts(dataset.encoder.template, dataset.encoder.tokenizer)
     if cut := dataset.report["truncated"]:
         yield f"warning: records cut to {dataset.encoder.max_tokens} tokens (--max-tokens): {cut}"
-
-
-def counts(dataset: Dataset) -> str:
-    """Return what the set holds in one line."""
-    return ", ".join(f"{number:,} {name}" for name, number in dataset.report.items() if number)
 
 
 def print_record(example: Example, encoder: Encoder, *, as_json: bool) -> None:
@@ -99,7 +94,7 @@ def page(dataset: Dataset, indices: Iterable[int]) -> str:
         )
     template = files("dianjing.cli").joinpath("show.html.j2").read_text(encoding="utf-8")
     return jinja2.Template(template, autoescape=True).render(
-        title=os.path.basename(dataset.records[0].source), records=records, counts=counts(dataset)
+        title=os.path.basename(dataset.records[0].source), records=records, counts=dataset.counts
     )
 
 

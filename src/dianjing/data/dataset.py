@@ -67,6 +67,13 @@ class Dataset:
         """How many records an epoch shows."""
         return len(self.records)
 
+    @property
+    def counts(self) -> str:
+        """Counts of what the set holds, in one line; a picture in several records is one."""
+        numbers = {**self.report, "pictures": self.different_pictures}
+        shown = {name: number for name, number in numbers.items() if number}
+        return ", ".join(f"{number:,} {name.removesuffix('s' * (number == 1))}" for name, number in shown.items())
+
     def example(self, index: int) -> Example:
         """Return a record as the model reads it; encoded each time, which costs less than keeping it."""
         return self.encoder.encode(self.records[index])

@@ -148,7 +148,7 @@ def _record(image: str, prompt: Prompt, turns: Sequence[Pair], model: str) -> Re
         "id": f"{image}#{prompt.name}",
         "image": image,
         "conversations": list(messages()),
-        "kind": prompt.kind,
+        "type": prompt.kind,
         "language": prompt.language,
         "model": model,
         "prompt": {"name": prompt.name, "sha256": prompt.sha256},

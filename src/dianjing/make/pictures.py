@@ -47,7 +47,7 @@ class Pictures:
     kept: tuple[Picture, ...]
     """In the order of their names."""
     refused: dict[str, str]
-    """Name -> why it cannot be used."""
+    """Name -> why it cannot be used; the reason says the name, too."""
     duplicates: dict[str, str]
     """Name -> the first picture with the same content, which is asked about instead."""
     other_files: int
@@ -57,7 +57,7 @@ class Pictures:
 def find_pictures(images: Path) -> tuple[str, list[str], int]:
     """Return the image folder, the names in it, and how many other files were left alone.
 
-    A list file names one picture a line, relative to the folder the list lies in.
+    A list file names one picture a line, relative to the folder the list lies in. `images` may be one picture, too.
 
     Raises:
         DataError: there is no such folder or list, or nothing in it.
@@ -69,18 +69,21 @@ def find_pictures(images: Path) -> tuple[str, list[str], int]:
             inner[:] = [name for name in inner if not os.path.islink(os.path.join(folder, name))]
             for name in found:
                 path = os.path.relpath(os.path.join(folder, name), images).replace(os.sep, "/")
-                is_picture = name.lower().endswith(SUFFIXES)
+                # macOS puts what a foreign disk cannot hold of a.png into ._a.png, which is not a picture.
+                is_picture = name.lower().endswith(SUFFIXES) and not name.startswith("._")
                 names += [path] if is_picture else []
                 others += not is_picture
+    elif images.is_file() and images.name.lower().endswith(SUFFIXES):
+        root, names, others = images.parent, [images.name], 0
     elif images.is_file():
         root, others = images.parent, 0
         try:
             lines = images.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            raise DataError(f"{images}: neither a folder nor a UTF-8 list of pictures, one a line") from None
+            raise DataError(f"{images}: not a folder, a picture or a UTF-8 list of pictures, one a line") from None
         names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     else:
-        raise DataError(f"{images}: no such folder of pictures, and no such list file")
+        raise DataError(f"{images}: no such folder of pictures, and no such picture or list file")
     if not names:
         raise DataError(f"{images}: there is no picture in it ({', '.join(SUFFIXES)}); give the folder they lie in")
     return str(root), sorted(names), others
@@ -112,7 +115,7 @@ def look(images: Path, white: int = 0, advance: Callable[[int, int], None] = lam
 def look_at(root: str, name: str, white: int = 0) -> Picture | str:
     """Return one picture of a folder, or why it cannot be used."""
     if _printable(name) != name:
-        return "its name is not UTF-8, which a data file cannot hold; rename it"
+        return f'picture "{_printable(name)}": its name is not UTF-8, which a data file cannot hold; rename it'
     try:
         image = load_image(root, name, PictureRule(white=white))
         with open(os.path.join(root, name), "rb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -33,7 +34,7 @@ class Prompt:
 
     name: str
     kind: str
-    """The kind of its records: caption, conversation, ..."""
+    """The kind of its records: caption, conversation, ...; their type in the data, and part of a file's name."""
     language: Language | None
     """None: any; its replies are not checked for it."""
     reply: Form
@@ -163,6 +164,8 @@ def _divide(content: str, path: Path) -> tuple[dict[str, str], str]:
         if not colon or name.strip() not in HEADER:
             raise ConfigError(f"{path}: line {number}: the header has {', '.join(f'# {key}:' for key in HEADER)}")
         header[name.strip()] = value.strip()
+    if kind := re.sub(r"[\w-]", "", header.get("kind", "")):
+        raise ConfigError(f'{path}: "# kind:" has {kind[0]!r} in it; write a word of letters, digits, _ and -')
     for name, allowed in HEADER.items():
         value = header.get(name, "")
         if not value or (allowed and value not in allowed):

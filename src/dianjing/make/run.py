@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from dianjing.errors import ConfigError
 from dianjing.make.build import (
     Made,
+    RecordJson,
     build,
     held_out_names,
     near_duplicate_names,
@@ -47,9 +47,9 @@ class Job:
     out: Path
 
     @property
-    def held_out_path(self) -> Path:
-        """Return where the held-out records go."""
-        return self.out.with_name(f"{self.out.stem}_held_out.json")
+    def paths(self) -> dict[str, Path]:
+        """Return where the records of each kind go."""
+        return record_paths(self.out, self.prompts)
 
     @property
     def report_path(self) -> Path:
@@ -74,8 +74,9 @@ class Result:
     """The files written, with counts."""
 
     made: Made
-    train: int
-    held_out: int
+    train: dict[Path, int]
+    """File -> its records."""
+    held_out: dict[Path, int]
     overlap: dict[str, int]
     near_duplicates: list[list[str]]
     """Groups of pictures that look nearly the same."""
@@ -85,25 +86,45 @@ def journal_path(out: Path) -> Path:
     """Return where the journal of an output file is.
 
     Raises:
-        ConfigError: the output is not a .json file, or one that this verb did not write.
+        ConfigError: the output is not a .json file.
     """
     if out.suffix != ".json":
         raise ConfigError(f"--out {out}: the records are written as JSON; give a name that ends in .json")
-    path = out.with_name(f"{out.stem}.journal.jsonl")
-    if out.exists() and not path.exists():
-        raise ConfigError(f"{out}: it exists, and has no journal ({path.name}) next to it; give another --out")
-    return path
+    return out.with_name(f"{out.stem}.journal.jsonl")
 
 
-def check_held_out(job: Job) -> None:
-    """Refuse to leave held-out records of an earlier run with training records that would now include them.
+def record_paths(out: Path, prompts: Sequence[Prompt]) -> dict[str, Path]:
+    """Return where the records of each kind go: to `out` if there is one kind, else to a file of their own."""
+    kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
+    return {kind: out if len(kinds) == 1 else out.with_name(f"{out.stem}_{kind}.json") for kind in kinds}
+
+
+def held_out_path(path: Path) -> Path:
+    """Return where the held-out records go that would else be in `path`."""
+    return path.with_name(f"{path.stem}_held_out.json")
+
+
+def check_paths(out: Path, prompts: Sequence[Prompt], held_out: float) -> None:
+    """Refuse to write over files of others, and to leave files of an earlier run that would now contradict.
 
     Raises:
-        ConfigError: there are some, and this job holds nothing out.
+        ConfigError: a file is not this verb's; an earlier run divided its records in another way.
     """
-    if not job.held_out and job.held_out_path.exists():
+    journal, paths = journal_path(out), [*record_paths(out, prompts).values()]
+    for path in paths:
+        if path.exists() and not journal.exists():
+            raise ConfigError(f"{path}: it exists, and has no journal ({journal.name}) next to it; give another --out")
+        if path != out and journal_path(path).exists():
+            raise ConfigError(f"{path}: it is an output of its own ({journal_path(path).name}); give another --out")
+        if not held_out and held_out_path(path).exists():
+            raise ConfigError(
+                f"{held_out_path(path)}: an earlier run put these records aside; give --held-out again, or remove "
+                "the file"
+            )
+    if out not in paths and out.exists():
         raise ConfigError(
-            f"{job.held_out_path}: an earlier run put these records aside; give --held-out again, or remove the file"
+            f"{out}: an earlier run wrote records of one kind there, which now go to "
+            f"{', '.join(path.name for path in paths)}; remove it, nothing is asked again"
         )
 
 
@@ -116,13 +137,7 @@ def ask(
     concurrency: int,
     show: Callable[[Sender, str], None],
 ) -> AskOutcome:
-    """Ask what the journal has no answer to.
-
-    Raises:
-        ConfigError: the package openai is not installed.
-    """
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError('making records needs the package openai; pip install "dianjing[make]"')
+    """Ask what the journal has no answer to."""
 
     async def send_all() -> Sender:
         async with Endpoint(base_url, timeout_seconds) as endpoint:
@@ -173,27 +188,36 @@ def write(job: Job, journal: Journal, problems: dict[str, str]) -> Result:
     made.unasked += len({one.key for one in made.blind_requests if not journal.entry(one.key).settled})
     pictures = job.pictures.kept
     names = held_out_names(pictures, job.held_out, job.seed) if job.held_out else set[str]()
+    aside = {kind: held_out_path(path) for kind, path in job.paths.items()} if job.held_out else {}
     train = [record for record in made.records if record["image"] not in names]
     held_out = [record for record in made.records if record["image"] in names]
+    job.out.parent.mkdir(parents=True, exist_ok=True)
     result = Result(
         made=made,
-        train=len(train),
-        held_out=len(held_out),
+        train=_write(train, job.paths),
+        held_out=_write(held_out, aside),
         overlap=overlap(train, held_out, pictures) if job.held_out else {},
         near_duplicates=near_duplicate_names(pictures),
     )
-    job.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(job.out, train)
-    if job.held_out:
-        write_json(job.held_out_path, held_out)
     write_json(job.report_path, _report(job, result))
     return result
+
+
+def _write(records: Sequence[RecordJson], paths: Mapping[str, Path]) -> dict[Path, int]:
+    """Write the records of each kind to its file, and return how many each holds."""
+    written: dict[Path, int] = {}
+    for kind, path in paths.items():
+        own = [record for record in records if record["type"] == kind]
+        write_json(path, own)
+        written[path] = len(own)
+    return written
 
 
 def _report(job: Job, result: Result) -> dict[str, object]:
     pictures, made = job.pictures, result.made
     return {
-        "records": {"train": result.train, "held_out": result.held_out},
+        "records": {"train": sum(result.train.values()), "held_out": sum(result.held_out.values())},
+        "files": {path.name: number for path, number in (result.train | result.held_out).items()},
         "overlap": result.overlap,
         "requests_without_an_answer": made.unasked,
         "failed": [asdict(one) for one in made.failed],

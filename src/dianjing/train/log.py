@@ -75,8 +75,7 @@ class Log:
 
     def data(self, dataset: Dataset) -> None:
         """Print counts of the data, and the first skipped records."""
-        found = ", ".join(f"{count:,} {name}" for name, count in dataset.report.items() if count)
-        self.show(f"data: {found}")
+        self.show(f"data: {dataset.counts}")
         if dataset.opened:
             self.show(dataset.opened)
         if text := few_pictures(dataset.different_pictures):

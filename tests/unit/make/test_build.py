@@ -65,7 +65,7 @@ def test_records_are_those_of_the_replies(journal: Journal, tmp_path: Path) -> N
         {"from": "gpt", "value": "On a sofa."},
     ]
     assert second["conversations"][0]["value"].removeprefix("<image>\n") in prompts[1].questions
-    assert (second["kind"], second["language"], second["model"]) == ("caption", "zh", "m")
+    assert (second["type"], second["language"], second["model"]) == ("caption", "zh", "m")
     assert second["prompt"] == {"name": "caption_zh", "sha256": prompts[1].sha256}
     write_json(tmp_path / "data.json", made.records)
     read = load_records(str(tmp_path / "data.json"))

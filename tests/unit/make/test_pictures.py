@@ -64,7 +64,7 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=str(images)):
             find_pictures(images)
     (tmp_path / "list").write_bytes(b"\xff\x00")
-    with pytest.raises(DataError, match="neither a folder nor"):
+    with pytest.raises(DataError, match="not a folder, a picture or"):
         find_pictures(tmp_path / "list")
 
 
