@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dianjing.check.codes import Finding, Findings
@@ -180,7 +180,8 @@ def _about_pictures(
                     folder = folders.setdefault(root, Folder(root))
                     explained[number] = _explained(picture, name, folder, right_names, brightest)
                 code, text = explained[number]
-                yield gathered.finding(record, code, text, "image", _shown(root, name, picture))
+                found = gathered.finding(record, code, text, "image", _shown(root, name, picture))
+                yield replace(found, fixed=name in right_names)
             elif number not in seen:
                 seen.add(number)
                 for code, text in picture.notes:
@@ -200,8 +201,10 @@ def _explained(
     if certain:
         right_names[name] = certain
         return certain[0], f'{picture.text}; it is "{certain[1]}"'
-    if picture.code == "picture_missing" and (near := folder.nearest(name)):
-        return picture.code, f'{picture.text}; was "{near}" meant?'
+    if picture.code in ("picture_missing", "path_absolute", "path_outside") and (near := folder.nearest(name)):
+        return picture.code, f"{picture.text}; was {near} meant?"
+    if name.startswith("data:"):
+        return picture.code, f"{picture.text}; `dianjing check FILE --convert OUT.json` stores it as a file"
     if picture.passes:
         return picture.code, f"{picture.text}; a run would begin, and stop at it"
     return picture.code, picture.text

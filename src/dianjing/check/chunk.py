@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dianjing.check.codes import Finding
-from dianjing.check.texts import Script, digest, excuse, loops, normalised, script, yes_or_no
+from dianjing.check.texts import ODD, Script, digest, excuse, loops, normalised, oddities, script, yes_or_no
 from dianjing.check.tokens import Measured
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.marks import PATH_ALONE, UNMISTAKABLE, foreign_marks
 from dianjing.data.record import Record, Turn
 
 LONG_ANSWER = 24
@@ -55,10 +56,17 @@ class Where:
     id: str
     line: int
 
-    def finding(self, code: str, text: str, field: str = "") -> Finding:
+    def finding(self, code: str, text: str, field: str = "", *, fixed: bool = False) -> Finding:
         """Return a finding about it."""
         return Finding(
-            code=code, file=self.file, text=text, record=self.record, id=self.id, line=self.line, field=field
+            code=code,
+            file=self.file,
+            text=text,
+            record=self.record,
+            id=self.id,
+            line=self.line,
+            field=field,
+            fixed=fixed,
         )
 
 
@@ -80,6 +88,7 @@ def add_record(result: ChunkResult, where: Where, record: Record | None, special
     result.alike.append(digest(pictures + alike))
     result.answer.append(digest(b"\0".join(said[1::2])))
     _count(result.values, record, latin)
+    odd = ODD.search(whole.replace(IMAGE_MARKER, "") if record.images else whole)
     for number, turn in enumerate(record.turns):
         question, answer = said[2 * number : 2 * number + 2]
         if record.images and len(answer) >= LONG_ANSWER:
@@ -87,6 +96,9 @@ def add_record(result: ChunkResult, where: Where, record: Record | None, special
             result.long_answers_of.append(where.record)
         for code, text in _turn(turn, question, answer, latin):
             result.findings.append(where.finding(code, text, f"turn {number}"))
+        if odd:
+            for code, text in _odd(turn, bool(record.images)):
+                result.findings.append(where.finding(code, text, f"turn {number}"))
         for mark in special_strings:
             if mark in turn.question or mark in turn.answer:
                 text = f"{mark}, a mark of the chat template, stands in the text"
@@ -122,6 +134,18 @@ def _turn(turn: Turn, question: bytes, answer: bytes, latin: bool) -> Iterator[t
     for name, text in (("question", turn.question), ("answer", turn.answer)):
         if phrase := loops(text):
             yield "text_repeats", f'the {name} says "{phrase[:60]}" over and over'
+
+
+def _odd(turn: Turn, pictures: bool) -> Iterator[tuple[str, str]]:
+    """Yield what is odd about the characters of a turn: code and sentence."""
+    question = turn.question.replace(IMAGE_MARKER, "").strip()
+    mark = next(foreign_marks(question), None) if pictures else None
+    if mark := mark or UNMISTAKABLE.search(question):
+        yield "marker_as_text", f"{mark.group()} stands in the question as text"
+    elif not pictures and (named := PATH_ALONE.search(question)):
+        yield "picture_named", f"the question names {named.group().strip()[:60]}, and the record has no picture"
+    yield from oddities("question", question)
+    yield from oddities("answer", turn.answer)
 
 
 def _letters(turn: Turn) -> Iterator[tuple[str, str]]:

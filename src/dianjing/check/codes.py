@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 Severity = Literal["error", "warning", "note"]
@@ -22,7 +22,7 @@ class Code:
     meaning: str
     fix: str
     fixed: bool
-    """True if `--fix` corrects it."""
+    """True if there are cases in which `--fix` corrects it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class Finding:
     field: str = ""
     picture: str = ""
     """The picture concerned, if it can be shown."""
+    fixed: bool = False
+    """True if `--fix` corrects it here, and leaves nothing else wrong with the record."""
 
     @property
     def severity(self) -> Severity:
@@ -61,11 +63,14 @@ class Findings:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.fixed: Counter[str] = Counter()
+        """Of these, the ones that `--fix` corrects."""
         self._kept: defaultdict[str, list[Finding]] = defaultdict(list)
 
     def add(self, finding: Finding) -> None:
         """Take note of a finding."""
         self.counts[finding.code] += 1
+        self.fixed[finding.code] += finding.fixed
         if len(self._kept[finding.code]) < KEPT:
             self._kept[finding.code].append(finding)
 
@@ -78,19 +83,35 @@ class Findings:
         order = list(CODES)
         return sorted(self.counts, key=lambda code: (SEVERITIES.index(CODES[code].severity), order.index(code)))
 
+    def nothing_fixed(self, file: str) -> None:
+        """Take back that `--fix` corrects findings of a file, which it refuses."""
+        for code, kept in self._kept.items():
+            self._kept[code] = [replace(one, fixed=one.fixed and one.file != file) for one in kept]
+            self.fixed[code] = sum(one.fixed for one in self._kept[code])
+
+    def fixes(self, code: str) -> str:
+        """Return in words what `--fix` does about a kind of finding, "" for nothing."""
+        fixed, number = self.fixed[code], self.counts[code]
+        return "" if not fixed else "--fix does" if fixed == number else f"--fix does for {fixed:,} of {number:,}"
+
     def number(self, severity: Severity) -> int:
         """Return how many there are of a severity."""
         return sum(number for code, number in self.counts.items() if CODES[code].severity == severity)
 
 
 _TABLE = """
+not_json | error | the file is of another kind | as the finding says
 encoding | error | the text is not UTF-8 | save the file as UTF-8
+encoding_known | error | the text is in another encoding, GB18030 (GBK) or UTF-16 | save the file as UTF-8 | fixed
 bom | note | the file begins with a byte order mark, which other readers stumble over | remove it | fixed
 json_syntax | error | not JSON | correct the named place
 json_unread | error | a part of the file that could not be told apart into records | correct the named place
 json_comment | error | a comment; JSON has none | remove it | fixed
 json_trailing_comma | error | a comma before a closing bracket | remove it | fixed
 json_not_a_list | error | a .json file that is not a list in [ and ] | put them around | fixed
+json_wrapped | error | the list of records is a part of an object | take it out | fixed
+json_layout | error | one object of another layout, such as COCO's, not a list of records | convert it (--convert)
+json_list_in_lines | error | a .jsonl file that is one JSON list | name it .json | fixed
 file_empty | error | no record in the file | name another file
 record_too_large | error | a record of more than 64 MB, which is not even parsed | look at what is in it
 not_a_record | error | an element of the list that is not an object | remove it
@@ -99,6 +120,8 @@ id_not_string | note | the id is a number | write it as a string | fixed
 id_type | error | the id is neither a string nor a whole number | write a string
 id_duplicate | warning | an id that an earlier record has | give each record its own
 image_type | error | `image` is not a path, a list of paths or null | write the path of the picture
+image_empty | error | `image` is an empty text | remove it, if the record has no picture | fixed
+image_table | error | `image` is a table of marks and pictures | write a list of paths, and <image> in the text | fixed
 images_key | error | the pictures stand under `images` | rename it to `image` | fixed
 conversation_key | warning | `conversation` for `conversations`; others do not read it | rename it | fixed
 messages_key | error | the conversation stands under `messages` | rename it to `conversations` | fixed
@@ -108,10 +131,20 @@ conversations_empty | error | `conversations` has no message | add a question an
 message_type | error | a message is not an object | write {"from": ..., "value": ...}
 role_content | error | a message has `role` and `content` | rename them to `from` and `value` | fixed
 role_alias | error | a role is called user, assistant or the like | call it human or gpt | fixed
-role_unknown | error | a role that is neither the asker's nor the answerer's, such as system | remove the message
+role_unknown | error | a role of neither the asker nor the answerer, such as system | remove the message | fixed
+turn_weight | error | the weight of an answer is neither 0 nor 1 | write 1 (learned) or 0 (shown only)
+nothing_learned | error | each answer has weight 0 or loss false | remove the record
+system_dropped | warning | a system text, which is dropped: a record has none | put it into the question if it matters
+media_other | error | video, audio or another medium that is not read | use pictures, or remove the record
+picture_in_text | error | a picture's path in the question, within marks | move it to `image` | fixed
+picture_named | warning | a question names a picture file, and the record shows no picture | name it under `image`
 value_type | error | the text of a message is not a string | write a string
 text_surrogate | error | half a character (a lone surrogate) | remove it
 text_broken | warning | U+FFFD in a text: characters were lost on the way | write the text again
+text_escapes | note | \\n or \\t as two characters, which are learned as they stand | write the character itself
+text_html | note | HTML tags or entities, which are learned as they stand | write the characters themselves
+text_control | note | control or invisible characters | remove them
+text_thought | note | <think> in an answer, which is learned as it stands | remove the thought, unless it is meant
 text_repeats | warning | a text repeats the same few words over and over | write it again
 no_answer | error | no question has an answer | add one
 answer_empty | error | an answer without text | write it
@@ -121,6 +154,8 @@ question_unanswered | warning | a last question without answer, which is dropped
 answer_echo | warning | an answer that only repeats its question | write an answer
 answer_refusal | warning | an answer in which an assistant excuses itself | write an answer, or remove the turn
 marker_missing | error | a picture, but no `<image>` in an answered question | write <image> where it belongs | fixed
+marker_foreign | error | another program's placeholder for the picture | write <image> | fixed
+marker_as_text | warning | another program's placeholder stands in a question as text | remove it, or write <image>
 marker_count | error | not as many `<image>` as pictures | add the picture or remove a marker
 marker_in_answer | warning | `<image>` in an answer, which is learned as text | remove it
 types_count | error | `types` is not a list with one string for each answered turn | correct it or remove it

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import IO, cast
 
 from dianjing.check.fixes import Change, corrected, read_value, with_names
+from dianjing.data.file_kind import decodes, likely_encoding
 from dianjing.data.read import is_lines
 from dianjing.data.split import MAX_RECORD_BYTES, Element, Flaw, mapped, split
 from dianjing.errors import DataError
 
-UNREAD = ("json_unread", "encoding")
+UNREAD = ("json_unread", "encoding", "not_json", "json_layout")
 SHOWN = 200
 """Characters of a record that is left out, in the list of changes."""
 
@@ -49,15 +50,17 @@ def fix(path: str, out: str, names: Mapping[str, tuple[str, str]]) -> Fixed:
     writing, changes_writing = (Path(f"{file}.writing") for file in (target, fixed.changes_file))
     try:
         with ExitStack() as stack:
-            data = stack.enter_context(mapped(path))
+            data, encoding = _in_utf8(stack.enter_context(mapped(path)))
             file = stack.enter_context(writing.open("w", encoding="utf-8"))
             changes_file = stack.enter_context(changes_writing.open("w", encoding="utf-8"))
             file.write("" if lines else "[")
+            if encoding:
+                _note(fixed, changes_file, {"record": None}, Change("encoding_known", "", encoding, "utf-8"))
             index = 0
             for found in split(data, lines=is_lines(path)):
                 if isinstance(found, Flaw):
                     if found.code in UNREAD:
-                        raise DataError(f"{path}: byte {found.offset}: {found.text}; put this right by hand first")
+                        raise DataError(f"{path}: byte {found.offset}: {found.text}; correct this by hand first")
                     _note(fixed, changes_file, {"record": None}, Change(found.code, "", found.text, None))
                     continue
                 _copy(fixed, (file, changes_file), _read(data, found), index, names, lines)
@@ -71,7 +74,15 @@ def fix(path: str, out: str, names: Mapping[str, tuple[str, str]]) -> Fixed:
     return fixed
 
 
+def _in_utf8(data: mmap.mmap | bytes) -> tuple[mmap.mmap | bytes, str]:
+    """Return a file in UTF-8, and the encoding it was in; "" where it was UTF-8 or nothing is certain."""
+    encoding = "" if decodes(data, "utf-8") else likely_encoding(data)
+    return (data[:].decode(encoding).removeprefix("\ufeff").encode(), encoding) if encoding else (data, "")
+
+
 def _refuse(path: str, fixed: Fixed) -> None:
+    if fixed.out.suffix.lower() not in (".json", ".jsonl"):
+        raise DataError(f"{fixed.out}: the copy is written as JSON or JSONL; name a .json or .jsonl file")
     for file in (fixed.out, fixed.changes_file):
         if file.exists() and os.path.samefile(file, path):
             raise DataError(f"{file}: this is the data file itself, which is never changed; name another file")

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.marks import FOREIGN_MARK, NAMED_PICTURE
 
 ROLES = {
     **dict.fromkeys(("human", "user", "asker"), "human"),
     **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "model", "ai"), "gpt"),
 }
+SYSTEM_ROLES = ("system", "developer")
 MOST_CHANGES = 1000
 """In the text of one record."""
 _COMMENT = r"//[^\n]*+|/\*.*?\*/"
@@ -84,20 +86,42 @@ def corrected(value: Mapping[str, object], index: int) -> tuple[dict[str, object
             if isinstance(fields.get(key), list):
                 fields = _renamed(fields, key, "conversations", code, changes)
                 break
+    if table := _picture_table(fields.get("image")):
+        changes.append(Change("image_table", "image", fields["image"], table))
+        fields["image"] = table
+    if fields.get("image") == "":
+        changes.append(Change("image_empty", "image", "", None))
+        del fields["image"]
     messages = fields.get("conversations")
     if isinstance(messages, list):
-        fields["conversations"] = [
+        read = [
             _message(message, f"conversations[{i}]", changes) for i, message in enumerate(cast(list[object], messages))
         ]
-        _place_picture(fields, changes)
+        fields["conversations"] = [message for message in read if message is not None]
+        if _are_messages(fields["conversations"]):
+            _take_named_pictures(fields, changes)
+            _replace_marks(fields, changes)
+            _place_picture(fields, changes)
     name = fields.get("id")
     if name is None:
         changes.append(Change("id_missing", "id", None, str(index)))
         fields = {"id": str(index), **{key: item for key, item in fields.items() if key != "id"}}
-    elif isinstance(name, int) and not isinstance(name, bool):
-        changes.append(Change("id_not_string", "id", name, str(name)))
-        fields["id"] = str(name)
+    elif (isinstance(name, int) and not isinstance(name, bool)) or (isinstance(name, float) and name.is_integer()):
+        changes.append(Change("id_not_string", "id", name, str(int(name))))
+        fields["id"] = str(int(name))
     return fields, changes
+
+
+def _picture_table(value: object) -> list[str]:
+    """Return the paths of MiniCPM's table from numbered marks to pictures; none for anything else."""
+    if not isinstance(value, dict) or not value:
+        return []
+    table = cast(dict[str, object], value)
+    marks = [FOREIGN_MARK.fullmatch(mark) for mark in table]
+    if not all(marks) or not all(isinstance(path, str) and path for path in table.values()):
+        return []
+    ordered = sorted(zip(marks, table.values(), strict=True), key=lambda pair: int((pair[0] or {})["angled"] or 0))
+    return [str(path) for _, path in ordered]
 
 
 def _renamed(
@@ -109,6 +133,7 @@ def _renamed(
 
 
 def _message(message: object, name: str, changes: list[Change]) -> object:
+    """Return a message with its keys and role as LLaVA has them; None for one of the system, which has no place."""
     if not isinstance(message, dict):
         return message
     fields = cast(dict[str, object], message)
@@ -121,15 +146,65 @@ def _message(message: object, name: str, changes: list[Change]) -> object:
     if known and known != role:
         changes.append(Change("role_alias", f"{name}.from", role, known))
         fields = {**fields, "from": known}
+    if isinstance(role, str) and role.strip().lower() in SYSTEM_ROLES and isinstance(fields.get("value"), str):
+        changes.append(Change("role_unknown", name, fields, None))
+        return None
     return fields
+
+
+def _take_named_pictures(fields: dict[str, object], changes: list[Change]) -> None:
+    """Move the paths that questions name in marks of their own to `image`, in their order."""
+    messages = cast(list[dict[str, str]], fields["conversations"])
+    asked = [(i, message["value"]) for i, message in enumerate(messages) if message["from"] == "human"]
+    if fields.get("image") or any(IMAGE_MARKER in message["value"] for message in messages):
+        return
+    names = [found["path"].strip() for _, text in asked for found in NAMED_PICTURE.finditer(text)]
+    if not names:
+        return
+    for i, before in asked:
+        after = NAMED_PICTURE.sub(IMAGE_MARKER, before)
+        if after != before:
+            messages[i] = {**messages[i], "value": after}
+            changes.append(Change("picture_in_text", f"conversations[{i}].value", before, after))
+    fields["image"] = names[0] if len(names) == 1 else names
+    changes.append(Change("picture_in_text", "image", None, fields["image"]))
+
+
+def _replace_marks(fields: dict[str, object], changes: list[Change]) -> None:
+    """Write `<image>` for the placeholders of other programs, where they are as many as the pictures.
+
+    Numbered ones may stand in another order than the pictures, which are then put into theirs.
+    """
+    messages = cast(list[dict[str, str]], fields["conversations"])
+    pictures = _pictures(fields.get("image"))
+    asked = [(i, message["value"]) for i, message in enumerate(messages) if message["from"] == "human"]
+    if sum(text.count(IMAGE_MARKER) for _, text in asked) == len(pictures):
+        return
+    marks = [mark for _, text in asked for mark in FOREIGN_MARK.finditer(text)]
+    if len(marks) != len(pictures) or not pictures:
+        return
+    numbers = [int(mark["angled"] or mark["square"] or -1) for mark in marks]
+    first = min(numbers)
+    numbered = sorted(numbers) == list(range(first, first + len(marks))) and first in (0, 1)
+    if len(marks) > 1 and not numbered and max(numbers) >= 0:
+        return
+    for i, before in asked:
+        after = FOREIGN_MARK.sub(IMAGE_MARKER, before)
+        if after != before:
+            messages[i] = {**messages[i], "value": after}
+            changes.append(Change("marker_foreign", f"conversations[{i}].value", before, after))
+    if numbered and numbers != sorted(numbers):
+        ordered = [pictures[number - first] for number in numbers]
+        changes.append(Change("marker_foreign", "image", fields["image"], ordered))
+        fields["image"] = ordered
 
 
 def _place_picture(fields: dict[str, object], changes: list[Change]) -> None:
     """Put the marker of an only picture in front of the first question, where LLaVA has it."""
     messages: Any = fields["conversations"]
-    if not _are_messages(messages) or len(_pictures(fields.get("image"))) != 1:
+    if len(_pictures(fields.get("image"))) != 1:
         return
-    if any(IMAGE_MARKER in message["value"] for message in messages):
+    if any(FOREIGN_MARK.search(message["value"]) for message in messages):  # of any spelling, so that none is doubled
         return
     asked = next((i for i, message in enumerate(messages) if message["from"] == "human"), None)
     if asked is None:

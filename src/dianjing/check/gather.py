@@ -7,11 +7,11 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dianjing.check.chunk import ChunkResult
-from dianjing.check.codes import Finding, Findings
+from dianjing.check.codes import CODES, Finding, Findings
 from dianjing.check.records import Job, RecordChecker
 from dianjing.check.tokens import Reading
 from dianjing.data.parallel import spread
@@ -20,10 +20,17 @@ from dianjing.data.split import Chunk, chunks, mapped
 from dianjing.errors import DataError
 from dianjing.progress import Watch
 
-WHOLE_FILE = ("encoding", "file_empty")
+ANOTHER_FILE = ("not_json", "json_layout")
+"""Nothing is read of a file that is one of these."""
+WHOLE_FILE = ("encoding", "encoding_known", "file_empty", "json_list_in_lines", *ANOTHER_FILE)
 """Because of one of them training refuses a file whole..."""
-WHOLE_LIST = (*WHOLE_FILE, "json_syntax", "json_unread", "json_comment", "json_trailing_comma", "json_not_a_list")
+WHOLE_LIST = (
+    *WHOLE_FILE,
+    *("json_syntax", "json_unread", "json_comment", "json_trailing_comma", "json_not_a_list", "json_wrapped"),
+)
 """...and because of one of these, if it is not JSONL."""
+NOT_FIXED = ("json_unread", *ANOTHER_FILE)
+"""--fix refuses a file with one of these."""
 
 
 class Names:
@@ -140,18 +147,20 @@ def gather(
         gathered.first.append(len(gathered.ids))
         root = images or os.path.dirname(path) or "."
         job = Job(path=path, lines=is_lines(path), reading=reading)
-        refused = False
+        codes: set[str] = set()
         for found in _checked(job, workers, watch):
             if isinstance(found, ChunkResult):
                 gathered.add(found, root, names)
             for finding in found.findings if isinstance(found, ChunkResult) else [found]:
                 findings.add(finding)
-                refused = refused or finding.code in (WHOLE_FILE if job.lines else WHOLE_LIST)
-        if len(gathered.ids) == gathered.first[-1]:
+                codes.add(finding.code)
+        if len(gathered.ids) == gathered.first[-1] and codes.isdisjoint([*ANOTHER_FILE, "encoding_known"]):
             findings.add(Finding(code="file_empty", file=path, text="there is no record in it"))
-            refused = True
-        if refused:
+            codes.add("file_empty")
+        if not codes.isdisjoint(WHOLE_FILE if job.lines else WHOLE_LIST):
             gathered.refused.append(path)
+        if not codes.isdisjoint(NOT_FIXED) or ("json_not_a_list" in codes and not any(gathered.alike)):
+            findings.nothing_fixed(path)
     return gathered
 
 
@@ -168,7 +177,8 @@ def _checked(job: Job, workers: int, watch: Watch) -> Iterator[ChunkResult | Fin
                         yield found
                     else:
                         flaw, line, column = found
-                        between.append(Finding(code=flaw.code, file=job.path, text=flaw.text, line=line, column=column))
+                        finding = Finding(code=flaw.code, file=job.path, text=flaw.text, line=line, column=column)
+                        between.append(replace(finding, fixed=CODES[flaw.code].fixed))
 
             yield from spread(partial(RecordChecker, job), tasks(), workers)
     except OSError as error:

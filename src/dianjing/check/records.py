@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 from dianjing.check.chunk import ChunkResult, Where, add_record
@@ -12,6 +14,7 @@ from dianjing.check.codes import Finding
 from dianjing.check.fixes import Change, corrected, read_value
 from dianjing.check.tokens import Measurer, Reading
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.file_kind import likely_encoding, named_encoding
 from dianjing.data.read import too_large
 from dianjing.data.record import NOTICES, Place, Record, examine
 from dianjing.data.split import MAX_RECORD_BYTES, Chunk
@@ -35,7 +38,8 @@ class RecordChecker:
         self._measurer = Measurer(job.reading) if job.reading else None
         self._special_strings = self._measurer.special_strings if self._measurer else ()
         with open(job.path, "rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = os.fstat(file.fileno()).st_size
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
 
     def __call__(self, chunk: Chunk) -> ChunkResult:
         """Return what the records of a chunk are like."""
@@ -53,6 +57,7 @@ class RecordChecker:
 
     def _record(self, result: ChunkResult, place: Place, line: int, start: int, end: int) -> Record | None:
         """Check one record; return it, corrected where that is certain."""
+        before = len(result.findings)
         value, mended = self._value(result, place, line, start, end)
         examined = examine(value, place) if value is not None else None
         usable = examined is not None and examined.record is not None and not mended
@@ -61,8 +66,11 @@ class RecordChecker:
             fields = cast(dict[str, object], value)
             if not usable or examined.noticed or not isinstance(fields.get("id"), str):
                 right, changes = corrected(fields, place.index)
-                result.findings += [where.finding(one.code, _said(one), one.field) for one in changes]
                 examined = examine(right, place)
+                whole = not examined.problems
+                result.findings += [where.finding(one.code, _said(one), one.field, fixed=whole) for one in changes]
+        if mended and not (examined and examined.record):
+            result.findings[before:] = [replace(one, fixed=False) for one in result.findings[before:]]
         if examined:
             result.findings += [where.finding(one.code, str(one), one.field) for one in examined.problems]
             if not examined.problems:  # else the turns are not what was meant
@@ -86,7 +94,10 @@ class RecordChecker:
             text = data.decode()
             value, changes = read_value(text)
         except UnicodeDecodeError as error:
-            result.findings.append(where.finding("encoding", f"byte {start + error.start} is not UTF-8"))
+            code, text = self._encoding
+            result.findings.append(
+                where.finding(code, f"byte {start + error.start} {text}", fixed=code == "encoding_known")
+            )
             return None, False
         except json.JSONDecodeError as error:
             result.findings.append(
@@ -100,10 +111,19 @@ class RecordChecker:
             said = (
                 f"a comment: {change.before}" if change.code == "json_comment" else "a comma before a closing bracket"
             )
-            result.findings.append(self._flaw(where, start, text, change.offset, change.code, said))
+            flaw = self._flaw(where, start, text, change.offset, change.code, said)
+            result.findings.append(replace(flaw, fixed=True))
         if value is None:
             result.findings.append(where.finding("not_a_record", "null, not a record"))
         return value, bool(changes)
+
+    @cached_property
+    def _encoding(self) -> tuple[str, str]:
+        """Return code and words for a record that is not UTF-8."""
+        encoding = likely_encoding(self._data)
+        if not encoding:
+            return "encoding", "is not UTF-8"
+        return "encoding_known", f"is not UTF-8; the file is {named_encoding(encoding)}"
 
     def _flaw(self, where: Where, start: int, text: str, offset: int, code: str, said: str) -> Finding:
         """Return a finding that names the line and column of a place in a record's text."""
@@ -129,4 +149,6 @@ def _said(change: Change) -> str:
         return f"1 image but no {IMAGE_MARKER} marker; it belongs in front of the first question"
     if change.code == "id_missing":
         return f'there is no id; "{change.after}" would be one'
+    if change.code == "role_unknown":
+        return f"{change.field} is from the system, which has no place in a record; it would be left out"
     return f"{change.field} is {json.dumps(change.before, ensure_ascii=False)}; it should be {json.dumps(change.after)}"

@@ -40,6 +40,7 @@ def page(result: Result) -> str:
             "code": code,
             "about": CODES[code],
             "number": findings.counts[code],
+            "fixes": findings.fixes(code),
             "rows": _rows(findings.of(code)[:SHOWN], result.settings.rule),
         }
         for code in findings.codes()

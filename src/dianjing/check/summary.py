@@ -22,7 +22,7 @@ def print_summary(result: Result, console: Console) -> None:
     for code in findings.codes():
         about = CODES[code]
         number = f" x {findings.counts[code]:,}" if findings.counts[code] > 1 else ""
-        way_out = " (--fix does)" if about.fixed else ""
+        way_out = f" ({done})" if (done := findings.fixes(code)) else ""
         console.print(
             Text.assemble(
                 (about.severity, STYLES[about.severity]),

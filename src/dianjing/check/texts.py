@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Literal
@@ -41,6 +42,32 @@ EXCUSE_CHARACTERS = 200
 _PUNCTUATION = b" \t\r\n.,;:!?'\"()[]{}-_`*~"
 _CJK = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 _YES_NO = re.compile(r"(?:(yes|是|是的|对)|(no|不是|否|不对))[\s,.!，。！]*+$", re.IGNORECASE)
+
+
+_UNSEEN = "\x01-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff"
+"""Control characters and invisible ones, but for those that join letters or emoji."""
+ODD = re.compile(rf"[<＜&\\{_UNSEEN}]|\.[A-Za-z]{{3}}\b|!\[")
+"""In every text that `oddities` or the marks of other programs are about."""
+_CONTROL = re.compile(f"[{_UNSEEN}]")
+_ESCAPE = re.compile(r"\\[nrt](?![a-z])|\\u[0-9a-fA-F]{4}|\\[\"/]")
+_HTML = re.compile(
+    r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{1,6}|#x[0-9a-f]{1,5});"
+    r"|</?(?:br|p|div|span|b|i|u|em|strong|ul|ol|li|h[1-6]|table|t[rdh]|font|su[bp]|center|hr|pre|a)(?:\s[^<>]*)?/?>",
+    re.IGNORECASE,
+)
+_THOUGHT = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
+
+
+def oddities(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yield code and sentence of what a question or answer (its `name`) holds that is learned as it stands."""
+    if found := _CONTROL.search(text):
+        yield "text_control", f"the {name} holds U+{ord(found.group()):04X}"
+    if "\n" not in text and (found := _ESCAPE.search(text)):
+        yield "text_escapes", f"the {name} holds {found.group()} as {len(found.group())} characters"
+    if found := _HTML.search(text):
+        yield "text_html", f"the {name} holds {found.group()[:40]}"
+    if name == "answer" and (found := _THOUGHT.search(text)):
+        yield "text_thought", f"the answer holds {found.group()}"
 
 
 def normalised(text: str) -> bytes:

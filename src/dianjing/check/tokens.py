@@ -66,7 +66,9 @@ class Measurer:
         return [[self._measured(encoder, record) for record in group] for group in items]
 
     def _turns_alone(self, record: Record) -> list[Record]:
-        return turns_alone(record) if self._data.turns == "both" and len(record.turns) > 1 else []
+        if self._data.turns != "both" or len(record.turns) == 1:
+            return []
+        return [alone for alone in turns_alone(record) if alone.turns[0].learned]
 
     def _measured(self, encoder: Encoder, record: Record) -> Measured:
         try:

@@ -210,7 +210,7 @@ def tell(result: Result, *, as_json: bool) -> None:
     for code in result.findings.codes():
         about = CODES[code]
         for finding in result.findings.of(code):
-            fields = {"severity": about.severity, **asdict(finding), "fix": about.fix, "fixed": about.fixed}
+            fields = {"severity": about.severity, **asdict(finding), "fix": about.fix}
             print(json.dumps(fields))
         if (more := result.findings.counts[code] - len(result.findings.of(code))) > 0:
             print(json.dumps({"severity": about.severity, "code": code, "text": f"{more} more of this kind"}))

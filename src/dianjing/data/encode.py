@@ -139,7 +139,7 @@ class Encoder:
             if span.eos:
                 ids = [*ids, *_one_id(self.tokenizer.eos_token_id)]
             input_ids += ids
-            labels += ids if span.supervised else [IGNORE_INDEX] * len(ids)
+            labels += ids if span.supervised and span.learned else [IGNORE_INDEX] * len(ids)
             if self.template.joined and span.text:
                 before = span.text if span.supervised else span.text.rpartition(IMAGE_MARKER)[-1]
         return input_ids, labels

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import cast
 
+from dianjing.data.file_kind import likely_encoding, named_encoding
 from dianjing.data.split import MAX_RECORD_BYTES, Flaw, mapped, split
 from dianjing.errors import DataError
 
@@ -31,6 +32,7 @@ def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
     """
     lines = is_lines(path)
     try:
+        _require_json(path, lines)
         _require_small_records(path, lines)
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
@@ -41,6 +43,25 @@ def read_records(path: str, problems: list[str]) -> list[tuple[Place, object]]:
     if not found and len(problems) == before:
         raise DataError(f"{path}: there is no record in it")
     return found
+
+
+WAY_OUT = {
+    "not_json": "",
+    "encoding_known": "; `dianjing check {path} --fix OUT.json` writes it in UTF-8",
+    "json_wrapped": "; `dianjing check {path} --fix OUT.json` writes this list",
+    "json_layout": "; `dianjing check {path} --convert OUT.json` may read it",
+    "json_list_in_lines": "",
+}
+"""Flaws of a file that is something else than its name says -> how to go on."""
+
+
+def _require_json(path: str, lines: bool) -> None:
+    with mapped(path) as data:
+        for found in split(data, lines=lines):
+            if not isinstance(found, Flaw) or found.code not in ("bom", *WAY_OUT):
+                return
+            if found.code != "bom":
+                raise DataError(f"{path}: {found.text}{WAY_OUT[found.code].format(path=path)}")
 
 
 def _require_small_records(path: str, lines: bool) -> None:
@@ -67,18 +88,26 @@ def is_lines(path: str) -> bool:
         DataError: its name tells neither.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix not in (".json", ".jsonl"):
-        raise DataError(
-            f'{path}: the data file must end in .json (a list) or .jsonl, not in "{suffix}"; '
-            "`dianjing check FILE --convert OUT.json` reads other formats"
-        )
-    return suffix == ".jsonl"
+    if suffix in (".json", ".jsonl"):
+        return suffix == ".jsonl"
+    what = "and is not a folder" if os.path.isdir(path) else f'not in "{suffix}"'
+    raise DataError(
+        f"{path}: the data file must end in .json (a list) or .jsonl, {what}; "
+        f"`dianjing check {path} --convert OUT.json` makes one of other formats"
+    )
 
 
 def unreadable(path: str, error: OSError | UnicodeDecodeError) -> DataError:
     """Return the error that says why a data file cannot be read."""
-    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-    return DataError(f"{path}: cannot be read ({reason}); give a LLaVA JSON or JSONL file")
+    if isinstance(error, OSError):
+        return DataError(f"{path}: cannot be read ({error.strerror}); give a LLaVA JSON or JSONL file")
+    with mapped(path) as data:
+        encoding = likely_encoding(data)
+    if not encoding:
+        return DataError(f"{path}: cannot be read (it is not UTF-8 text); save it as UTF-8")
+    return DataError(
+        f"{path}: it is {named_encoding(encoding)} text, not UTF-8{WAY_OUT['encoding_known'].format(path=path)}"
+    )
 
 
 def _read_list(path: str, text: str) -> list[tuple[Place, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import ParamSpec, TypeVar, cast
 
 from dianjing.config.schema import OnBad
 from dianjing.constants import IMAGE_MARKER
+from dianjing.data.marks import MEDIA_KEYS, NAMED_PICTURE, foreign_marks, medium_in
 from dianjing.data.read import Place, kind_of, read_records
 from dianjing.errors import DataError
 
@@ -22,9 +24,12 @@ NOTICES: Mapping[str, str] = {
     "answer_first": "answers before the first question dropped",
     "answer_twice": "answers after an answer, to an empty question",
     "question_unanswered": "unanswered last questions dropped",
+    "system_dropped": "system texts dropped; a record has none",
     "type_unread": 'question types that are not read; write "type", a string or a list of one for each answered turn',
 }
 """Notices about what is accepted, by their codes."""
+SYSTEM_KEYS = ("system", "system_prompt")
+NOT_READ = frozenset([*MEDIA_KEYS, *SYSTEM_KEYS])
 TYPE_KEY = re.compile(r"(question|answer|qa?|task)?[ _-]?types?|(question)?[ _-]?category", re.IGNORECASE)
 """How others call the question type."""
 
@@ -44,6 +49,8 @@ class Turn:
 
     question: str
     answer: str
+    learned: bool = True
+    """False if the answer is only shown, as a message with "loss": false or "weight": 0 asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +166,8 @@ def examine(value: object, place: Place) -> Examined:
     fields = cast(dict[str, object], value)
     name = found.attempt(_id, fields, place)
     found.id = found.id if name is None else name
+    if not NOT_READ.isdisjoint(fields):
+        found.attempt(_look_at_others, fields, found.noticed)
     images = found.attempt(_images, fields.get("image"))
     turns = found.attempt(_turns, fields, found)
     if images is None or not turns or found.problems:
@@ -182,6 +191,8 @@ def _id(fields: Mapping[str, object], place: Place) -> str:
     value = fields.get("id")
     if value is None:
         return str(place.index)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # of pandas, which writes 12 as 12.0
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RecordError("id_type", "id", f"id is {kind_of(value)}; write a string or a whole number")
     return str(value)
@@ -200,14 +211,37 @@ def _images(value: object) -> tuple[str, ...]:
     return tuple(cast(list[str], values))
 
 
-def _messages(fields: Mapping[str, object], found: Examined) -> list[tuple[str, str]]:
-    """Return (role, text) of each message; what is wrong with single ones is added to the problems."""
+def _look_at_others(fields: Mapping[str, object], noticed: Counter[str]) -> None:
+    """Notice texts that are dropped.
+
+    Raises:
+        RecordError: a medium that is not a picture belongs to the record.
+    """
+    for key in MEDIA_KEYS & fields.keys():
+        if fields[key]:
+            text = f'"{key}" names a medium that is not read; put pictures (frames) under "image", or remove the record'
+            raise RecordError("media_other", key, text)
+    if any(fields.get(key) for key in SYSTEM_KEYS):
+        noticed["system_dropped"] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    role: str
+    text: str
+    learned: bool
+
+
+def _messages(fields: Mapping[str, object], found: Examined) -> list[_Message]:
+    """Return the messages; what is wrong with single ones is added to the problems."""
     key = "conversations"
     if key not in fields and "conversation" in fields:
         key = "conversation"
         found.noticed["conversation_key"] += 1
     if key not in fields:
-        text = f'there is no "conversations" among its keys ({", ".join(fields) or "none"})'
+        near = difflib.get_close_matches("conversations", fields, 1)
+        hint = f'; is "{near[0]}" meant?' if near else "; `dianjing check FILE --convert OUT.json` reads other layouts"
+        text = f'there is no "conversations" among its keys ({", ".join(fields) or "none"}){hint}'
         raise RecordError("conversations_missing", "conversations", text)
     values = fields[key]
     if not isinstance(values, list):
@@ -220,19 +254,54 @@ def _messages(fields: Mapping[str, object], found: Examined) -> list[tuple[str, 
     return [message for message in read if message]
 
 
-def _message(value: object, name: str) -> tuple[str, str]:
+def _message(value: object, name: str) -> _Message:
     if not isinstance(value, dict):
         raise RecordError("message_type", name, f'{name} is {kind_of(value)}; write {{"from": ..., "value": ...}}')
     fields = cast(dict[str, object], value)
     role, text = fields.get("from"), fields.get("value")
     if role not in ("human", "gpt"):
-        said = f'is from "{role}"' if isinstance(role, str) else 'has no "from"'
-        text = f'{name} {said}; only "human" and "gpt" are known: rename its role or remove the message'
-        raise RecordError("role_unknown", f"{name}.from", text)
+        raise RecordError("role_unknown", f"{name}.from", _role_unknown(fields, name))
     if not isinstance(text, str):
         raise RecordError("value_type", f"{name}.value", f"{name}.value is {kind_of(text)}; write a string")
     _check_characters(text, f"{name}.value")
-    return str(role), text
+    if role == "human" and (text.count("<") > text.count(IMAGE_MARKER) or "＜" in text):
+        _check_marks(text, f"{name}.value")
+    return _Message(str(role), text, len(fields) == 2 or _learned(fields, name))
+
+
+def _role_unknown(fields: Mapping[str, object], name: str) -> str:
+    role = fields.get("from")
+    said = f'is from "{role}"' if isinstance(role, str) else 'has no "from"'
+    text = f'{name} {said}; only "human" and "gpt" are known: rename its role or remove the message'
+    if "from" not in fields and ({"input", "output"} <= fields.keys() or {"human", "assistant"} <= fields.keys()):
+        text = (
+            f"{name} is a whole turn ({', '.join(fields)}); `dianjing check FILE --convert OUT.json` reads this layout"
+        )
+    return text
+
+
+def _check_marks(text: str, name: str) -> None:
+    """Refuse a question that shows what is not read, or names its picture in a way that is not."""
+    if medium := medium_in(text):
+        message = f"{name} shows another medium ({medium}), which is not read; use pictures, or remove the record"
+        raise RecordError("media_other", name, message)
+    if named := NAMED_PICTURE.search(text):
+        message = (
+            f'{name} names a picture in its text ({named.group()}); put its path under "image" and write {IMAGE_MARKER}'
+        )
+        raise RecordError("picture_in_text", name, message)
+
+
+def _learned(fields: Mapping[str, object], name: str) -> bool:
+    """Return whether a message is learned if it is an answer."""
+    for key in ("loss", "weight"):
+        value = fields.get(key)
+        if value is not None and value not in (0, 1):
+            text = f"{name}.{key} is {value!r}; write 1 (learned) or 0 (only shown), which is all there is"
+            raise RecordError("turn_weight", f"{name}.{key}", text)
+        if value is not None and not value:
+            return False
+    return True
 
 
 def _check_characters(text: str, name: str) -> None:
@@ -248,8 +317,9 @@ def _turns(fields: Mapping[str, object], found: Examined) -> list[Turn]:
     messages = _messages(fields, found)
     turns: list[Turn] = []
     asked: list[str] = []
-    for role, text in messages:
-        if role == "human":
+    for message in messages:
+        text = message.text
+        if message.role == "human":
             asked.append(place_marker(text))
         elif not asked and not turns:
             found.noticed["answer_first"] += 1
@@ -257,13 +327,18 @@ def _turns(fields: Mapping[str, object], found: Examined) -> list[Turn]:
             if not asked:
                 found.noticed["answer_twice"] += 1
             if not text.strip():
-                message = f"the answer of turn {len(turns)} is empty; write it or remove the turn"
-                found.problems.append(RecordError("answer_empty", "conversations", message))
-            turns.append(Turn(question="".join(asked), answer=text))
+                problem = f"the answer of turn {len(turns)} is empty; write it or remove the turn"
+                found.problems.append(RecordError("answer_empty", "conversations", problem))
+            turns.append(Turn(question="".join(asked), answer=text, learned=message.learned))
             asked = []
     if not turns and not found.problems:
-        message = 'no human message has an answer; add a message from "gpt", or remove the record'
-        raise RecordError("no_answer", "conversations", message)
+        problem = 'no human message has an answer; add a message from "gpt", or remove the record'
+        if any(message.role == "gpt" for message in messages):
+            problem = "the answers stand before their questions: gpt speaks first; exchange human and gpt"
+        raise RecordError("no_answer", "conversations", problem)
+    if turns and not any(turn.learned for turn in turns):
+        problem = "nothing is learned from it: each answer has loss false or weight 0; remove the record, or those"
+        found.problems.append(RecordError("nothing_learned", "conversations", problem))
     if asked:
         found.noticed["question_unanswered"] += 1
     return turns
@@ -282,16 +357,25 @@ def _check_markers(turns: Sequence[Turn], images: Sequence[str], fields: Mapping
     if markers == len(images):
         return
     if not markers:
-        raise RecordError(
-            "marker_missing",
-            "conversations",
-            f"{_count(len(images), 'image')} but no {IMAGE_MARKER} marker in an answered human message; "
-            f"write {IMAGE_MARKER} where the picture belongs, or remove it",
-        )
+        raise RecordError("marker_missing", "conversations", _marker_missing(len(images), turns, fields))
     hint = ' (the key is "image", not "images")' if "images" in fields and not images else ""
     way_out = "add the image or remove a marker" if markers > len(images) else "add a marker or remove an image"
-    found = f"{_count(markers, f'{IMAGE_MARKER} marker')} but {_count(len(images), 'image')}"
+    found = f"{_count(markers, f'{IMAGE_MARKER} marker')} but {_count(len(images), 'image')}{_foreign_hint(turns)}"
     raise RecordError("marker_count", "conversations" if images else "image", f"{found}{hint}; {way_out}")
+
+
+def _marker_missing(images: int, turns: Sequence[Turn], fields: Mapping[str, object]) -> str:
+    found = f"{_count(images, 'image')} but no {IMAGE_MARKER} marker in an answered human message"
+    said = cast(list[Mapping[str, object]], fields.get("conversations", fields.get("conversation")))
+    if any(message["from"] == "gpt" and IMAGE_MARKER in str(message["value"]) for message in said):
+        return f"{found}, but in one from gpt; move it to the question, or exchange human and gpt if they are swapped"
+    return f"{found}{_foreign_hint(turns)}; write {IMAGE_MARKER} where the picture belongs, or remove it"
+
+
+def _foreign_hint(turns: Sequence[Turn]) -> str:
+    """Return which other placeholder the questions have, in words; "" for none."""
+    mark = next((mark.group() for turn in turns for mark in foreign_marks(turn.question)), "")
+    return f" ({mark} is not read as one)" if mark else ""
 
 
 def _types(fields: Mapping[str, object], turns: int, noticed: Counter[str]) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from dianjing.data.file_kind import LOOKED_AT, kind_of_file
+
 MAX_RECORD_BYTES = 64 * 2**20
 """A longer record is not parsed: hardly a conversation, and perhaps meant to fill the memory."""
 DEEPEST = 1000
@@ -18,6 +20,9 @@ MOST_FLAWS = 1000
 """Between the records of a file; then no more of it is read."""
 CHUNK_RECORDS = 512
 CHUNK_BYTES = 2**20
+CONVERSATIONS = ("conversations", "conversation", "messages")
+"""Keys of a record under which its messages may stand."""
+KEYS_SHOWN = 6
 BOM = b"\xef\xbb\xbf"
 
 
@@ -52,6 +57,10 @@ for _ in range(4):
     _inside = rb'(?>[^"{}\[\]/]++|' + _STRING + rb"|[{\[]" + _inside + rb"[}\]])*+"
 _USUAL = re.compile(rb"[{\[]" + _inside + rb"[}\]]", re.DOTALL)
 _TOKEN = re.compile(_STRING + rb"|//[^\n]*+|/\*.*?\*/|[\[\]{},]|\"", re.DOTALL)
+_LIST = re.compile(rb"\[\s*+[{\]]")
+_LIST_OF_OBJECTS = re.compile(rb"\[\s*+\{")
+_MEMBER = re.compile(rb'[\s,]*+"((?>[^"\\]++|\\.)*+)"\s*+:\s*+', re.DOTALL)
+_ONLY_CLOSED = re.compile(rb"[\s,]*+\}\s*+\Z")
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _COMMENT = re.compile(rb"//[^\n]*+|/\*.*?\*/", re.DOTALL)
 
@@ -73,12 +82,27 @@ def split(data: mmap.mmap | bytes, *, lines: bool) -> Iterator[Element | Flaw]:
     if data[:3] == BOM:
         yield Flaw("bom", 0, "the file begins with a byte order mark")
         start = 3
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        yield Flaw("encoding", 0, "the file is UTF-16, not UTF-8")
-    elif lines:
+    if data[:2] == b"\0\0":
+        yield Flaw("not_json", 0, "the file begins with zero bytes; copy or download it again")
+    elif data[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in data[:2]:
+        yield Flaw("encoding_known", 0, "the file is UTF-16, not UTF-8")
+    elif kind := kind_of_file(data[start : start + LOOKED_AT]):
+        yield Flaw("not_json", start, f"the file is {kind}")
+    elif lines and not _is_list(data, start):
         yield from _lines(data, start)
     else:
+        if lines:
+            yield Flaw("json_list_in_lines", start, "one JSON list, where JSONL has one record a line; name it .json")
         yield from _elements(data, start)
+
+
+def _is_list(data: mmap.mmap | bytes, start: int) -> bool:
+    """Return whether a file is one JSON list over all its lines."""
+    start = _end_of(_SPACE, data, start)
+    if not _LIST.match(data, start):
+        return False
+    end = _end(data, start)
+    return end is None or _end_of(_SPACE, data, end) == len(data)
 
 
 def _lines(data: mmap.mmap | bytes, start: int) -> Iterator[Element]:
@@ -95,6 +119,13 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[Element | Flaw]:
     if position == len(data):
         return
     listed = data[position : position + 1] == b"["
+    wrapping = None if listed else _wrapping(data, position)
+    if wrapping and wrapping.start is None:
+        yield Flaw("json_layout", position, f"an object that is not a record, {wrapping.keys}, not a list of records")
+        return
+    if wrapping and wrapping.start is not None:
+        yield Flaw("json_wrapped", position, f'the list of records stands under "{wrapping.key}" of an object')
+        listed, position = True, wrapping.start
     if not listed:
         yield Flaw("json_not_a_list", position, "it does not begin with [, as a list of records does")
     elif (position := (yield from _skip(data, position + 1))) < len(data) and data[position] == ord("]"):
@@ -113,18 +144,67 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[Element | Flaw]:
         comma = yield from _skip(data, end)
         follows = data[comma : comma + 1]
         if follows == b"]" and listed:
-            yield from _rest(data, comma + 1)
+            yield from () if wrapping else _rest(data, comma + 1)
             return
         position = (yield from _skip(data, comma + 1)) if follows == b"," else comma
         if follows == b"," and data[position : position + 1] == b"]":
             yield Flaw("json_trailing_comma", comma, "a comma after the last record")
-            yield from _rest(data, position + 1)
+            yield from () if wrapping else _rest(data, position + 1)
             return
         if listed and follows != b",":
             what = "the list is not closed: ] is missing" if not follows else "a comma is missing between two records"
             yield Flaw("json_syntax", min(comma, len(data) - 1), what)
         if position == end:
             return
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """An object that a file consists of, and that is not a record itself."""
+
+    keys: str
+    """Its keys in words."""
+    key: str = ""
+    """That of the list that holds the records..."""
+    start: int | None = None
+    """...and the byte where this list begins; None when no list in it holds conversations."""
+
+
+def _wrapping(data: mmap.mmap | bytes, start: int) -> Wrapping | None:
+    """Return how the one object of a file holds records; None for a record, several objects, or a broken file."""
+    keys: list[str] = []
+    objects, lists = 0, False
+    found: tuple[str, int] | None = None
+    position = start + 1
+    while data[start : start + 1] == b"{" and (member := _MEMBER.match(data, position)):
+        key = member[1].decode(errors="replace")
+        end = _end(data, member.end())
+        if end is None or key in CONVERSATIONS:
+            return None
+        keys.append(key)
+        objects += data[member.end() : member.end() + 1] == b"{"
+        first = _LIST_OF_OBJECTS.match(data, member.end())
+        lists = lists or bool(first)
+        if first and not found and _holds_a_conversation(data, first.end() - 1):
+            found = key, member.end()
+        position = end
+    if _ONLY_CLOSED.match(data, position) is None or not (lists or (objects == len(keys) > 1)):
+        return None
+    words = f"with the keys {', '.join(keys[:KEYS_SHOWN])}" + (", ..." if len(keys) > KEYS_SHOWN else "")
+    return Wrapping(words, *found) if found else Wrapping(words)
+
+
+def _holds_a_conversation(data: mmap.mmap | bytes, start: int) -> bool:
+    """Return whether the object at `start` has a key under which conversations stand."""
+    position = start + 1
+    while member := _MEMBER.match(data, position):
+        if member[1].decode(errors="replace") in CONVERSATIONS:
+            return True
+        end = _end(data, member.end())
+        if end is None:
+            return False
+        position = end
+    return False
 
 
 def _skip(data: mmap.mmap | bytes, position: int) -> Generator[Flaw, None, int]:

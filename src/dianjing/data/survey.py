@@ -247,7 +247,8 @@ class _Reader:
         """Yield a record, and each of its turns alone where the recipe trains on them."""
         yield at, WHOLE, record
         if self._config.turns == "both" and len(record.turns) > 1:
-            yield from ((at, turn, alone) for turn, alone in enumerate(turns_alone(record)))
+            alone = enumerate(turns_alone(record))
+            yield from ((at, turn, one) for turn, one in alone if one.turns[0].learned)
 
     def _read(self, found: _Found, encoder: Encoder, at: tuple[int, int, int], turn: int, record: Record) -> None:
         ids, labels, truncated = encoder.tokens(record)

@@ -54,6 +54,9 @@ class Span:
 
     text: str
     supervised: bool
+    """It is an answer."""
+    learned: bool = True
+    """Of an answer: its loss counts."""
     bos: bool = False
     eos: bool = False
 
@@ -265,7 +268,7 @@ def spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
         bos = not template.joined and (i == 0 or not template.suffix_as_eos)
         found.append(Span(asked, supervised=False, bos=bos))
         learned = template.lead + answer + template.suffix
-        found.append(Span(learned, supervised=True, eos=not template.suffix_as_eos))
+        found.append(Span(learned, supervised=True, learned=turn.learned, eos=not template.suffix_as_eos))
         found.append(Span(template.sep, supervised=False))
     return found
 
