@@ -86,7 +86,7 @@ def corrected(value: Mapping[str, object], index: int) -> tuple[dict[str, object
             if isinstance(fields.get(key), list):
                 fields = _renamed(fields, key, "conversations", code, changes)
                 break
-    if table := _picture_table(fields.get("image")):
+    if table := picture_table(fields.get("image")):
         changes.append(Change("image_table", "image", fields["image"], table))
         fields["image"] = table
     if fields.get("image") == "":
@@ -112,7 +112,7 @@ def corrected(value: Mapping[str, object], index: int) -> tuple[dict[str, object
     return fields, changes
 
 
-def _picture_table(value: object) -> list[str]:
+def picture_table(value: object) -> list[str]:
     """Return the paths of MiniCPM's table from numbered marks to pictures; none for anything else."""
     if not isinstance(value, dict) or not value:
         return []

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
 
+SAME_LETTERS = "the same name in another Unicode form, as macOS and Linux write it"
 CLOSE_LOOKUPS = 200
 """Names for which the most alike one of their folder is looked for, which is slow."""
 MAX_LISTED = 20_000
@@ -52,10 +53,11 @@ class Folder:
 
     def _spelt_otherwise(self, base: str) -> str:
         """Return the file whose name is the same text in other bytes, in quotes, and how it came to be so."""
-        for spelling, why in _spellings(base):
+        for spelling, asked in _spellings(base):
             found = self._by_spelling.get(spelling, "")
             if found and os.path.basename(found) != base:
-                return f'"{found}" ({why})'
+                stored = next(why for other, why in _spellings(os.path.basename(found)) if other == spelling)
+                return f'"{found}" ({asked if stored == SAME_LETTERS else stored})'
         return ""
 
     def _by_end(self, name: str) -> str:
@@ -98,7 +100,7 @@ class Folder:
 
 def _spellings(name: str) -> Iterator[tuple[str, str]]:
     """Yield the texts that a name stands for if it went through another normal form or code page, and which."""
-    yield unicodedata.normalize("NFC", name), "the same name in another Unicode form, as macOS and Linux write it"
+    yield unicodedata.normalize("NFC", name), SAME_LETTERS
     for page in ("cp437", "latin-1", "cp1252"):
         for encoding in ("utf-8", "gb18030"):
             with suppress(UnicodeError):

@@ -57,7 +57,7 @@ class Arguments:
     """With --fix: write a copy of every picture into this new folder, one that all programs read alike (upright,
     opaque, 8 bits, sRGB); OUT names the copies."""
     convert: Annotated[str, tyro.conf.arg(metavar="OUT")] = ""
-    """Check nothing: turn OpenAI messages, ShareGPT or parquet into LLaVA JSON."""
+    """Check nothing: turn a file or folder of another format or layout into LLaVA JSON."""
 
 
 def run(arguments: list[str]) -> int:

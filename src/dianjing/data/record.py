@@ -333,7 +333,7 @@ def _turns(fields: Mapping[str, object], found: Examined) -> list[Turn]:
             asked = []
     if not turns and not found.problems:
         problem = 'no human message has an answer; add a message from "gpt", or remove the record'
-        if any(message.role == "gpt" for message in messages):
+        if {message.role for message in messages} == {"human", "gpt"}:
             problem = "the answers stand before their questions: gpt speaks first; exchange human and gpt"
         raise RecordError("no_answer", "conversations", problem)
     if turns and not any(turn.learned for turn in turns):

@@ -57,7 +57,6 @@ for _ in range(4):
     _inside = rb'(?>[^"{}\[\]/]++|' + _STRING + rb"|[{\[]" + _inside + rb"[}\]])*+"
 _USUAL = re.compile(rb"[{\[]" + _inside + rb"[}\]]", re.DOTALL)
 _TOKEN = re.compile(_STRING + rb"|//[^\n]*+|/\*.*?\*/|[\[\]{},]|\"", re.DOTALL)
-_LIST = re.compile(rb"\[\s*+[{\]]")
 _LIST_OF_OBJECTS = re.compile(rb"\[\s*+\{")
 _MEMBER = re.compile(rb'[\s,]*+"((?>[^"\\]++|\\.)*+)"\s*+:\s*+', re.DOTALL)
 _ONLY_CLOSED = re.compile(rb"[\s,]*+\}\s*+\Z")
@@ -97,9 +96,9 @@ def split(data: mmap.mmap | bytes, *, lines: bool) -> Iterator[Element | Flaw]:
 
 
 def _is_list(data: mmap.mmap | bytes, start: int) -> bool:
-    """Return whether a file is one JSON list over all its lines."""
+    """Return whether a file is one JSON list of objects over all its lines."""
     start = _end_of(_SPACE, data, start)
-    if not _LIST.match(data, start):
+    if not _LIST_OF_OBJECTS.match(data, start):
         return False
     end = _end(data, start)
     return end is None or _end_of(_SPACE, data, end) == len(data)

@@ -88,7 +88,8 @@ def dicom_samples(image: DicomPicture, name: str) -> Samples:
 
 
 def _samples(data: Any, frame: int) -> Samples:
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels.processing import apply_color_lut
+    from pydicom.pixels.utils import pixel_array
 
     kind = str(data.PhotometricInterpretation)
     values = np.asarray(pixel_array(data, index=frame))
@@ -104,7 +105,7 @@ def _samples(data: Any, frame: int) -> Samples:
 
 def _windowed(values: NDArray[Any], data: Any, frame: int, bits: int, signed: bool) -> tuple[NDArray[Any], Depth]:
     """Return grey values after slope and intercept, and which of them are black and white."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
     if "ModalityLUTSequence" in data:
         values = apply_modality_lut(values, data)

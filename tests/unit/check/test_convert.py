@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dianjing.check.check import Settings, check
-from dianjing.check.convert import CAPTION_QUESTION, convert
+from dianjing.check.convert import convert
+from dianjing.check.layouts import CAPTION_QUESTION
 from dianjing.data.record import load_records
 from dianjing.errors import DataError
 from dianjing.pictures.picture import load_image
@@ -98,7 +100,7 @@ def test_parquet(folder: Path, columns: dict[str, Any], question: str, answer: s
     images = [{"bytes": picture(folder), "path": "../../wide.png"}]
     parquet.write_table(arrow.table({"image": images, **columns}), folder / "train.parquet")
     converted = convert(str(folder / "train.parquet"), str(folder / "new/o.json"), "")
-    assert (converted.layout, converted.left_out) == ("parquet", [])
+    assert converted.left_out == []
     (found,) = load_records(str(folder / "new/o.json")).records
     assert (found.turns[0].question, found.turns[0].answer) == (question, answer)
     assert (folder / "new" / found.images[0]).read_bytes() == picture(folder)
@@ -115,8 +117,9 @@ def test_bytes_that_are_no_picture_are_not_kept(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"image": "a.png", "conversations": []}], "LLaVA JSON already"),
-        ([{"prompt": "x"}], "layout is not known"),
+        ([{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}], "LLaVA JSON already"),
+        ([{"prompt": "x"}], "questions without answers"),
+        ([{"x": "x"}], "layout is not known"),
         ([], "no record"),
     ],
 )
@@ -132,3 +135,13 @@ def test_the_data_file_itself_is_never_written(folder: Path) -> None:
     with pytest.raises(DataError, match="the data file itself"):
         convert(str(source), str(source), "")
     assert source.read_bytes() == before
+
+
+def test_phones_write_jpegs_of_two_pictures(folder: Path) -> None:
+    with Image.open(folder / "images/tall.jpg") as image:
+        image.save(folder / "images/phone.jpg", "MPO", save_all=True, append_images=[image.copy()])
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A bus."}]
+    source = write(folder / "m.json", [{"messages": messages, "images": ["phone.jpg"]}])
+    assert convert(str(source), str(folder / "new/o.json"), str(folder / "images")).left_out == []
+    (record,) = load_records(str(folder / "new/o.json")).records
+    assert record.images[0].endswith(".jpg")

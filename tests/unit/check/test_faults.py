@@ -23,7 +23,7 @@ from dianjing.errors import DataError
 from dianjing.model.folders import resolve
 from dianjing.tinyworld.records import Sizes, write_demo_data
 from tests.faults import DataSet, copy_of, everything_under
-from tests.faults_of_pictures import FAULTS
+from tests.faults_of_texts import FAULTS
 
 ALONE_ONLY = ("encoding", "json_syntax", "json_comment", "json_trailing_comma")
 """Each refuses the file whole, which `open_dataset` can show for one at a time."""
@@ -37,7 +37,7 @@ NUM_IMAGE_TOKENS = 4
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a clean set: data.json, held_out.json and images."""
     folder = tmp_path_factory.mktemp("clean")
-    sizes = Sizes(pretrain=1, finetune=110, questions_per_scene=4, held_out=4, held_out_pairs=1, captions=1)
+    sizes = Sizes(pretrain=1, finetune=150, questions_per_scene=4, held_out=4, held_out_pairs=1, captions=1)
     written = write_demo_data(folder, sizes)
     written.finetune.rename(folder / "data.json")
     return folder
@@ -99,7 +99,7 @@ def test_nothing_is_found_in_a_clean_set(data: DataSet, reading: Reading) -> Non
     data.write()
     result = checked(data, reading)
     assert dict(result.findings.counts) == {}
-    assert (result.records, result.refused) == (110, [])
+    assert (result.records, result.refused) == (150, [])
 
 
 @pytest.mark.parametrize("code", FAULTS)

@@ -252,5 +252,7 @@ def test_a_missing_file_and_a_file_of_bytes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.json: cannot be read \(No such file or directory\)"):
         load_records(str(tmp_path / "none.json"))
     (tmp_path / "a.json").write_bytes(b"\xff\xfe[\0]\0")
-    with pytest.raises(DataError, match="it is not UTF-8 text"):
+    with pytest.raises(
+        DataError, match=r"the file is UTF-16, not UTF-8; `dianjing check .*/a.json --fix OUT.json` writes it in UTF-8"
+    ):
         load_records(str(tmp_path / "a.json"))
