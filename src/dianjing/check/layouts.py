@@ -1,4 +1,4 @@
-"""A record of another layout -> its messages, as LLaVA has them, and its pictures."""
+"""A record of another layout -> the same as LLaVA has it."""
 
 from __future__ import annotations
 
