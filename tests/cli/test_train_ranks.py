@@ -47,6 +47,27 @@ def test_a_signal_to_the_launcher_stops_all_ranks_and_another_number_goes_on(mak
     assert read_state(newest(Path(recipe.output))).step == 120
 
 
+def test_ranks_end_with_their_launcher(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(train={"epochs": 5000, "save_every": 10})
+    save_recipe(recipe, tmp_path / "recipe.toml")
+    launcher = start(str(tmp_path / "recipe.toml"), "--gpus", "2")
+    run = Path(recipe.output)
+    while not checkpoints(run):
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    writer = int((run / "run.lock").read_text().split()[1])
+    launcher.kill()
+    launcher.communicate(timeout=TIMEOUT_SECONDS)  # the ranks hold its pipes
+    for _ in range(600):
+        if not Path(f"/proc/{writer}").exists():
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(writer, signal.SIGKILL)
+        pytest.fail("a rank outlived its launcher by a minute")
+    assert 0 < read_state(newest(run)).step < 10_000
+
+
 def test_an_error_on_one_rank_ends_all_and_is_told_once(
     make_recipe: Any, tiny_dataset: TinyDataset, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from dianjing.cli.flags import RunArguments, parse_with_recipe
 from dianjing.config.schema import Recipe
-from dianjing.errors import ModelError
+from dianjing.errors import ConfigError, ModelError
 from dianjing.train.launch import LAUNCHED
 from dianjing.train.places import check_places
 
@@ -31,6 +31,9 @@ class Arguments(RunArguments):
     """Go on from the newest checkpoint of the recipe's output folder."""
     quiet: bool = False
     """Print errors only."""
+    allow_changed: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction] = ()
+    """An input that may differ from that of the checkpoint, or of the run that the projector comes from; the error
+    about it says the name. May be given several times; the run writes it down."""
     gpus: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Train on N GPUs of this machine."""
 
@@ -38,6 +41,8 @@ class Arguments(RunArguments):
 def run(arguments: list[str]) -> int:
     """Train, and return 0; or 128 and the signal's number when a signal stopped the run."""
     given = parse_with_recipe(Arguments, arguments, NAME, f"{SUMMARY}\n{DETAILS}")
+    if given.allow_changed:
+        _check_allowed(given.allow_changed)
     if "WORLD_SIZE" not in os.environ:  # ranks say it together, once
         check_places(given.recipe, resume=given.resume)
     if given.gpus is not None and LAUNCHED not in os.environ:
@@ -46,13 +51,15 @@ def run(arguments: list[str]) -> int:
         return launch(given.gpus, arguments)
 
     from dianjing.train.interrupt import Stopped
+    from dianjing.train.launch import end_with_launcher
     from dianjing.train.loop import train  # slow to import: a typing error in the recipe is said before
     from dianjing.train.ranks import is_main, leave_group
 
+    end_with_launcher()
     if is_main() and not given.quiet:
         _say_refusals(given.recipe)
     try:
-        train(given.recipe, resume=given.resume, quiet=given.quiet)
+        train(given.recipe, resume=given.resume, quiet=given.quiet, allow_changed=given.allow_changed)
     except Stopped as stopped:
         if is_main():
             again = arguments if given.resume else [*arguments, "--resume"]
@@ -61,6 +68,21 @@ def run(arguments: list[str]) -> int:
         return stopped.exit_code
     leave_group()
     return 0
+
+
+def _check_allowed(names: tuple[str, ...]) -> None:
+    """Refuse names that no input has.
+
+    Raises:
+        ConfigError: the names there are.
+    """
+    from dianjing.run.state import ALLOWABLE
+    from dianjing.train.start_checks import CAN_DIFFER
+
+    known = dict.fromkeys((*ALLOWABLE, *CAN_DIFFER))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--allow-changed {name}: there is no such input; choose from {', '.join(known)}")
 
 
 def _say_refusals(recipe: Recipe) -> None:

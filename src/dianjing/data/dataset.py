@@ -18,6 +18,7 @@ from dianjing.data.pack import pack
 from dianjing.data.picture_tokens import Size
 from dianjing.data.source import Records, open_files
 from dianjing.data.survey import image_folder, naming
+from dianjing.data.workers import from_workers
 from dianjing.errors import DataError
 from dianjing.pictures.picture import load_image
 from dianjing.progress import Watch
@@ -170,6 +171,7 @@ def step_batches(
 
     Raises:
         DataError: a picture is broken, or no longer there.
+        TrainError: a worker was killed, or hangs.
     """
     from torch.utils.data import DataLoader
 
@@ -186,6 +188,7 @@ def step_batches(
     batches = iter(
         DataLoader(cast(Any, _Packs(dataset)), batch_size=None, sampler=packs(), num_workers=workers, pin_memory=pinned)
     )
+    batches = from_workers(batches) if workers else batches
     for first in batches:
         made = [first, *islice(batches, sizes.popleft() - 1)]
         for batch in made:

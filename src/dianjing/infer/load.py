@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dianjing.formats.config import read_config
 from dianjing.infer.generate import LoadedModel
 from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
 from dianjing.model.build import build
-from dianjing.model.folders import TINYWORLD, resolve
+from dianjing.model.folders import TINYWORLD, base_folders, resolve
 from dianjing.model.hub import is_hub_name
 from dianjing.model.language import load_exactly, load_language_model
 from dianjing.model.projector import KINDS, picture_tokens
@@ -30,7 +31,8 @@ from dianjing.model.towers.families import family_named
 from dianjing.model.weights import load_trainable_state
 from dianjing.pictures.image import ImageProcessor
 from dianjing.pictures.rule import PLAIN, PictureRule
-from dianjing.run.checkpoint import newest
+from dianjing.run.checkpoint import newest, read_state
+from dianjing.run.fingerprints import changed_inputs, fingerprints
 from dianjing.run.layout import RECIPE, TRAINABLE, is_run
 
 
@@ -82,6 +84,8 @@ def _load_run(run: Path, device: str) -> LoadedModel:
         recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
     _require_bases(recipe, run)
     checkpoint = None if is_adapter(run) else newest(run)
+    if checkpoint:
+        _say_changed_bases(recipe, checkpoint)
     built = build(recipe, device, fresh_projector=True)
     apply_stage(built.model, recipe)
     if checkpoint is None:
@@ -110,6 +114,17 @@ def _require_bases(recipe: Recipe, run: Path) -> None:
             ) from None
     if is_adapter(run):
         require_bases(recipe, run)
+
+
+def _say_changed_bases(recipe: Recipe, checkpoint: Path) -> None:
+    """Print which base models are not those that a run was trained on."""
+    for subject in changed_inputs(
+        read_state(checkpoint).fingerprints, fingerprints(*base_folders(recipe), None)
+    ).values():
+        print(
+            f"warning: {checkpoint}: not what the run was trained on: {subject}; its answers will be others",
+            file=sys.stderr,
+        )
 
 
 def _load_llava(folder: Path, device: str) -> LoadedModel:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,19 +140,29 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState.from_json((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
-def state_to_resume(checkpoint: Path, start: TrainState, notify: Callable[[str], object]) -> TrainState:
+def state_to_resume(
+    checkpoint: Path, start: TrainState, notify: Callable[[str], object], allowed: Collection[str] = ()
+) -> TrainState:
     """Return the state of a checkpoint, for the run that `start` is the beginning of.
 
-    `notify` gets a line when the checkpoint does not say which base models the run began with.
+    `notify` gets a line when the checkpoint does not say which base models the run began with, and on each change
+    that is `allowed`.
 
     Raises:
         CheckpointError: the checkpoint is of another recipe, or the data or base models have changed since.
     """
     saved = read_state(checkpoint)
-    require_same_run(saved, start, checkpoint)
+    changes = require_same_run(saved, start, checkpoint, allowed)
+    for change in changes:
+        notify(f"{checkpoint}: allowed to have changed: {change}")
     if not saved.fingerprints:
         notify(f"{checkpoint} is of an older version: whether base models or pictures have changed is not known")
-    return replace(saved, fingerprints={**start.fingerprints, **saved.fingerprints})
+    return replace(
+        saved,
+        data=start.data,
+        fingerprints={**saved.fingerprints, **start.fingerprints},
+        allowed_changes=(*saved.allowed_changes, *changes),
+    )
 
 
 def _write(folder: Path, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: TrainState) -> None:

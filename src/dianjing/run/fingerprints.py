@@ -56,6 +56,12 @@ def fingerprints(language_model: Path, vision_tower: Path, dataset: Dataset | No
     return found | ({"pictures": _pictures(dataset)} if dataset else {})
 
 
+def changed_inputs(saved: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Return those of SUBJECTS that are known of both sides and differ."""
+    known = saved.keys() & now.keys()
+    return {name: subject for name, subject in SUBJECTS.items() if name in known and saved[name] != now[name]}
+
+
 def base_fingerprint(folder: Path) -> str:
     """Return a SHA-256 of a base model, over what HASHED says: cheap, and different for different weights."""
     digest = hashlib.sha256()

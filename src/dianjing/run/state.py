@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from dianjing.config.schema import Recipe
 from dianjing.config.steps import steps_per_epoch, total_steps
 from dianjing.data.dataset import Dataset
 from dianjing.errors import CheckpointError
-from dianjing.run.fingerprints import SUBJECTS
+from dianjing.run.fingerprints import SUBJECTS, changed_inputs
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -54,6 +54,8 @@ class TrainState:
     """Counts of the data set, and its fingerprint."""
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     """Of SUBJECTS, and of the projector before the first step; none in checkpoints of older versions."""
+    allowed_changes: tuple[str, ...] = ()
+    """Changes of the inputs that --allow-changed let pass, in the order of time."""
 
     def to_json(self) -> str:
         """Return the state as JSON text."""
@@ -64,11 +66,16 @@ class TrainState:
         """Return the state that `to_json` wrote."""
         fields = json.loads(text)
         fields["recipe"] = {RENAMED.get(name, name): value for name, value in fields["recipe"].items()}
+        fields["allowed_changes"] = tuple(fields.get("allowed_changes", ()))
         return TrainState(**fields)
 
 
 def state_at(
-    step: int, recipe: Recipe, dataset: Dataset | None, fingerprints: Mapping[str, str] | None = None
+    step: int,
+    recipe: Recipe,
+    dataset: Dataset | None,
+    fingerprints: Mapping[str, str] | None = None,
+    allowed_changes: Sequence[str] = (),
 ) -> TrainState:
     """Return the state of a run after `step` optimizer steps; without a data set it cannot be resumed."""
     matters = {name: value for name, value in flatten(recipe).items() if name not in FREE_TO_CHANGE}
@@ -94,11 +101,21 @@ def state_at(
         recipe=matters,
         data={**dataset.report, "fingerprint": dataset.fingerprint},
         fingerprints=found,
+        allowed_changes=tuple(allowed_changes),
     )
 
 
-def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> None:
+DATA = "data"
+ALLOWABLE = (DATA, *SUBJECTS)
+"""Names that --allow-changed takes when a run is resumed; the number of records cannot change."""
+
+
+def require_same_run(
+    saved: TrainState, now: TrainState, checkpoint: object, allowed: Collection[str] = ()
+) -> tuple[str, ...]:
     """Refuse to go on with another recipe, other data or other base models than before.
+
+    Return the changes that were `allowed` by one of ALLOWABLE.
 
     Raises:
         CheckpointError: all that changed is named.
@@ -109,20 +126,23 @@ def require_same_run(saved: TrainState, now: TrainState, checkpoint: object) -> 
     defaults = {name: one.default for name, one in recipe_fields().items() if one.default is not MISSING}
     added = {name: defaults[name] for name in now.recipe.keys() - saved.recipe.keys() if name in defaults}
     changed = [*_changes({**saved.recipe, **added}, now.recipe)]
+    inputs: dict[str, list[str]] = {}
     if saved.data["fingerprint"] != now.data["fingerprint"]:
         saved_counts, counts = ({**state.data, "fingerprint": None} for state in (saved, now))
-        changed += [f"the data: {change}" for change in _changes(saved_counts, counts)] or [
+        inputs[DATA] = [f"the data: {change}" for change in _changes(saved_counts, counts)] or [
             "the data: texts, answers, pictures or their order"
         ]
-    changed += [
-        subject
-        for name, subject in SUBJECTS.items()
-        if name in saved.fingerprints and saved.fingerprints[name] != now.fingerprints.get(name)
-    ]
+        if saved.data.get("records") != now.data.get("records"):
+            changed += inputs.pop(DATA)
+    inputs |= {name: [subject] for name, subject in changed_inputs(saved.fingerprints, now.fingerprints).items()}
+    refused = [name for name in inputs if name not in allowed]
+    changed += [change for name in refused for change in inputs[name]]
     if changed:
-        raise CheckpointError(
-            "\n  ".join([f"{checkpoint}: it is of another run; undo this, or start a new run:", *changed])
-        )
+        way_out = f"; or, if it is meant, give {' '.join(f'--allow-changed {name}' for name in refused)}"
+        way_out = way_out if refused else ""
+        head = f"{checkpoint}: it is of another run; undo this, or start a new run{way_out}:"
+        raise CheckpointError("\n  ".join([head, *changed]))
+    return tuple(f"step {saved.step}: {change}" for changes in inputs.values() for change in changes)
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

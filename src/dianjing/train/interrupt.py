@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard at the end of a step."""
+"""Ctrl-C, SIGTERM and SIGHUP, heard at the end of a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+def stopping() -> list[int]:
+    """Return the signals that stop a run; SIGHUP not under nohup, which has it ignored."""
+    held = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if held else [signal.SIGHUP])]
 
 
 class Stopped(Exception):
@@ -27,7 +31,7 @@ class Interrupt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        self._before = {number: signal.signal(number, self._hear) for number in STOPPING}
+        self._before = {number: signal.signal(number, self._hear) for number in stopping()}
         return self
 
     def __exit__(

@@ -7,15 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
 
 from dianjing.errors import ConfigError, TrainError
-from dianjing.train.interrupt import STOPPING
+from dianjing.train.interrupt import stopping
 
 LAUNCHED = "DIANJING_LAUNCHED"
-"""In the environment of the ranks, which have the command line of the launch, --gpus included."""
+"""In the environment of the ranks: the process of the launch, whose command line they have, --gpus included."""
 GRACE_SECONDS = 15.0
 """How long the others may take to end by themselves once a rank has failed."""
 LOOK_SECONDS = 0.1
@@ -50,7 +51,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in STOPPING}
+    before = {number: signal.signal(number, pass_on) for number in stopping()}
     try:
         code = _wait(processes)
     finally:
@@ -67,6 +68,19 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     )
 
 
+def end_with_launcher() -> None:
+    """Let a rank stop, as SIGTERM does, once the process that has started it is gone."""
+    launcher = int(os.environ.get(LAUNCHED, "0"))
+
+    def look() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if launcher:
+        threading.Thread(target=look, daemon=True).start()
+
+
 def _environment(ranks: int) -> dict[str, str]:
     import torch  # slow to import
 
@@ -77,7 +91,7 @@ def _environment(ranks: int) -> dict[str, str]:
         raise ConfigError(f"--gpus {ranks}: this machine has {gpus} GPUs")
     environment = {
         **os.environ,
-        LAUNCHED: "1",
+        LAUNCHED: str(os.getpid()),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from dianjing.config.steps import few_steps
 from dianjing.data.collate import Batch
 from dianjing.data.dataset import open_dataset, step_batches
 from dianjing.data.order import run_indices
+from dianjing.data.workers import lost_workers_explained
 from dianjing.errors import ConfigError
 from dianjing.model.build import build
 from dianjing.model.compile import speed_up
@@ -41,7 +42,8 @@ from dianjing.train.precision import settle_precision
 from dianjing.train.ranks import SILENCE_MINUTES, one_error
 from dianjing.train.samples import Samples
 from dianjing.train.shards import require_engine, start_engine
-from dianjing.train.silent_failures import SilentFailures, require_pictures
+from dianjing.train.silent_failures import SilentFailures
+from dianjing.train.start_checks import require_learning, require_pictures, require_same_eyes
 from dianjing.train.step import Parts, over_ranks, take_step
 from dianjing.train.strategy import Strategy, strategy_of
 
@@ -49,12 +51,14 @@ BYTES_PER_PARAMETER = 12
 """In a checkpoint: the weight and AdamW's two moments, in fp32."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
+def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False, allow_changed: Sequence[str] = ()) -> Path:
     """Train as the recipe says and return the run's folder; `resume` goes on from its newest whole checkpoint.
+
+    `allow_changed` names inputs that may differ from those of the checkpoint, or of the projector's own run.
 
     Raises:
         DianjingError: the recipe, a model, the data or the folder cannot be used, or training failed.
-        Stopped: SIGINT or SIGTERM came; the checkpoint is written.
+        Stopped: SIGINT, SIGTERM or SIGHUP came; the checkpoint is written.
     """
     require_engine(recipe)
     # A warning about the thread of the backward pass, which then sets the context up itself.
@@ -63,12 +67,19 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Path:
     main = accelerator.is_main_process
     run = Path(recipe.output).expanduser()
     log = Log(run, quiet=quiet or not main, write=main)
-    with one_error(), out_of_memory_explained(), locked(run, log.warn) if main else nullcontext():
-        _train(recipe, accelerator, log, run, resume=resume)
+    with (
+        one_error(),
+        out_of_memory_explained(),
+        lost_workers_explained(),
+        locked(run, log.warn) if main else nullcontext(),
+    ):
+        _train(recipe, accelerator, log, run, resume=resume, allowed=allow_changed)
     return run
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, resume: bool) -> None:
+def _train(
+    recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, resume: bool, allowed: Sequence[str]
+) -> None:
     checkpoint = newest(run, log.warn) if resume else require_new(run)
     recipe, precision = settle_precision(recipe, accelerator, checkpoint)
     strategy = strategy_of(recipe, accelerator)
@@ -90,11 +101,14 @@ def _train(recipe: Recipe, accelerator: Accelerator, log: Log, run: Path, *, res
     require_pictures(dataset, recipe.stage)
 
     found = fingerprints(*base_folders(recipe), dataset)
+    origin: Sequence[str] = ()
     if not checkpoint:
+        origin = require_same_eyes(recipe, built.model, found, allowed, log.warn)
         found[PROJECTOR_START] = weights_fingerprint(built.model.model.multi_modal_projector.state_dict())
-    state = state_at(0, recipe, dataset, found)
+    state = state_at(0, recipe, dataset, found, origin)
+    require_learning(recipe, stage, state.total_steps, log.warn)
     if checkpoint:
-        state = state_to_resume(checkpoint, state, log.warn)
+        state = state_to_resume(checkpoint, state, log.warn, allowed)
         load_trainable_state(built.model, load_file(checkpoint / TRAINABLE))
     checkpointing, why = plan_checkpointing(built.model, recipe, dataset, accelerator, compiled=strategy.compiled)
     log.show(*([why] if why else []))
@@ -134,7 +148,7 @@ def _take_all_steps(parts: Parts, strategy: Strategy, state: TrainState, log: Lo
             last = step == state.total_steps
             stopped_by = _on_any_rank(accelerator, interrupt.number)
             if last or stopped_by or step % recipe.train.save_every == 0:
-                _save(parts, state_at(step, recipe, parts.dataset, state.fingerprints), run)
+                _save(parts, state_at(step, recipe, parts.dataset, state.fingerprints, state.allowed_changes), run)
                 step_log.curve()
             if accelerator.is_main_process and samples.due(step, last):
                 samples.answer(step)

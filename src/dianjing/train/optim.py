@@ -47,12 +47,18 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> fl
     XTuner's curve: linear over the first int(warmup_ratio * total_steps) steps, then a cosine to 0. Its warm-up
     of one step would never end, and becomes one of two.
     """
-    warmup = int(warmup_ratio * total_steps)
-    if warmup_ratio > 0:
-        warmup = max(warmup, SHORTEST_WARMUP) if total_steps >= SHORTEST_SCHEDULE else 0
+    warmup = warmup_steps(total_steps, warmup_ratio)
     if step < warmup:
         return WARMUP_START + (1 - WARMUP_START) * step / (warmup - 1)
     return (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
+
+
+def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
+    """Return the steps in which the learning rate rises."""
+    warmup = int(warmup_ratio * total_steps)
+    if warmup_ratio > 0:
+        warmup = max(warmup, SHORTEST_WARMUP) if total_steps >= SHORTEST_SCHEDULE else 0
+    return warmup
 
 
 def set_learning_rates(optimizer: Optimizer, factor: float) -> None:

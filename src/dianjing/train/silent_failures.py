@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dianjing.data.dataset import Dataset
 from dianjing.errors import TrainError
 
 BLIND_STEPS = 3
 """Steps with pictures in a row, in which the projector may get no gradient at all."""
 NAMES_SHOWN = 8
-
-
-def require_pictures(dataset: Dataset, stage: str) -> None:
-    """Refuse to pretrain a projector on text.
-
-    Raises:
-        TrainError: no record of the data set has a picture.
-    """
-    if stage == "pretrain" and not dataset.report.get("pictures"):
-        raise TrainError(
-            f"{dataset.config.path}: no record has a picture, so the projector has nothing to learn from; give "
-            "records with an 'image'"
-        )
 
 
 class SilentFailures:

@@ -14,9 +14,11 @@ from dianjing.data.encode import load_tokenizer
 from dianjing.errors import CheckpointError, ModelError
 from dianjing.infer.generate import generate_ids
 from dianjing.infer.load import load_for_use
+from dianjing.train.loop import train
 from tests.chat_templates import RUNS
 from tests.conftest import MakeRecipe
 from tests.loaded_models import conversations, loaded_model, loaded_text_model, write_run
+from tests.tiny import write_clip
 
 TOKENS = 12
 
@@ -37,6 +39,19 @@ def test_a_run_answers_as_it_was_left(make_recipe: MakeRecipe, stage: str, secti
     assert loaded.can_see
     assert loaded.name == str(run)
     assert generate_ids(loaded, conversations(), TOKENS) == generate_ids(trained, conversations(), TOKENS)
+
+
+def test_a_run_on_other_bases_than_it_was_trained_on_is_said(
+    make_recipe: MakeRecipe, tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower = shutil.copytree(tiny_clip, tmp_path / "tower")
+    run = train(make_recipe(vision_tower={"folder": str(tower)}, train={"max_steps": 1}), quiet=True)
+    capsys.readouterr()
+    load_for_use(str(run), "cpu")
+    assert "warning" not in capsys.readouterr().err
+    write_clip(tower, seed=9)
+    load_for_use(str(run), "cpu")
+    assert "not what the run was trained on: the vision tower" in capsys.readouterr().err
 
 
 def test_a_text_llm_has_no_eyes(tiny_llm: Path) -> None:
