@@ -65,6 +65,7 @@ def test_the_command_itself(file: Path) -> None:
         (["FILE", "--language-model.template", "interlm2_chat"], "internlm2_chat"),
         (["FILE", "--data.max-tokens", "20"], "tokens, but max_tokens is 20; shorten it, raise data.max_tokens"),
         (["FILE", "--projector.init-from", "no-run"], "no-run: no such run or checkpoint"),
+        (["FILE", "--allow-changed", "tower"], "--allow-changed tower: there is no such input; choose from data, "),
         (["FILE", "--resume"], "there is no checkpoint in it; train without --resume first"),
     ],
 )
@@ -265,7 +266,7 @@ def test_other_inputs_under_the_same_names_are_refused_on_resume(
     shutil.copytree(folders[part], tmp_path / "before")
     change(folders[part])
     message = complaint(capsys, tmp_path / "run.toml", "--resume")
-    assert "it is of another run; undo this, or start a new run:\n" in message
+    assert "it is of another run; undo this, or start a new run; or, if it is meant, give --allow-changed " in message
     assert named in message
     shutil.rmtree(folders[part])
     (tmp_path / "before").rename(folders[part])
