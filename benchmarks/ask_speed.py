@@ -13,14 +13,17 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from train_inputs import make_inputs, recipe_of
 
+from dianjing.infer.answering import answering
 from dianjing.infer.answers import answer_questions
-from dianjing.infer.generate import Conversation, LoadedModel, Prompt, answering, generate_ids, prepare
+from dianjing.infer.generate import Conversation, LoadedModel, Prompt, generate_ids, prepare
+from dianjing.infer.pictures import PictureFiles
 from dianjing.infer.questions import Question
 from dianjing.model.build import build
 from dianjing.pictures.picture import load_image
@@ -73,6 +76,16 @@ def run(chosen: argparse.Namespace, work: Path) -> None:
     answer_questions(loaded, warm, root, 4)
     _, seconds = timed(from_disk)
     report("dianjing, pictures from disk", seconds, chosen)
+    changed = [replace(one, images=questions[i - 1].images) for i, one in enumerate(questions)]
+    blank = [replace(one, text=one.text.replace("<image>\n", ""), images=()) for one in questions]
+
+    def three_ways() -> None:
+        files = PictureFiles(loaded)
+        for asked in (questions, changed, blank):
+            answer_questions(loaded, asked, root, chosen.tokens, files=files)
+
+    _, seconds = timed(three_ways)
+    report("dianjing, right picture, another one and none", seconds, chosen, times=3)
     pictures = {name: load_image(root, name) for name in {question.images[0] for question in questions}}
     asked = [Conversation((), question.text, [pictures[question.images[0]]]) for question in questions]
     ours, seconds = timed(lambda: generate_ids(loaded, asked, chosen.tokens))
@@ -99,11 +112,11 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - began
 
 
-def report(row: str, seconds: float, chosen: argparse.Namespace, **more: float) -> None:
+def report(row: str, seconds: float, chosen: argparse.Namespace, times: int = 1, **more: float) -> None:
     found = {
         "row": row,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "answers_per_second": round(chosen.questions / seconds, 2),
+        "answers_per_second": round(times * chosen.questions / seconds, 2),
         "seconds": round(seconds, 2),
         "new_tokens": chosen.tokens,
         **{name: round(value, 4) for name, value in more.items()},

@@ -13,6 +13,7 @@ from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.template import get_template
 from dianjing.infer.generate import Conversation, LoadedModel
+from dianjing.layers.attention import PACKED
 from dianjing.model.build import build
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import apply_stage
@@ -52,6 +53,7 @@ def loaded_text_model(folder: Path) -> LoadedModel:
         image_token_id=image_token_id(tokenizer),
     )
     model, _ = load_language_model(folder, torch.float32)
+    model.set_attn_implementation(PACKED)
     return LoadedModel(name="text", model=model.eval(), tokenizer=tokenizer, encoder=encoder, image_processor=None)
 
 

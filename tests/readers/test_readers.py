@@ -20,15 +20,8 @@ import torch
 
 from dianjing.export.export import export
 from dianjing.export.receipt import drawn_cases
-from dianjing.infer.generate import (
-    Conversation,
-    LoadedModel,
-    answering,
-    generate_ids,
-    language_parts,
-    left_padded,
-    prepare,
-)
+from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, pack, prepare
 from tests.conftest import MakeRecipe
 from tests.loaded_models import loaded_model
 from tests.readers.read_export import ANSWER_TOKENS
@@ -68,7 +61,7 @@ def last_logits(loaded: LoadedModel, conversation: Conversation) -> torch.Tensor
     """Return the run's logits where the answer begins."""
     decoder, head = language_parts(loaded.model)
     with answering(loaded.model):
-        embeddings, _ = left_padded(loaded, [prepare(loaded, conversation)])
+        embeddings = pack(loaded, [prepare(loaded, conversation)]).embeddings[None]
         return head(decoder(inputs_embeds=embeddings).last_hidden_state[0, -1])
 
 

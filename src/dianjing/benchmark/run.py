@@ -17,11 +17,10 @@ from dianjing.eval.sight import digests, other_pictures
 from dianjing.eval.summary import NO_PICTURE, OTHER_PICTURE, RIGHT, WAYS, Figure, interval
 from dianjing.infer.answers import answer_questions, check_pictures
 from dianjing.infer.generate import LoadedModel
+from dianjing.infer.pictures import PictureFiles
 from dianjing.infer.questions import Question
 from dianjing.journal import JournalFile
 
-AT_A_TIME = 64
-"""Answers between two writes to the disk."""
 ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
 
 
@@ -156,6 +155,7 @@ class _Answers:
     def __init__(self, loaded: LoadedModel, asked: Asked, advance: Callable[[int], object], closing: ExitStack) -> None:
         self._loaded, self._asked, self._advance = loaded, asked, advance
         self._known: dict[tuple[str, str], str] = {}
+        self._files = PictureFiles(loaded)
         self._journal: JournalFile | None = None
         if asked.journal is not None:
             self._journal = JournalFile(asked.journal, asked.header, "give another --out")
@@ -169,15 +169,15 @@ class _Answers:
         """Return an answer for each question; None where it cannot be asked so."""
         wanted = [one for one in questions if one is not None and (way, one.id) not in self._known]
         self._advance(sum(one is not None for one in questions) - len(wanted))
-        for start in range(0, len(wanted), AT_A_TIME):
-            some = wanted[start : start + AT_A_TIME]
-            limit = self._asked.benchmark.max_new_tokens
-            said = answer_questions(self._loaded, some, self._asked.image_root, limit)
-            for one, answer in zip(some, said, strict=True):
-                self._known[way, one.id] = answer
-                if self._journal is not None:
-                    self._journal.append({"way": way, "id": one.id, "answer": answer})
-            self._advance(len(some))
+
+        def answered(one: Question, answer: str) -> None:
+            self._known[way, one.id] = answer
+            if self._journal is not None:
+                self._journal.append({"way": way, "id": one.id, "answer": answer})
+            self._advance(1)
+
+        limit = self._asked.benchmark.max_new_tokens
+        answer_questions(self._loaded, wanted, self._asked.image_root, limit, answered, self._files)
         return [self._known[way, one.id] if one is not None else None for one in questions]
 
 

@@ -29,6 +29,7 @@ from dianjing.eval.summary import (
 )
 from dianjing.infer.answers import answer_questions
 from dianjing.infer.generate import LoadedModel
+from dianjing.infer.pictures import PictureFiles
 from dianjing.infer.questions import Question
 
 T = TypeVar("T")
@@ -138,8 +139,13 @@ def evaluate(
     """
     digest_of = digests((name for question in questions for name in question.images), image_root)
     changed = _Changed.of(questions, digest_of, image_root, foreign)
-    losses = _losses(loaded, questions, changed, advance) if with_losses else _unmeasured(questions)
-    answers_to = _Asker(loaded, max_new_tokens, advance)
+    files = PictureFiles(loaded)
+    losses_of = partial(reference_losses, loaded, advance=advance, files=files)
+    losses = _losses(loaded, questions, changed, losses_of) if with_losses else _unmeasured(questions)
+    answers_to = _Asker(
+        partial(answer_questions, loaded, max_new_tokens=max_new_tokens, answered=lambda *_: advance(1), files=files),
+        advance,
+    )
     right = answers_to(questions, image_root)
     instead = other_questions(questions, digest_of) if loaded.can_see else [None] * len(questions)
     if loaded.can_see:
@@ -228,12 +234,15 @@ def _unmeasured(questions: Sequence[Question]) -> dict[str, list[float | None]]:
 
 
 def _losses(
-    loaded: LoadedModel, questions: Sequence[Question], changed: _Changed, advance: Callable[[int], object]
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    changed: _Changed,
+    losses_of: Callable[[Sequence[Question], str], list[float]],
 ) -> dict[str, list[float | None]]:
     """Return the loss of each reference by way of asking; None where it is not asked so."""
 
     def measured(wanted: Sequence[Question | None], root: str) -> list[float | None]:
-        found = iter(reference_losses(loaded, [one for one in wanted if one], root, advance))
+        found = iter(losses_of([one for one in wanted if one], root))
         return [next(found) if one else None for one in wanted]
 
     image_root = changed.roots[0]
@@ -256,9 +265,8 @@ def _either(first: Sequence[T | None], second: Sequence[T | None]) -> list[T | N
 class _Asker:
     """Asks questions of one model, each once however often it is wanted."""
 
-    def __init__(self, loaded: LoadedModel, max_new_tokens: int, advance: Callable[[int], object]) -> None:
-        self._ask = partial(answer_questions, loaded, max_new_tokens=max_new_tokens, advance=advance)
-        self._advance = advance
+    def __init__(self, ask: Callable[[Sequence[Question], str], list[str]], advance: Callable[[int], object]) -> None:
+        self._ask, self._advance = ask, advance
         self._said: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
     def __call__(self, wanted: Sequence[Question | None], image_root: str) -> list[str | None]:

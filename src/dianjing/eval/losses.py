@@ -5,25 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.encode import Example
 from dianjing.data.record import Record, Turn, without_markers
 from dianjing.errors import DataError
-from dianjing.infer.answers import WINDOW, load_pictures
-from dianjing.infer.generate import (
-    CPU_POSITIONS,
-    LoadedModel,
-    Prompt,
-    answering,
-    language_parts,
-    left_padded,
-)
+from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.answers import with_pictures
+from dianjing.infer.generate import CPU_POSITIONS, LoadedModel, Prompt, pack
+from dianjing.infer.pictures import PictureFiles
 from dianjing.infer.questions import Question
 
 ROWS_AT_A_TIME = 1024
@@ -35,18 +28,17 @@ def reference_losses(
     questions: Sequence[Question],
     image_root: str,
     advance: Callable[[int], object] = lambda count: None,
+    files: PictureFiles | None = None,
 ) -> list[float]:
     """Return the mean cross-entropy of each reference answer, in nats a token, with the token that ends it.
 
-    Pictures are not shown to a model without eyes.
+    Pictures are not shown to a model without eyes; `files` keeps them from one call to the next.
 
     Raises:
         DataError: a question and its reference are longer than the model can read.
     """
     losses: list[float] = []
-    for start in range(0, len(questions), WINDOW):
-        window = questions[start : start + WINDOW]
-        pictures = load_pictures(window, image_root, loaded.picture_rule) if loaded.can_see else {}
+    for window, pictures in with_pictures(loaded, questions, image_root, files):
         shown = [[pictures[name] for name in question.images if pictures] for question in window]
         examples = [
             _example(loaded, question, [(image.height, image.width) for image in images])
@@ -80,13 +72,15 @@ def _example(loaded: LoadedModel, question: Question, sizes: Sequence[tuple[int,
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Yield the numbers of examples of similar length, at most CPU_POSITIONS together, padding included."""
+    """Yield the numbers of examples, at most CPU_POSITIONS together."""
     batch: list[int] = []
-    for row in sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids)):
-        if batch and (len(batch) + 1) * len(examples[row].input_ids) > CPU_POSITIONS:
+    positions = 0
+    for row, example in enumerate(examples):
+        if batch and positions + len(example.input_ids) > CPU_POSITIONS:
             yield batch
-            batch = []
+            batch, positions = [], 0
         batch.append(row)
+        positions += len(example.input_ids)
     if batch:
         yield batch
 
@@ -94,23 +88,15 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
 def _losses(loaded: LoadedModel, prompts: Sequence[Prompt], labels: Sequence[Sequence[int]]) -> list[float]:
     decoder, head = language_parts(loaded.model)
     with answering(loaded.model):
-        embeddings, attention_mask = left_padded(loaded, prompts)
-        hidden = decoder(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        longest = hidden.shape[1]
-        padded = [[IGNORE_INDEX] * (longest - len(row)) + [IGNORE_INDEX, *row[1:]] for row in labels]
-        targets = torch.tensor(padded, device=hidden.device)[:, 1:]  # of the row before each
+        together = pack(loaded, prompts)
+        hidden = decoder(**together.arguments, use_cache=False).last_hidden_state[0]
+        # Each row foretells the next one; the first of a record is foretold by none.
+        targets = torch.tensor([label for row in labels for label in (IGNORE_INDEX, *row[1:])], device=hidden.device)[
+            1:
+        ]
         supervised = targets != IGNORE_INDEX
-        rows, wanted = hidden[:, :-1][supervised], targets[supervised]
+        rows, wanted = hidden[:-1][supervised], targets[supervised]
         parts = zip(rows.split(ROWS_AT_A_TIME), wanted.split(ROWS_AT_A_TIME), strict=True)
         each = torch.cat([cross_entropy(head(part).float(), target, reduction="none") for part, target in parts])
-    counts = cast(list[int], supervised.sum(1).tolist())
-    return [_mean(part) for part in each.double().split(counts)]
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean())
+    counts = [sum(label != IGNORE_INDEX for label in row[1:]) for row in labels]
+    return [float(part.mean()) for part in each.double().split(counts)]

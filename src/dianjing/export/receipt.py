@@ -21,15 +21,8 @@ from torch import Tensor, nn
 from dianjing import __version__
 from dianjing.data.record import with_markers
 from dianjing.errors import ExportError
-from dianjing.infer.generate import (
-    Conversation,
-    LoadedModel,
-    answering,
-    generate_ids,
-    language_parts,
-    left_padded,
-    prepare,
-)
+from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, pack, prepare
 
 TOLERANCE = 1e-4
 """Largest difference of two fp32 logits, on the scale of the largest logit when that is above 1."""
@@ -202,7 +195,7 @@ def run_forms(loaded: LoadedModel, conversation: Conversation, answer: Sequence[
 def _logits(loaded: LoadedModel, conversation: Conversation, answer: Sequence[int]) -> Logits:
     decoder, head = language_parts(loaded.model)
     with answering(loaded.model):
-        embeddings, _ = left_padded(loaded, [prepare(loaded, conversation)])
+        embeddings = pack(loaded, [prepare(loaded, conversation)]).embeddings[None]
         tail = loaded.model.get_input_embeddings()(torch.tensor([answer[:-1]], device=embeddings.device).long())
         hidden = decoder(inputs_embeds=torch.cat([embeddings, tail], 1), use_cache=False).last_hidden_state
         return head(hidden[0]).float()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from PIL.Image import Image
 
 from dianjing.errors import DataError
-from dianjing.infer.generate import Conversation, LoadedModel, generate
+from dianjing.infer.generate import LoadedModel, continue_prompts, prompt_of, text_of
+from dianjing.infer.pictures import PictureFiles, SeenPicture
 from dianjing.infer.questions import Question
 from dianjing.pictures.picture import check_image, load_image
 from dianjing.pictures.rule import PictureRule
 from dianjing.pictures.threads import on_all_cores
 
-WINDOW = 256
+WINDOW = 512
 """Questions whose pictures are in memory at the same time."""
 PROBLEMS_SHOWN = 20
 
@@ -23,20 +24,46 @@ def answer_questions(
     questions: Sequence[Question],
     image_root: str,
     max_new_tokens: int,
-    advance: Callable[[int], object] = lambda count: None,
+    answered: Callable[[Question, str], object] = lambda question, answer: None,
+    files: PictureFiles | None = None,
 ) -> list[str]:
-    """Return one greedy answer for each question; `advance` gets the number answered since its last call."""
+    """Return one greedy answer for each question; `answered` gets each as soon as it is complete, in any order.
+
+    `files` keeps pictures from one call to the next.
+    """
     answers: list[str] = []
-    for start in range(0, len(questions), WINDOW):
-        window = questions[start : start + WINDOW]
-        pictures = load_pictures(window, image_root, loaded.picture_rule) if loaded.can_see else {}
-        conversations = [
-            Conversation((), question.text, [pictures[name] for name in question.images if pictures])
+    for window, pictures in with_pictures(loaded, questions, image_root, files):
+        prompts = [
+            prompt_of(loaded, (), question.text, [pictures[name] for name in question.images if pictures])
             for question in window
         ]
-        answers += generate(loaded, conversations, max_new_tokens)
-        advance(len(window))
+
+        def finished(number: int, ids: list[int], window: Sequence[Question] = window) -> None:
+            answered(window[number], text_of(loaded, ids))
+
+        ids = continue_prompts(loaded, prompts, max_new_tokens, finished=finished)
+        answers += [text_of(loaded, answer) for answer in ids]
     return answers
+
+
+def with_pictures(
+    loaded: LoadedModel, questions: Sequence[Question], image_root: str, files: PictureFiles | None = None
+) -> Iterator[tuple[Sequence[Question], dict[str, SeenPicture]]]:
+    """Yield some questions at a time, and their pictures by name; none for a model without eyes."""
+    windows = [questions[start : start + WINDOW] for start in range(0, len(questions), WINDOW)]
+    if not loaded.can_see:
+        yield from ((window, {}) for window in windows)
+        return
+    files = files or PictureFiles(loaded)
+    for number, window in enumerate(windows):
+        pictures = files.look(image_root, _names(window))
+        for following in windows[number + 1 : number + 2]:
+            files.read_ahead(image_root, _names(following))
+        yield window, pictures
+
+
+def _names(questions: Sequence[Question]) -> list[str]:
+    return [name for question in questions for name in question.images]
 
 
 def load_pictures(questions: Sequence[Question], image_root: str, rule: PictureRule) -> dict[str, Image]:

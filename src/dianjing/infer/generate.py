@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from PIL.Image import Image
-from torch import Tensor, nn
-from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
 from dianjing.config.schema import Recipe
 from dianjing.constants import IMAGE_MARKER
 from dianjing.data.encode import Encoder
 from dianjing.errors import DataError
-from dianjing.model.forward import arithmetic, embed, image_features
+from dianjing.infer.answering import answering
+from dianjing.infer.pictures import SeenPicture, look
+from dianjing.infer.slots import Pack
+from dianjing.infer.writing import Writing
+from dianjing.layers.attention import PACKED
+from dianjing.model.forward import embed
 from dianjing.pictures.image import ImageProcessor
 from dianjing.pictures.rule import PLAIN, PictureRule
-from dianjing.pictures.threads import on_all_cores
 
 MAX_NEW_TOKENS = 256
 CPU_POSITIONS = 16384
-"""Most positions (prompts, padding and answers) in one batch on a CPU, where larger batches are not faster."""
+"""Most positions (prompts and answers) that are worked on at once on a CPU, where more are not faster."""
 OF_FREE_MEMORY = 0.4
-"""Share of a GPU's free memory that a batch may take by estimate; the rest is for attention and copies of the cache."""
+"""Share of a GPU's free memory for keys and values."""
+AT_ONCE = 256
+"""Most answers written side by side."""
+STEPS_ON_GPU = 16
+"""Tokens between two looks at which answers are complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +104,7 @@ def generate(
     Raises:
         ValueError: a conversation has more or fewer pictures than markers.
     """
-    stops = stop_sequences(loaded)
-    ids = generate_ids(loaded, conversations, max_new_tokens, sampling)
-    return [_text(loaded, tokens, stops) for tokens in ids]
+    return [text_of(loaded, ids) for ids in generate_ids(loaded, conversations, max_new_tokens, sampling)]
 
 
 def generate_ids(
@@ -108,25 +114,36 @@ def generate_ids(
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """Return the token ids of each answer, with those that ended it."""
-    prompts = [prepare(loaded, conversation) for conversation in conversations]
+    return continue_prompts(loaded, [prepare(loaded, one) for one in conversations], max_new_tokens, sampling)
+
+
+def continue_prompts(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+    finished: Callable[[int, list[int]], object] = lambda number, ids: None,
+) -> list[list[int]]:
+    """Return the token ids of each answer, with those that ended it; `finished` gets each as soon as it is complete."""
+    prompts = _looked_at(loaded, prompts)
     stops = stop_sequences(loaded)
-    written: list[list[int]] = [[] for _ in prompts]
-    lengths = [len(prompt.input_ids) for prompt in prompts]
-    batches = [*_batches(lengths, max_new_tokens, _positions_that_fit(loaded.model))]
-    while batches:
-        rows = batches.pop(0)
-        try:
-            for row, token in _tokens(loaded, [prompts[i] for i in rows], max_new_tokens, sampling, stops):
-                written[rows[row]].append(token)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-            print(f"out of GPU memory with {len(rows)} questions at once; asking half of them", file=sys.stderr)
-            half = len(rows) // 2
-            batches = [rows[:half], rows[half:], *batches]
-            written = [[] if i in rows else tokens for i, tokens in enumerate(written)]
-            torch.cuda.empty_cache()
-    return written
+    answers: dict[int, list[int]] = {}
+    for group in _groups([len(prompt.input_ids) for prompt in prompts], max_new_tokens):
+        at_once = _slots_that_fit(loaded.model, len(prompts[group[0]].input_ids) + max_new_tokens)
+        while waiting := [number for number in group if number not in answers]:
+            at_once = min(at_once, len(waiting))
+            writing = [prompts[number] for number in waiting]
+            try:
+                for row, ids in _answers(loaded, writing, max_new_tokens, sampling, stops, at_once):
+                    answers[waiting[row]] = ids
+                    finished(waiting[row], ids)
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                print(f"out of GPU memory with {at_once} questions at once; asking half of them", file=sys.stderr)
+                at_once //= 2
+                torch.cuda.empty_cache()
+    return [answers[number] for number in range(len(prompts))]
 
 
 def stream(
@@ -141,7 +158,9 @@ def stream(
     held_back = max(map(len, stops), default=0)
     tokens: list[int] = []
     shown = ""
-    for _, token in _tokens(loaded, [prompt], max_new_tokens, sampling, stops):
+    for _, token in _tokens(loaded, [prompt], max_new_tokens, sampling, stops, at_once=1, steps=1):
+        if token is None:
+            break
         tokens.append(token)
         text = _decode(loaded, tokens[: max(len(tokens) - held_back, 0)])
         # A character of several tokens is unreadable (U+FFFD) until its last one is there; a blank at the end
@@ -150,7 +169,7 @@ def stream(
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
-    if rest := _text(loaded, tokens, stops)[len(shown) :]:
+    if rest := text_of(loaded, tokens)[len(shown) :]:
         yield rest
 
 
@@ -167,7 +186,7 @@ class Prompt(NamedTuple):
     """Input of the model: token ids, each picture as its image tokens, and the pictures."""
 
     input_ids: list[int]
-    images: Sequence[Image]
+    images: Sequence[Image | SeenPicture]
 
 
 def prepare(loaded: LoadedModel, conversation: Conversation) -> Prompt:
@@ -177,7 +196,13 @@ def prepare(loaded: LoadedModel, conversation: Conversation) -> Prompt:
         ValueError: the conversation has more or fewer pictures than markers.
         DataError: it is longer than the model can read.
     """
-    history, question, images = conversation
+    return prompt_of(loaded, *conversation)
+
+
+def prompt_of(
+    loaded: LoadedModel, history: Sequence[tuple[str, str]], question: str, images: Sequence[Image | SeenPicture]
+) -> Prompt:
+    """Return the input for a conversation as `prepare` does; its pictures may have been looked at."""
     if not loaded.can_see:
         history = [(_blind(asked), answer) for asked, answer in history]
         question, images = _blind(question), ()
@@ -199,31 +224,55 @@ def _blind(question: str) -> str:
     return question.replace(IMAGE_MARKER, "").strip() if IMAGE_MARKER in question else question
 
 
-def _positions_that_fit(model: PreTrainedModel) -> int:
-    """Return how many positions a batch may have: on a GPU by its free memory."""
+def _looked_at(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """Return the prompts with their pictures looked at; one that is asked about twice is looked at once."""
+    if not loaded.can_see:
+        return prompts
+    seen = iter(look(loaded.model, loaded.processor, [image for prompt in prompts for image in prompt.images]))
+    return [prompt._replace(images=[next(seen) for _ in prompt.images]) for prompt in prompts]
+
+
+def _slots_that_fit(model: PreTrainedModel, room: int) -> int:
+    """Return how many answers of so many positions can be written at once: on a GPU by its free memory."""
     if model.device.type != "cuda":
-        return CPU_POSITIONS
+        return max(1, CPU_POSITIONS // room)
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = 2 * text.num_hidden_layers * heads * size
-    passing = 8 * text.hidden_size + 3 * text.intermediate_size
-    return max(CPU_POSITIONS, int(OF_FREE_MEMORY * free / ((cached + passing) * model.dtype.itemsize)))
+    cached = 2 * text.num_hidden_layers * heads * size * model.dtype.itemsize
+    return min(max(1, int(OF_FREE_MEMORY * free / (cached * room))), AT_ONCE)
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int, positions: int) -> Iterator[list[int]]:
-    """Yield groups of prompts of similar length, so that there is little padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * (lengths[i] + max_new_tokens) > positions:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Yield the numbers of prompts, longest first, cut where half the room of a slot would be left empty."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        if group and 2 * (lengths[number] + max_new_tokens) <= lengths[group[0]] + max_new_tokens:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+def _answers(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stops: Sequence[tuple[int, ...]],
+    at_once: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (prompt, all ids of its answer) as answers are completed."""
+    steps = STEPS_ON_GPU if loaded.model.device.type == "cuda" else 1
+    written: list[list[int]] = [[] for _ in prompts]
+    for row, token in _tokens(loaded, prompts, max_new_tokens, sampling, stops, at_once, steps):
+        if token is None:
+            yield row, written[row]
+        else:
+            written[row].append(token)
 
 
 def _tokens(
@@ -232,43 +281,24 @@ def _tokens(
     max_new_tokens: int,
     sampling: Sampling,
     stops: Sequence[tuple[int, ...]],
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) as tokens are chosen; a row that has ended is taken out of the batch."""
-    model = loaded.model
-    decoder, head = language_parts(model)
-    with answering(model):
-        embeddings, attention_mask = left_padded(loaded, prompts)
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config.get_text_config())
-    generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
-    rows = list(range(len(prompts)))
-    tails: list[tuple[int, ...]] = [() for _ in rows]
-    longest_stop = max(map(len, stops), default=1)
-    for _ in range(max_new_tokens):
-        with answering(model):
-            hidden = decoder(
-                inputs_embeds=embeddings,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            chosen = _choose(head(hidden[:, -1]).float(), sampling, generator)
-        ids = chosen.tolist()
-        yield from zip(rows, ids, strict=True)
-        tails = [(*tail, token)[-longest_stop:] for tail, token in zip(tails, ids, strict=True)]
-        going = [i for i, tail in enumerate(tails) if not any(tail[-len(stop) :] == stop for stop in stops)]
-        if not going:
-            return
-        with answering(model):
-            if len(going) < len(rows):
-                kept = torch.tensor(going, device=chosen.device)
-                cache.batch_select_indices(kept)
-                chosen, attention_mask, position_ids = chosen[kept], attention_mask[kept], position_ids[kept]
-                rows, tails = [rows[i] for i in going], [tails[i] for i in going]
-            embeddings = model.get_input_embeddings()(chosen[:, None])
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
-            position_ids = position_ids[:, -1:] + 1
+    at_once: int,
+    steps: int,
+) -> Iterator[tuple[int, int | None]]:
+    """Yield (prompt, token) as tokens are chosen, (prompt, None) when an answer is complete.
+
+    `at_once` answers are written side by side; tokens are read back from the device after every `steps` of them.
+    """
+    generator = torch.Generator(loaded.model.device).manual_seed(sampling.seed)
+    writing = Writing(
+        model=loaded.model,
+        pack=lambda rows: pack(loaded, [prompts[row] for row in rows]),
+        lengths=[len(prompt.input_ids) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        choose=partial(_choose, sampling=sampling, generator=generator),
+        stops=stops,
+        at_once=at_once,
+    )
+    return writing.run(steps)
 
 
 def _choose(logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -281,46 +311,26 @@ def _choose(logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: 
     return order.gather(-1, drawn)[:, 0]
 
 
-def language_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """Return the decoder without its head, and the head, of a LLaVA or of a text-only LLM."""
-    llava = isinstance(model, LlavaForConditionalGeneration)
-    decoder: Any = model.model.language_model if llava else model.get_decoder()
-    head: Any = model.get_output_embeddings()
-    return decoder, head
-
-
-def left_padded(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "rows longest hidden"], Tensor]:
-    """Return the prompts' embeddings, pictures in place, and a (rows, longest) mask that is 0 on padding."""
-    device = loaded.model.device
-    flat = torch.tensor([token for prompt in prompts for token in prompt.input_ids], device=device)
-    if isinstance(loaded.model, LlavaForConditionalGeneration):
-        positions = (flat == loaded.encoder.image_token_id).nonzero()[:, 0]
-        embedded = embed(loaded.model, flat, positions, _features(loaded, prompts))
-    else:
-        embedded = loaded.model.get_input_embeddings()(flat)
-    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    attention_mask = (torch.arange(longest, device=device) >= (longest - lengths)[:, None]).long()
-    padded = embedded.new_zeros(len(prompts), longest, embedded.shape[-1])
-    padded[attention_mask.bool()] = embedded
-    return padded, attention_mask
-
-
-def _features(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Float[Tensor, "images patches hidden"]:
-    """Return the features of all pictures of the batch; a picture asked about twice is looked at once."""
-    processor, model = loaded.processor, loaded.model
-    assert isinstance(model, LlavaForConditionalGeneration), "only a LLaVA sees"
+def pack(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Pack:
+    """Return the prompts' embeddings one behind the other, pictures in place."""
+    model = loaded.model
+    attention = model.config.get_text_config()._attn_implementation
+    assert attention == PACKED, f"{attention} would let prompts of a pack see each other"
+    flat = torch.tensor([token for prompt in prompts for token in prompt.input_ids], device=model.device)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
     images = [image for prompt in prompts for image in prompt.images]
-    distinct = {id(image): image for image in images}
-    place = {key: number for number, key in enumerate(distinct)}
-    pixels = torch.zeros(0, 3, processor.size, processor.size)
-    if distinct:
-        pixels = torch.stack(on_all_cores(processor, distinct.values()))
-    return image_features(model, pixels.to(model.device))[[place[id(image)] for image in images]]
+    with answering(model):
+        if not isinstance(model, LlavaForConditionalGeneration):
+            return Pack(model.get_input_embeddings()(flat), lengths)
+        positions = (flat == loaded.encoder.image_token_id).nonzero()[:, 0]
+        seen = [picture.features for picture in look(model, loaded.processor, images)]
+        none = torch.zeros(0, model.config.get_text_config().hidden_size, device=flat.device)
+        return Pack(embed(model, flat, positions, torch.cat([none, *seen])[None]), lengths)
 
 
-def _text(loaded: LoadedModel, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> str:
-    for stop in sorted(stops, key=len, reverse=True):
+def text_of(loaded: LoadedModel, tokens: Sequence[int]) -> str:
+    """Return an answer's ids as text, without what ended it."""
+    for stop in sorted(stop_sequences(loaded), key=len, reverse=True):
         if tuple(tokens[-len(stop) :]) == stop:
             tokens = tokens[: -len(stop)]
             break
@@ -329,17 +339,3 @@ def _text(loaded: LoadedModel, tokens: Sequence[int], stops: Sequence[tuple[int,
 
 def _decode(loaded: LoadedModel, tokens: Sequence[int]) -> str:
     return str(loaded.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-@contextmanager
-def answering(model: PreTrainedModel) -> Iterator[None]:
-    """Compute without gradients or dropout, in the precision the model was built for; leave all as it was."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        with torch.inference_mode(), arithmetic(cast(Any, model)):
-            yield
-    finally:
-        if training:
-            model.train()

@@ -20,8 +20,9 @@ from dianjing.data.template import template_for
 from dianjing.errors import ModelError
 from dianjing.formats.config import read_config
 from dianjing.infer.generate import LoadedModel
+from dianjing.layers.attention import PACKED
 from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
-from dianjing.model.build import build
+from dianjing.model.build import build, require_isolation
 from dianjing.model.folders import TINYWORLD, base_folders, resolve
 from dianjing.model.hub import is_hub_name
 from dianjing.model.language import load_exactly, load_language_model
@@ -136,6 +137,7 @@ def _load_llava(folder: Path, device: str) -> LoadedModel:
     model: Any = load_exactly(LlavaForConditionalGeneration, folder, dtype=_dtype(device))
     counts = picture_tokens(model.config, (image_processor.size, image_processor.size), KINDS["mlp"])
     model.config.image_seq_length = counts()
+    model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
     encoder = _encoder(tokenizer, config.get(TEMPLATE_KEY), counts, model.config.image_token_id)
     ends = model.generation_config.eos_token_id
     return LoadedModel(
@@ -151,6 +153,8 @@ def _load_llava(folder: Path, device: str) -> LoadedModel:
 def _load_text(folder: Path, device: str) -> LoadedModel:
     tokenizer = load_tokenizer(folder)
     model: Any = load_language_model(folder, _dtype(device))[0]
+    require_isolation(model)
+    model.set_attn_implementation(PACKED)
     return LoadedModel(
         name=str(folder),
         model=model.to(device).eval(),

@@ -6,7 +6,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -44,15 +44,21 @@ def packed_attention(
     cu_seqlens: Int32[Tensor, " documents_and_one"] | None = None,
     max_seqlen: int = 0,
     padded: PaddedLayout | None = None,
+    query_positions: Int[Tensor, " rows"] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **settings: Any,
 ) -> tuple[Float[Tensor, "one tokens heads size"], None]:
-    """Return causal attention within each document of a pack; without cu_seqlens, the result of "sdpa".
+    """Return causal attention within each document of a pack; with neither spans nor positions, the result of "sdpa".
+
+    With `query_positions`, it is that of one new token a row to the cached keys of its row (`cached_attention`).
 
     Raises:
         ModelError: the LLM's kind of attention is not supported.
     """
+    if query_positions is not None:
+        require_supported(module, settings, max_seqlen)
+        return cached_attention(query, key, value, query_positions, scaling, settings.get("sliding_window")), None
     if cu_seqlens is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
@@ -138,6 +144,28 @@ def padded_attention(
     grouped = query.shape[1] != key.shape[1]
     output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
     return unpad_tokens(output.transpose(1, 2), *layout)[None]
+
+
+def cached_attention(
+    query: Float[Tensor, "rows heads 1 size"],
+    key: Float[Tensor, "rows kv_heads reach size"],
+    value: Float[Tensor, "rows kv_heads reach size"],
+    positions: Int[Tensor, " rows"],
+    scaling: float | None,
+    window: int | None,
+) -> Float[Tensor, "rows 1 heads size"]:
+    """Return the attention of one token a row, at `positions`, to what is cached of its row up to itself.
+
+    Heads that share a key-value head are the queries of one head here, so that no key is copied for each of them.
+    """
+    rows, heads, _, size = query.shape
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key.dtype)
+    places = torch.arange(key.shape[2], device=key.device)
+    seen = places <= positions[:, None]
+    if window:
+        seen &= places > positions[:, None] - window
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=seen[:, None, None], scale=scaling)
+    return output.reshape(rows, 1, heads, -1)
 
 
 AttentionInterface.register(PACKED, packed_attention)

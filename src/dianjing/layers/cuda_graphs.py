@@ -136,25 +136,25 @@ class _Graphs:
             torch.cuda.empty_cache()  # what the warm-up took belongs to its stream, and none is freed during a capture
         self.outputs, self.d_outputs = buffers.outputs(like)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _capture(self.forward, buffers):
+        with capture(self.forward, buffers.pool, buffers.stream):
             outputs = run(self.images)
             self.outputs.copy_(outputs.detach())
-        with _capture(self.backward, buffers):
+        with capture(self.backward, buffers.pool, buffers.stream):
             gradients = torch.autograd.grad(outputs, weights, self.d_outputs)
             torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients.newest)
             del gradients, outputs
 
 
 @contextmanager
-def _capture(graph: torch.cuda.CUDAGraph, buffers: _Buffers) -> Iterator[None]:
+def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """Capture what runs inside; an error raised there is passed on unchanged, so that the step can be retried.
 
     Not torch.cuda.graph: it frees all unused memory first, which the next pack must then allocate again.
     """
     torch.cuda.synchronize()
-    with torch.cuda.stream(buffers.stream):
+    with torch.cuda.stream(stream):
         # Other threads may use the GPU meanwhile: the loader puts pictures in pinned memory.
-        graph.capture_begin(pool=buffers.pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             yield
         except BaseException:

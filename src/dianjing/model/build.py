@@ -125,7 +125,7 @@ def assemble(
     Raises:
         ModelError: the tower has no such layer, or the LLM cannot keep the records of a pack apart.
     """
-    _require_isolation(llm)
+    require_isolation(llm)
     depth = tower.config.num_hidden_layers
     if not -depth - 1 <= feature_layer <= depth:
         raise ModelError(
@@ -154,7 +154,7 @@ def assemble(
     return model
 
 
-def _require_isolation(llm: Any) -> None:
+def require_isolation(llm: Any) -> None:
     """Refuse an LLM in which one record of a pack could see another, by what its class says."""
     last: Any = next(reversed(getattr(llm.get_decoder(), "layers", [None])), None)
     parts = all(hasattr(last, part) for part in ("self_attn", "mlp")) and hasattr(last.self_attn, "o_proj")

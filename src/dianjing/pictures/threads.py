@@ -17,5 +17,10 @@ Made = TypeVar("Made")
 
 def on_all_cores(make: Callable[[Item], Made], items: Iterable[Item]) -> list[Made]:
     """Return `make(item)` for each item, in their order; the first error of them is raised."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+    with one_thread_a_core() as pool:
         return list(pool.map(make, items))
+
+
+def one_thread_a_core() -> ThreadPoolExecutor:
+    """Return as many threads as there are cores for this process."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)

@@ -59,7 +59,7 @@ def test_small_batches_equal_one_large(
     together = reference_losses(loaded, QUESTIONS, str(tiny_dataset.images))
     monkeypatch.setattr(module, "CPU_POSITIONS", 60)
     monkeypatch.setattr(module, "ROWS_AT_A_TIME", 2)
-    monkeypatch.setattr(module, "WINDOW", 3)
+    monkeypatch.setattr("dianjing.infer.answers.WINDOW", 3)
     done: list[int] = []
     assert reference_losses(loaded, QUESTIONS, str(tiny_dataset.images), done.append) == pytest.approx(together)
     assert done == [3, 1]

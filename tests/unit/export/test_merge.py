@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 
 from dianjing.export.merge import merged_state
-from dianjing.infer.generate import answering, language_parts, left_padded, prepare
+from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.generate import pack, prepare
 from dianjing.model.build import build
 from tests.conftest import MakeRecipe
 from tests.loaded_models import conversations, loaded_model
@@ -26,8 +27,8 @@ def test_merged_equals_adapters(make_recipe: MakeRecipe) -> None:
         decoder, head = language_parts(model)
         object.__setattr__(adapted, "model", model)
         with answering(model):
-            embeddings, mask = left_padded(adapted, [prepare(adapted, conversations()[0])])
-            found.append(head(decoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state))
+            embeddings = pack(adapted, [prepare(adapted, conversations()[0])]).embeddings[None]
+            found.append(head(decoder(inputs_embeds=embeddings).last_hidden_state))
     assert (found[0] - found[1]).abs().max() < 1e-5
     assert (found[0] - found[2]).abs().max() > 1e-2
 

@@ -63,8 +63,7 @@ def test_greedy_equals_upstream_generate(loaded: LoadedModel) -> None:
 
 def test_the_picture_matters(loaded: LoadedModel) -> None:
     red, blue = (Conversation((), "<image>\nWhat?", [picture(30, 30, seed)]) for seed in (1, 2))
-    with module.answering(loaded.model):
-        one, other = (module.left_padded(loaded, [prepare(loaded, asked)])[0] for asked in (red, blue))
+    one, other = (module.pack(loaded, [prepare(loaded, asked)]).embeddings for asked in (red, blue))
     assert not torch.equal(one, other)
 
 
@@ -78,7 +77,7 @@ def test_no_half_character_and_no_outer_blank_is_shown(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     ids = loaded.tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)
-    monkeypatch.setattr(module, "_tokens", lambda *settings: ((0, token) for token in ids))
+    monkeypatch.setattr(module, "_tokens", lambda *settings, **more: ((0, token) for token in ids))
     pieces = list(stream(loaded, conversations()[0], TOKENS))
     assert "".join(pieces) == answer.strip()
     assert not any("\ufffd" in piece or not piece for piece in pieces)

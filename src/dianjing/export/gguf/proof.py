@@ -25,7 +25,8 @@ from dianjing.export.gguf.text import ROPE_FACTORS, TEXT_FILE, architecture, tex
 from dianjing.export.gguf.vision import VISION_FILE, preprocessing_notes, vision_tensors
 from dianjing.export.merge import merged_state
 from dianjing.export.receipt import ANSWER_TOKENS, Case, Proof, logit_difference, run_logits
-from dianjing.infer.generate import Conversation, LoadedModel, answering, generate_ids, prepare
+from dianjing.infer.answering import answering
+from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, prepare
 from dianjing.model.forward import image_features
 
 READ_TOLERANCE = 1e-2
