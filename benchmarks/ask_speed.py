@@ -22,10 +22,12 @@ from train_inputs import make_inputs, recipe_of
 
 from dianjing.infer.answering import answering
 from dianjing.infer.answers import answer_questions
-from dianjing.infer.generate import Conversation, LoadedModel, Prompt, generate_ids, prepare
+from dianjing.infer.generate import Conversation, LoadedModel, Prompt, generate_ids, pack, prepare
 from dianjing.infer.pictures import PictureFiles
 from dianjing.infer.questions import Question
 from dianjing.model.build import build
+from dianjing.model.compile import fuse_layers
+from dianjing.model.forward import language_parts
 from dianjing.pictures.picture import load_image
 
 ASKED = ("What is this?", "How many things are there in the picture, and where?", "Describe the picture in a sentence.")
@@ -47,9 +49,12 @@ def run(chosen: argparse.Namespace, work: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = recipe_of(work, 1)
     built = build(recipe, device)
+    built.model.to(device).requires_grad_(False)
+    if device.type == "cuda":
+        fuse_layers(built.model)
     loaded = LoadedModel(
         name="random",
-        model=built.model.to(device),
+        model=built.model,
         tokenizer=built.tokenizer,
         encoder=built.encoder,
         image_processor=built.image_processor,
@@ -92,7 +97,7 @@ def run(chosen: argparse.Namespace, work: Path) -> None:
     report("dianjing, pictures decoded", seconds, chosen)
 
     prompts = [prepare(loaded, conversation) for conversation in asked]
-    pixels = torch.stack([loaded.processor(image) for prompt in prompts for image in prompt.images])
+    pixels = torch.stack([loaded.processor(one.images[0]) for one in asked])
     for batch in chosen.batches:
         try:
             theirs, seconds = timed(lambda batch=batch: by_generate(loaded, prompts, pixels, chosen.tokens, batch))
@@ -100,8 +105,26 @@ def run(chosen: argparse.Namespace, work: Path) -> None:
             torch.cuda.empty_cache()
             print(f"transformers' generate, batch {batch}: out of memory", flush=True)
             continue
-        same = sum(a[: len(b)] == b[: len(a)] for a, b in zip(ours, theirs, strict=True)) / len(ours)
-        report(f"transformers' generate, batch {batch}", seconds, chosen, same_answers=same)
+        same = [a == b for a, b in zip(ours, theirs, strict=True)]
+        apart = [widest_gap(loaded, prompts[i], ours[i], theirs[i]) for i in range(len(same)) if not same[i]][:64]
+        report(
+            f"transformers' generate, batch {batch}",
+            seconds,
+            chosen,
+            same_answers=sum(same) / len(same),
+            widest_gap_where_answers_part=max(apart, default=0.0),
+        )
+
+
+def widest_gap(loaded: LoadedModel, prompt: Prompt, ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """Return how far apart the logits of two answers' first different tokens are, as a share of the logits' spread."""
+    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    decoder, head = language_parts(loaded.model)
+    whole = Prompt([*prompt.input_ids, *ours[:at]], prompt.images)
+    with answering(loaded.model):
+        hidden = decoder(**pack(loaded, [whole]).arguments, use_cache=False).last_hidden_state[0, -1]
+        logits = head(hidden).float()
+    return float((logits[ours[at]] - logits[theirs[at]]).abs() / logits.std())
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dianjing.infer.generate import LoadedModel, continue_prompts, generate_ids, prepare, stream
-from dianjing.infer.slots import Slots
 from dianjing.layers import attention
 from dianjing.model.build import build
+from dianjing.model.compile import fuse_layers
 from dianjing.model.stage import apply_stage
 from tests.conftest import MakeRecipe
 from tests.loaded_models import conversations
@@ -25,15 +25,18 @@ pytestmark = [
 TOKENS = 24
 
 
-@pytest.fixture(params=["", "nf4", "fp8"])
+@pytest.fixture(params=["", "nf4", "fp8", "fused", "fused fp8"])
 def loaded(
     request: pytest.FixtureRequest, make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory
 ) -> LoadedModel:
+    frozen = request.param.removeprefix("fused").strip()
     recipe = make_recipe(
-        "finetune", **gentle(tmp_path_factory.mktemp("gentle"), request.param, {"tuning": "lora", "lora_rank": 8})
+        "finetune", **gentle(tmp_path_factory.mktemp("gentle"), frozen, {"tuning": "lora", "lora_rank": 8})
     )
     built = build(recipe, "cuda")
     apply_stage(built.model, recipe)
+    if "fused" in request.param:
+        fuse_layers(built.model)
     return LoadedModel(
         name="tiny",
         model=built.model.eval(),
@@ -93,11 +96,3 @@ def test_sampling_of_a_replayed_step_differs_by_seed(loaded: LoadedModel) -> Non
     hot = Sampling(temperature=2.0)
     drawn = [generate_ids(loaded, conversations()[:1], TOKENS, replace(hot, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_slots_take_no_more_memory_than_they_hold(loaded: LoadedModel) -> None:
-    before = torch.cuda.memory_allocated()
-    generate_ids(loaded, conversations(), TOKENS)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() - before < 2**20
-    assert Slots(loaded.model, 4, 100).rows_of(3) == 4

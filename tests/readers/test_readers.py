@@ -20,8 +20,9 @@ import torch
 
 from dianjing.export.export import export
 from dianjing.export.receipt import drawn_cases
-from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.answering import answering
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, pack, prepare
+from dianjing.model.forward import language_parts
 from tests.conftest import MakeRecipe
 from tests.loaded_models import loaded_model
 from tests.readers.read_export import ANSWER_TOKENS

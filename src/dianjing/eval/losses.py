@@ -13,11 +13,12 @@ from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
 from dianjing.data.encode import Example
 from dianjing.data.record import Record, Turn, without_markers
 from dianjing.errors import DataError
-from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.answering import answering
 from dianjing.infer.answers import with_pictures
 from dianjing.infer.generate import CPU_POSITIONS, LoadedModel, Prompt, pack
 from dianjing.infer.pictures import PictureFiles
 from dianjing.infer.questions import Question
+from dianjing.model.forward import language_parts
 
 ROWS_AT_A_TIME = 1024
 """Rows whose logits are in memory at the same time."""

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from dianjing import __version__
 from dianjing.data.record import with_markers
 from dianjing.errors import ExportError
-from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.answering import answering
 from dianjing.infer.generate import Conversation, LoadedModel, generate_ids, pack, prepare
+from dianjing.model.forward import language_parts
 
 TOLERANCE = 1e-4
 """Largest difference of two fp32 logits, on the scale of the largest logit when that is above 1."""

@@ -1,4 +1,4 @@
-"""A model as it is asked: its parts, and the state it computes answers in."""
+"""The state in which a model computes answers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dianjing.model.forward import arithmetic
 
@@ -20,16 +19,8 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
     if training:
         model.eval()
     try:
-        with torch.inference_mode(), arithmetic(cast(Any, model)):
+        with torch.no_grad(), arithmetic(cast(Any, model)):
             yield
     finally:
         if training:
             model.train()
-
-
-def language_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """Return the decoder without its head, and the head, of a LLaVA or of a text-only LLM."""
-    llava = isinstance(model, LlavaForConditionalGeneration)
-    decoder: Any = model.model.language_model if llava else model.get_decoder()
-    head: Any = model.get_output_embeddings()
-    return decoder, head

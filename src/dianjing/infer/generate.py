@@ -34,7 +34,7 @@ OF_FREE_MEMORY = 0.4
 """Share of a GPU's free memory for keys and values."""
 AT_ONCE = 256
 """Most answers written side by side."""
-STEPS_ON_GPU = 16
+STEPS_ON_GPU, STEPS_ON_CPU = 16, 1
 """Tokens between two looks at which answers are complete."""
 
 
@@ -266,7 +266,7 @@ def _answers(
     at_once: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, all ids of its answer) as answers are completed."""
-    steps = STEPS_ON_GPU if loaded.model.device.type == "cuda" else 1
+    steps = STEPS_ON_GPU if loaded.model.device.type == "cuda" else STEPS_ON_CPU
     written: list[list[int]] = [[] for _ in prompts]
     for row, token in _tokens(loaded, prompts, max_new_tokens, sampling, stops, at_once, steps):
         if token is None:

@@ -23,6 +23,7 @@ from dianjing.infer.generate import LoadedModel
 from dianjing.layers.attention import PACKED
 from dianjing.model.adapter import PARTS, is_adapter, load_adapter, require_bases
 from dianjing.model.build import build, require_isolation
+from dianjing.model.compile import fuse_layers
 from dianjing.model.folders import TINYWORLD, base_folders, resolve
 from dianjing.model.hub import is_hub_name
 from dianjing.model.language import load_exactly, load_language_model
@@ -65,6 +66,8 @@ def load_for_use(path: str, device: str | None = None) -> LoadedModel:
         loaded = _load_llava(folder, device)
     else:
         loaded = _load_text(folder, device)
+    if loaded.model.dtype == torch.bfloat16 and loaded.model.device.type == "cuda":
+        fuse_layers(loaded.model)
     return replace(loaded, name=path)
 
 
@@ -142,7 +145,7 @@ def _load_llava(folder: Path, device: str) -> LoadedModel:
     ends = model.generation_config.eos_token_id
     return LoadedModel(
         name=str(folder),
-        model=model.to(device).eval(),
+        model=model.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
         encoder=encoder,
         stop_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
@@ -157,7 +160,7 @@ def _load_text(folder: Path, device: str) -> LoadedModel:
     model.set_attn_implementation(PACKED)
     return LoadedModel(
         name=str(folder),
-        model=model.to(device).eval(),
+        model=model.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
         encoder=_encoder(tokenizer, None, FixedCount(1), image_token_id(tokenizer)),
         image_processor=None,

@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.answering import answering
 from dianjing.layers.attention import UNREAD_MASK
 from dianjing.layers.cuda_graphs import capture
+from dianjing.layers.fused.decoder import CachedTokens
+from dianjing.model.forward import FUSED, fused_states, language_parts
 
 REACH = 64
 """The cached positions that a step reads are a multiple of this."""
-GRAPH_REACH = 256
+GRAPH_REACH = 128
 """The same for CUDA graphs: one is captured for each such number."""
 
 Choose = Callable[[Float[Tensor, "rows vocab"]], Int[Tensor, " rows"]]
@@ -73,8 +75,17 @@ class Slots:
         with answering(self._model):
             arguments = pack.arguments
             self._cache.write_to(taken.repeat_interleave(lengths), arguments["position_ids"][0])
-            hidden = self._decoder(**arguments, past_key_values=self._cache, use_cache=True).last_hidden_state[0]
-            chosen = choose(self._head(hidden[lengths.cumsum(0) - 1]).float())
+            last = lengths.cumsum(0) - 1
+            if hasattr(self._decoder, FUSED):
+                spans = arguments["cu_seqlens"], arguments["max_seqlen"], None
+                cached = CachedTokens(self._cache, len(pack.embeddings), None)
+                hidden = fused_states(
+                    self._decoder, pack.embeddings, arguments["position_ids"][0], last, spans, cached
+                )[: len(last)]
+            else:
+                hidden = self._decoder(**arguments, past_key_values=self._cache, use_cache=True).last_hidden_state
+                hidden = hidden[0, last]
+            chosen = choose(self._head(hidden).float())
             self._ids[taken], self._positions[taken] = chosen, lengths
         return chosen.tolist()
 
@@ -109,16 +120,23 @@ class Slots:
     def _logits(self, rows: int, reach: int) -> Float[Tensor, "rows vocab"]:
         positions = self._positions[:rows]
         self._cache.write_to(torch.arange(rows, device=positions.device), positions, reach)
-        hidden = self._decoder(
-            inputs_embeds=self._model.get_input_embeddings()(self._ids[:rows, None]),
-            position_ids=positions[:, None],
-            attention_mask=UNREAD_MASK,
-            past_key_values=self._cache,
-            use_cache=True,
-            query_positions=positions,
-            max_seqlen=reach,
-        ).last_hidden_state
-        return self._head(hidden[:, -1]).float()
+        embeddings = self._model.get_input_embeddings()(self._ids[:rows])
+        if hasattr(self._decoder, FUSED):
+            cached = CachedTokens(self._cache, rows, positions)
+            every = torch.arange(rows, device=positions.device)
+            spans = torch.arange(rows + 1, dtype=torch.int32, device=positions.device), 1, None
+            hidden = fused_states(self._decoder, embeddings, positions, every, spans, cached)[:rows]
+        else:
+            hidden = self._decoder(
+                inputs_embeds=embeddings[:, None],
+                position_ids=positions[:, None],
+                attention_mask=UNREAD_MASK,
+                past_key_values=self._cache,
+                use_cache=True,
+                query_positions=positions,
+                max_seqlen=reach,
+            ).last_hidden_state[:, 0]
+        return self._head(hidden).float()
 
 
 class _SlotCache(Cache):

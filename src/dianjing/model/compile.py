@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from dianjing.layers.cuda_graphs import CudaGraphs
 from dianjing.layers.fp8 import fp8_gemm
 from dianjing.layers.fused.decoder import fuse_decoder_layers
 from dianjing.layers.lora import lora_linear
 from dianjing.layers.padded import pad_tokens, unpad_tokens
-from dianjing.model.forward import CUDA_GRAPHS, FUSED, num_tower_layers, tower_states
+from dianjing.model.forward import CUDA_GRAPHS, FUSED, language_parts, num_tower_layers, tower_states
 from dianjing.model.towers.families import layers_of, tower_family
 
 VARIANTS = 64
@@ -30,15 +30,12 @@ def speed_up(model: LlavaForConditionalGeneration, *, fuse: bool = True, cuda_gr
     whose adapters train is captured on a GPU.
     """
     tower: Any = model.model.vision_tower
-    decoder: Any = model.model.language_model
+    if fuse:
+        fuse_layers(model)
     said = []
-    for part, name, layers, fuse_layers in (
-        (decoder, "language model", decoder.layers, fuse_decoder_layers),
-        (tower, "vision tower", layers_of(tower)[: num_tower_layers(model)], tower_family(tower.config).fuse),
-    ):
-        if fused := fuse and fuse_layers(layers):
-            setattr(part, FUSED, fused)
-        else:
+    for part, name, layers in _parts(model):
+        fused = hasattr(part, FUSED)
+        if not fused:
             compile_layers(layers)
         said.append(f"{name} {'fused' if fused else 'compiled'}")
     if cuda_graphs and model.device.type == "cuda" and _can_capture(model):
@@ -52,6 +49,24 @@ def speed_up(model: LlavaForConditionalGeneration, *, fuse: bool = True, cuda_gr
         setattr(tower, CUDA_GRAPHS, CudaGraphs(partial(tower_states, model), weights, refresh))
         said[-1] += " and in CUDA graphs"
     return f"layers: {', '.join(said)}"
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Fuse the layers of the decoder, and of the tower of a LLaVA, where their families can be."""
+    for part, _, layers in _parts(model):
+        fuse = fuse_decoder_layers if part is language_parts(model)[0] else tower_family(part.config).fuse
+        if fused := fuse(layers):
+            setattr(part, FUSED, fused)
+
+
+def _parts(model: PreTrainedModel) -> list[tuple[Any, str, Sequence[nn.Module]]]:
+    """Return decoder and tower, each with its name and the layers that features or answers pass."""
+    decoder: Any = language_parts(model)[0]
+    parts = [(decoder, "language model", decoder.layers)]
+    if isinstance(model, LlavaForConditionalGeneration):
+        tower: Any = model.model.vision_tower
+        parts.append((tower, "vision tower", layers_of(tower)[: num_tower_layers(model)]))
+    return parts
 
 
 def _can_capture(model: LlavaForConditionalGeneration) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
@@ -17,7 +17,7 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data.collate import Batch
 from dianjing.layers.attention import UNREAD_MASK
 from dianjing.layers.cross_entropy import summed_cross_entropy
-from dianjing.layers.fused.decoder import States, pack_layout, total
+from dianjing.layers.fused.decoder import CachedTokens, States, pack_layout, total
 from dianjing.layers.padded import PaddedLayout, padded_layout
 from dianjing.model.towers.families import layers_of, left_out, tower_family
 
@@ -72,17 +72,44 @@ def _decoded(
                 padded=padded,
             ).last_hidden_state[0]  # (tokens, hidden)
         return hidden[batch.target_rows]
+    return fused_states(
+        decoder, embeddings, batch.position_ids, batch.target_rows, (batch.cu_seqlens, batch.max_seqlen, padded)
+    )
+
+
+def fused_states(
+    decoder: Any,
+    embeddings: Float[Tensor, "tokens hidden"],
+    position_ids: Int[Tensor, " tokens"],
+    rows: Int[Tensor, " rows"],
+    pack: tuple[Int32[Tensor, " documents_and_one"], int, PaddedLayout | None],
+    cached: CachedTokens | None = None,
+) -> Float[Tensor, "rows_and_spare hidden"]:
+    """Return what a decoder with fused layers makes of a pack at `rows`, and behind them rows that mean nothing.
+
+    `pack` is cu_seqlens, max_seqlen and the padded layout.
+    """
+    layers = getattr(decoder, FUSED)
     spare = -len(embeddings) % ROUND
-    hidden, position_ids = pad(embeddings, (0, 0, 0, spare)), pad(batch.position_ids, (0, spare))
+    hidden, position_ids = pad(embeddings, (0, 0, 0, spare)), pad(position_ids, (0, spare))
     cos, sin = (part[0] for part in decoder.rotary_emb(hidden[None], position_ids=position_ids[None]))
-    padded = padded if all(layer.can_pad(batch.max_seqlen) for layer in layers) else None
-    pack = pack_layout(batch.cu_seqlens, batch.max_seqlen, padded, spare)
+    cu_seqlens, max_seqlen, padded = pack
+    padded = padded if all(layer.can_pad(max_seqlen) for layer in layers) else None
+    layout = pack_layout(cu_seqlens, max_seqlen, padded, spare)
     states: States = hidden, None
     for layer in layers[:-1]:
-        states = layer(states, cos, sin, pack)
+        states = layer(states, cos, sin, layout, cached=cached)
     # No other row is read after the last layer's attention.
-    rows = pad(batch.target_rows, (0, -len(batch.target_rows) % ROUND), value=-1)
-    return decoder.norm(total(layers[-1](states, cos, sin, pack, rows)))
+    rows = pad(rows, (0, -len(rows) % ROUND), value=-1)
+    return decoder.norm(total(layers[-1](states, cos, sin, layout, rows, cached)))
+
+
+def language_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Return the decoder without its head, and the head, of a LLaVA or of a text-only LLM."""
+    llava = isinstance(model, LlavaForConditionalGeneration)
+    decoder: Any = model.model.language_model if llava else model.get_decoder()
+    head: Any = model.get_output_embeddings()
+    return decoder, head
 
 
 def arithmetic(model: PreTrainedModel) -> torch.autocast:

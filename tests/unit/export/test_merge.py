@@ -3,9 +3,10 @@ from __future__ import annotations
 import torch
 
 from dianjing.export.merge import merged_state
-from dianjing.infer.answering import answering, language_parts
+from dianjing.infer.answering import answering
 from dianjing.infer.generate import pack, prepare
 from dianjing.model.build import build
+from dianjing.model.forward import language_parts
 from tests.conftest import MakeRecipe
 from tests.loaded_models import conversations, loaded_model
 

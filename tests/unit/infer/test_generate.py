@@ -11,13 +11,17 @@ from dianjing.infer.generate import (
     Conversation,
     LoadedModel,
     Sampling,
+    continue_prompts,
     generate,
     generate_ids,
     prepare,
     stop_sequences,
     stream,
 )
+from dianjing.model.compile import fuse_layers
+from dianjing.model.forward import FUSED
 from tests.conftest import MakeRecipe
+from tests.llm_families import write_family
 from tests.loaded_models import conversations, loaded_model, loaded_text_model, picture
 
 TOKENS = 12
@@ -38,6 +42,42 @@ def test_small_batches_equal_one_large(loaded: LoadedModel, monkeypatch: pytest.
     together = generate_ids(loaded, conversations(), TOKENS)
     monkeypatch.setattr(module, "CPU_POSITIONS", 130)
     assert generate_ids(loaded, conversations(), TOKENS) == together
+
+
+@pytest.mark.parametrize("family", ["internlm2", "qwen3", "mistral"])
+def test_fused_layers_answer_alike(make_recipe: MakeRecipe, tmp_path: Path, family: str) -> None:
+    """Qwen3 norms queries and keys, this Mistral sees eight positions back."""
+    more = {
+        "internlm2": {},
+        "qwen3": {"initializer_range": 0.3},
+        "mistral": {"sliding_window": 8, "initializer_range": 0.3},
+    }[family]
+    folder = write_family(tmp_path / "llm", family, **more)
+    plain = loaded_model(make_recipe("finetune", language_model={"folder": str(folder), "tuning": "lora"}))
+    answers = generate_ids(plain, conversations(), TOKENS)
+    fuse_layers(plain.model)
+    assert hasattr(plain.model.model.language_model, FUSED)
+    assert generate_ids(plain, conversations(), TOKENS) == answers
+    assert len({tuple(answer) for answer in answers}) > 3, "the answers are too alike to show a mix-up"
+
+
+def test_slots_are_filled_again(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when some answers end early, several tokens are read back at once and prompts are read a few at a time."""
+    asked = conversations() * 2
+    free = generate_ids(loaded, asked, TOKENS)
+    stop = free[0][3:4]
+    monkeypatch.setattr(module, "stop_sequences", lambda loaded: [tuple(stop)])
+    alone = [generate_ids(loaded, [one], TOKENS)[0] for one in asked]
+    assert len({len(answer) for answer in alone}) > 1
+    order: list[int] = []
+    monkeypatch.setattr("dianjing.infer.writing.PACK_POSITIONS", 80)
+    prompts = [prepare(loaded, one) for one in asked]
+    for at_once, steps in ((1, 1), (3, 1), (4, 5), (12, 16)):
+        monkeypatch.setattr(module, "_slots_that_fit", lambda *_, n=at_once: n)
+        monkeypatch.setattr(module, "STEPS_ON_CPU", steps)
+        found = continue_prompts(loaded, prompts, TOKENS, finished=lambda number, ids: order.append(number))
+        assert found == alone, (at_once, steps)
+    assert sorted(order) == sorted([*range(len(asked))] * 4)
 
 
 def test_greedy_equals_upstream_generate(loaded: LoadedModel) -> None:

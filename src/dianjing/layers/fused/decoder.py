@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 
-from dianjing.layers.attention import packed_attention, require_supported
+from dianjing.layers.attention import cached_attention, packed_attention, require_supported
 from dianjing.layers.fp8 import Fp8Rows
 from dianjing.layers.fused.families import family_of, linear_groups
 from dianjing.layers.fused.linear import FusedLinear
@@ -47,6 +48,17 @@ class PackLayout(NamedTuple):
     cu_seqlens: Int32[Tensor, " documents_and_one"]
     max_seqlen: int
     padded: PaddedLayout | None
+
+
+class CachedTokens(NamedTuple):
+    """Where tokens are whose keys and values are kept: those of prompts, or the next one of each answer under way."""
+
+    cache: Cache
+    """Knows where each token's keys and values are written."""
+    number: int
+    """Tokens; what stands behind them is spare."""
+    positions: Int[Tensor, " rows"] | None
+    """Of the answers' tokens; None for prompts, which see themselves alone."""
 
 
 def pack_layout(
@@ -86,22 +98,33 @@ class FusedDecoderLayer:
         sin: Float[Tensor, "tokens size"],
         pack: PackLayout,
         rows: Int[Tensor, " rows"] | None = None,
+        cached: CachedTokens | None = None,
     ) -> States:
         """Return the layer's output; with `rows`, what follows attention is computed for these tokens only.
 
-        Where `rows` has -1, the output means nothing.
+        Where `rows` has -1, the output means nothing. With `cached`, keys and values are kept.
         """
         if self._layer.gradient_checkpointing and torch.is_grad_enabled():
             return cast(States, checkpoint(self._run, (total(states), None), cos, sin, pack, rows, use_reentrant=False))
-        return self._run(states, cos, sin, pack, rows)
+        return self._run(states, cos, sin, pack, rows, cached)
 
     def can_pad(self, longest: int) -> bool:
         """Return whether padded attention is exact for documents this long: no sliding window cuts them."""
         return not self.window or self.window >= longest
 
-    def _run(self, states: States, cos: Tensor, sin: Tensor, pack: PackLayout, rows: Tensor | None) -> States:
+    def _run(
+        self,
+        states: States,
+        cos: Tensor,
+        sin: Tensor,
+        pack: PackLayout,
+        rows: Tensor | None,
+        cached: CachedTokens | None = None,
+    ) -> States:
         query, key, value, x = _BeforeAttention.apply(self, *states, cos, sin, pack.padded, *self.qkv.parameters)
-        attended = self._attention(query, key, value, pack)
+        attended = None if cached is None else self._cached_attention(query, key, value, cached)
+        if attended is None:
+            attended = self._attention(query, key, value, pack)
         tokens, slots = (None, None) if pack.padded is None else (pack.padded.tokens.flatten(), pack.padded.slots)
         if rows is not None:
             taken = rows.clamp(min=0)
@@ -110,6 +133,19 @@ class FusedDecoderLayer:
             tokens = _inverse(slots, len(attended))
         weights = [*self.out.parameters, *self.gate_up.parameters, *self.down.parameters]
         return cast(States, _AfterAttention.apply(self, x, attended, tokens, slots, *weights))
+
+    def _cached_attention(self, query: Tensor, key: Tensor, value: Tensor, cached: CachedTokens) -> Tensor | None:
+        """Keep keys and values; return attention's output for the next tokens of answers, None for prompts."""
+        module, count = self._layer.self_attn, cached.number
+        new = [part[:count].transpose(0, 1)[None] for part in (key, value)]
+        keys, values = cached.cache.update(*new, layer_idx=cast(int, module.layer_idx))
+        if cached.positions is None:
+            return None
+        require_supported(module, {}, keys.shape[2])
+        output = cached_attention(
+            query[:count, :, None], keys, values, cached.positions, module.scaling, self.window
+        ).reshape(count, -1)
+        return pad(output, (0, 0, 0, len(query) - count))
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, pack: PackLayout) -> Tensor:
         """Return attention's output, a row for each of the queries."""
