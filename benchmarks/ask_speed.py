@@ -49,12 +49,13 @@ def run(chosen: argparse.Namespace, work: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = recipe_of(work, 1)
     built = build(recipe, device)
-    built.model.to(device).requires_grad_(False)
+    model: Any = built.model
+    model.to(device).requires_grad_(False)
     if device.type == "cuda":
-        fuse_layers(built.model)
+        fuse_layers(model)
     loaded = LoadedModel(
         name="random",
-        model=built.model,
+        model=model,
         tokenizer=built.tokenizer,
         encoder=built.encoder,
         image_processor=built.image_processor,

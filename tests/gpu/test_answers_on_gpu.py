@@ -25,7 +25,7 @@ pytestmark = [
 TOKENS = 24
 
 
-@pytest.fixture(params=["", "nf4", "fp8", "fused", "fused fp8"])
+@pytest.fixture(params=["", "fp8", "fused", "fused fp8"])
 def loaded(
     request: pytest.FixtureRequest, make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory
 ) -> LoadedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -55,12 +56,13 @@ def look(model: PreTrainedModel, processor: ImageProcessor, images: Sequence[Ima
     return [image if isinstance(image, SeenPicture) else seen[id(image)] for image in images]
 
 
-def _look(model: PreTrainedModel, processor: ImageProcessor, read: Sequence[_Read]) -> list[SeenPicture]:
+def _look(model: PreTrainedModel, processor: ImageProcessor, read: Iterable[_Read]) -> list[SeenPicture]:
+    """Return pictures with their features; a GPU works on some while the next ones are read."""
     assert isinstance(model, LlavaForConditionalGeneration), "only a LLaVA sees"
     table = processor.table().to(model.device)
+    pictures = iter(read)
     seen: list[SeenPicture] = []
-    for start in range(0, len(read), AT_A_TIME):
-        part = read[start : start + AT_A_TIME]
+    while part := list(islice(pictures, AT_A_TIME)):
         pixels = torch.stack([picture.pixels for picture in part]).to(model.device)
         with answering(model):
             features = image_features(model, pixel_values(pixels, table))
@@ -97,7 +99,7 @@ class PictureFiles:
         new = [name for name in wanted if (root, name) not in self._kept]
         if self._room is None:
             self._room = _room_for_features(self._loaded.model.device)
-        read = [self._reading.pop((root, name)).result() for name in new]
+        read = (self._reading.pop((root, name)).result() for name in new)
         found = dict(zip(new, _look(self._loaded.model, self._loaded.processor, read), strict=True))
         for name, picture in found.items():
             self._room -= picture.features.nbytes
