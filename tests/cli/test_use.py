@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import dianjing.cli.eval as eval_module
 from dianjing.cli.main import main
 from tests.conftest import MakeRecipe
 from tests.loaded_models import loaded_model, write_run
@@ -58,6 +60,39 @@ def test_eval_writes_what_it_prints(
     assert all(word in shown for word in ("other picture", "no picture", "sight", "text only"))
     assert main([*arguments, "--max-new-tokens", "4", "--json", str(out), "--limit", "2"]) == 0
     assert json.loads(out.read_text())["overall"]["n"] == 3
+
+
+def test_a_stopped_eval_goes_on(
+    run: str,
+    tiny_dataset: TinyDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["eval", run, str(tiny_dataset.path), "--images", str(tiny_dataset.images), "--max-new-tokens", "4"]
+    assert main([*arguments, "--json", str(tmp_path / "straight.json")]) == 0
+    capsys.readouterr()
+    keep = eval_module._Kept.__setitem__
+
+    def stop_after_five(said: Any, key: Any, answer: str) -> None:
+        keep(said, key, answer)
+        if len(said) == 5:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(eval_module._Kept, "__setitem__", stop_after_five)
+        assert main([*arguments, "--json", str(out)]) == 130
+    kept = tmp_path / "out.json.answers.jsonl"
+    assert not out.exists()
+    assert len(kept.read_text().splitlines()) == 1 + 5
+    capsys.readouterr()
+    assert main([*arguments[:-1], "5", "--json", str(out)]) == 2, "answers of another length"
+    assert str(kept) in capsys.readouterr().err
+    assert main([*arguments, "--json", str(out)]) == 0
+    assert "5 were there already" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == json.loads((tmp_path / "straight.json").read_text())
+    assert not kept.exists()
 
 
 def test_compare_writes_a_page(

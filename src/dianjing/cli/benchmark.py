@@ -64,7 +64,7 @@ def run_benchmark(model: str, name: str, data: str, images: str, out: str, limit
             questions=questions,
             image_root=root,
             journal=folder / "answers.jsonl" if out else None,
-            header={"journal": "benchmark", "benchmark": name, "questions": _digest(items), "model": _state(model)},
+            header={"journal": "benchmark", "benchmark": name, "questions": _digest(items), "model": state_of(model)},
         )
         ways = len(WAYS) if loaded.can_see else 1
         with Progress(console=notices, transient=True) as progress:
@@ -111,7 +111,7 @@ def _digest(items: object) -> str:
     return hashlib.sha256(repr(items).encode()).hexdigest()[:16]
 
 
-def _state(model: str) -> str:
+def state_of(model: str) -> str:
     """Return what the answers stand on: a run's newest checkpoint, or the model's folder."""
     folder = Path(model).expanduser()
     return str(newest(folder).resolve()) if is_run(folder) else str(folder.resolve() if folder.is_dir() else model)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.box import SIMPLE
@@ -18,9 +21,10 @@ from dianjing.cli.flags import Asking, parse
 from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.eval.summary import SIGHT, WAYS, Figure
+from dianjing.journal import JournalFile
 
 if TYPE_CHECKING:
-    from dianjing.eval.evaluate import Report
+    from dianjing.eval.evaluate import Answers, Report
 
 NAME = "eval"
 SUMMARY = "score a model with the right picture, with another one, and with none"
@@ -41,7 +45,8 @@ class Arguments(Asking):
     """Of a benchmark: write answers, scores and the file for its test server here; the same command goes on where it
     was stopped."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Not of a benchmark: write the scores and every answer to this file."""
+    """Not of a benchmark: write the scores and every answer to this file; until then answers are kept in
+    FILE.answers.jsonl, and the same command goes on where it was stopped."""
 
 
 def require_one_use(given: Arguments) -> None:
@@ -80,7 +85,13 @@ def run(arguments: list[str]) -> int:
         loaded = load_for_use(given.model)
         task = progress.add_task("answering", total=times_asked(loaded, questions))
         advance = lambda count: progress.advance(task, count)  # noqa: E731
-        report = evaluate(loaded, questions, root, given.max_new_tokens, advance, foreign)
+        with kept_answers(given) as said:
+            began, before = time.perf_counter(), len(said)
+            report = evaluate(loaded, questions, root, given.max_new_tokens, advance, foreign, said=said)
+            seconds, asked = time.perf_counter() - began, len(said) - before
+    kept = f", {before:,} were there already" if before else ""
+    text = f"{asked:,} answers{kept} and the losses in {seconds:.1f} s: {asked / seconds:.1f} answers/s"
+    notices.print(text, style="dim", markup=False, soft_wrap=True)
     say_pictures(questions, report.shown_foreign, given, notices)
     Console().print(table(report))
     _say_next(given, notices)
@@ -88,6 +99,7 @@ def run(arguments: list[str]) -> int:
         file = Path(given.json)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        _journal(file).unlink(missing_ok=True)
     return 0
 
 
@@ -98,6 +110,49 @@ def _say_next(given: Arguments, notices: Console) -> None:
     limit = ["--limit", str(given.limit)] if given.limit else []
     line = f"next, the answers side by side: dianjing compare BEFORE {shlex.join([given.model, *words, *limit])}"
     notices.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _journal(file: Path) -> Path:
+    return file.with_name(f"{file.name}.answers.jsonl")
+
+
+@contextmanager
+def kept_answers(given: Arguments) -> Iterator[Answers]:
+    """Give the answers of a run of this command that was stopped; with --json, new ones are written as they come.
+
+    Raises:
+        DataError: the file belongs to another model or another length of answers.
+    """
+    if not given.json:
+        yield {}
+        return
+    from dianjing.cli.benchmark import state_of
+
+    header = {"journal": "eval", "model": state_of(given.model), "max_new_tokens": given.max_new_tokens}
+    journal = JournalFile(_journal(Path(given.json)), header, "give another --json")
+    said = _Kept(journal)
+    journal.open(said.take)
+    try:
+        yield said
+    finally:
+        journal.close()
+
+
+class _Kept(dict[tuple[str, str, tuple[str, ...]], str]):
+    """Answers that are on disk as soon as they are known."""
+
+    def __init__(self, journal: JournalFile) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Read a line of the journal."""
+        super().__setitem__((str(line["root"]), str(line["question"]), tuple(line["images"])), str(line["answer"]))
+
+    def __setitem__(self, key: tuple[str, str, tuple[str, ...]], answer: str) -> None:
+        root, question, images = key
+        self._journal.append({"root": root, "question": question, "images": images, "answer": answer})
+        super().__setitem__(key, answer)
 
 
 def table(report: Report) -> Table:

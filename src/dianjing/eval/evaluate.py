@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,6 +33,9 @@ from dianjing.infer.pictures import PictureFiles
 from dianjing.infer.questions import Question
 
 T = TypeVar("T")
+
+Answers = MutableMapping[tuple[str, str, tuple[str, ...]], str]
+"""(folder of the pictures, question, their names) -> answer."""
 
 TIMES_ASKED = 5
 """With its picture, with another, with none; another question about it; a caption of it."""
@@ -127,12 +130,14 @@ def evaluate(
     advance: Callable[[int], object] = lambda count: None,
     foreign: Path | None = None,
     with_losses: bool = True,
+    said: Answers | None = None,
 ) -> Report:
     """Return what a model answers with the right pictures, with those of another record, and with none.
 
     `with_losses` measures the loss of each reference too. The model is also asked another question about the pictures,
     and for a caption of them. A model that cannot see is asked each question once: its answers do not depend on the
-    picture. `foreign` is a picture file that is shown where the set has no other picture.
+    picture. `foreign` is a picture file that is shown where the set has no other picture. `said` has answers that are
+    not asked for again, and gets each new one as soon as it is complete.
 
     Raises:
         DataError: a question and its reference are too long for the model, or `foreign` is a picture of the set.
@@ -142,10 +147,8 @@ def evaluate(
     files = PictureFiles(loaded)
     losses_of = partial(reference_losses, loaded, advance=advance, files=files)
     losses = _losses(loaded, questions, changed, losses_of) if with_losses else _unmeasured(questions)
-    answers_to = _Asker(
-        partial(answer_questions, loaded, max_new_tokens=max_new_tokens, answered=lambda *_: advance(1), files=files),
-        advance,
-    )
+    ask = partial(answer_questions, loaded, max_new_tokens=max_new_tokens, files=files)
+    answers_to = _Asker(ask, {} if said is None else said, advance)
     right = answers_to(questions, image_root)
     instead = other_questions(questions, digest_of) if loaded.can_see else [None] * len(questions)
     if loaded.can_see:
@@ -265,17 +268,31 @@ def _either(first: Sequence[T | None], second: Sequence[T | None]) -> list[T | N
 class _Asker:
     """Asks questions of one model, each once however often it is wanted."""
 
-    def __init__(self, ask: Callable[[Sequence[Question], str], list[str]], advance: Callable[[int], object]) -> None:
-        self._ask, self._advance = ask, advance
-        self._said: dict[tuple[str, str, tuple[str, ...]], str] = {}
+    def __init__(
+        self,
+        ask: Callable[..., list[str]],
+        said: Answers,
+        advance: Callable[[int], object],
+    ) -> None:
+        self._ask, self._said, self._advance = ask, said, advance
 
     def __call__(self, wanted: Sequence[Question | None], image_root: str) -> list[str | None]:
         """Return the answer to each question, its pictures in `image_root`; None for None."""
-        keys = [(image_root, one.text, one.images) if one else None for one in wanted]
+        keys = [_key(one, image_root) if one else None for one in wanted]
         new = {key: one for key, one in zip(keys, wanted, strict=True) if key and one and key not in self._said}
-        self._said.update(zip(new, self._ask(list(new.values()), image_root), strict=True))
         self._advance(sum(one is not None for one in wanted) - len(new))
+
+        def answered(question: Question, answer: str) -> None:
+            self._said[_key(question, image_root)] = answer
+            self._advance(1)
+
+        if new:
+            self._ask([*new.values()], image_root, answered=answered)
         return [self._said[key] if key else None for key in keys]
+
+
+def _key(question: Question, image_root: str) -> tuple[str, str, tuple[str, ...]]:
+    return image_root, question.text, question.images
 
 
 def _without_pictures(question: Question) -> Question:

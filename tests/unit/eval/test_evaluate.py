@@ -39,13 +39,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
     seen: list[Question] = []
 
     def answer_questions(
-        loaded: Any, questions: Sequence[Question], image_root: str, max_new_tokens: int, answered: Any, files: Any
+        loaded: Any, questions: Sequence[Question], image_root: str, answered: Any, max_new_tokens: int, files: Any
     ) -> list[str]:
         seen.extend(questions)
-        for one in questions:
-            answered(one, "")
         assert all(one.text.count("<image>") == len(one.images) for one in questions)
-        return [loaded.says(one) if loaded.can_see else "blue" for one in questions]
+        answers = [loaded.says(one) if loaded.can_see else "blue" for one in questions]
+        for one, answer in zip(questions, answers, strict=True):
+            answered(one, answer)
+        return answers
 
     def reference_losses(
         loaded: Any, questions: Sequence[Question], image_root: str, advance: Any, files: Any
