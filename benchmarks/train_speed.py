@@ -5,8 +5,9 @@
 Inputs are made first: random weights at the true shapes, JPEG pictures of 640x480, LLaVA JSON of the lengths below.
 "ours" rows run the product's own `train`, real loader included, and read its train.jsonl. "upstream" rows run
 transformers' LlavaForConditionalGeneration as it comes: bf16 autocast over bf16 frozen weights, right padding, peft's
-LoRA, fused AdamW, batches made beforehand (their loader costs nothing), with and without gradient checkpointing. Each
-row is a process of its own. A row counts only if its losses are finite, each weight that trains had a gradient, the
+LoRA, fused AdamW, batches made beforehand (their loader costs nothing), with and without gradient checkpointing.
+"liger" rows are these with Liger's kernels (pip install liger-kernel), as its own function puts them into a LLaVA.
+Each row is a process of its own. A row counts only if its losses are finite, each weight that trains had a gradient, the
 adapters moved and no record was left out.
 """
 
@@ -62,8 +63,11 @@ UPSTREAM: dict[str, dict[str, Any]] = {
     "stage2-upstream-16": {"stage": 2, "checkpointing": False, "batch": 16},
     "stage2-upstream-24": {"stage": 2, "checkpointing": False, "batch": 24},
     "stage2-upstream-checkpointing": {"stage": 2, "checkpointing": True, "batch": 24},
+    "stage1-liger-64": {"stage": 1, "checkpointing": False, "batch": 64, "liger": True},
+    "stage1-liger-128": {"stage": 1, "checkpointing": False, "batch": 128, "liger": True},
+    "stage2-liger-32": {"stage": 2, "checkpointing": False, "batch": 32, "liger": True},
 }
-"""Small batches, and multiples of them up to what should just fit in an H200; a row that does not fit is told."""
+"""Small batches, and multiples of them up to what should just fit in an H200; a row that does not fit is reported."""
 STEPS = {1: (16, 6), 2: (30, 14)}
 """Of our rows by stage: how many, and how many are not counted. These bring most of the sizes that are new to a run."""
 TOLD = 5000
@@ -314,7 +318,7 @@ def idle(profile: Any, shown: int = 25) -> str:
 class Padded:
     """transformers' LLaVA as it comes, on padded batches: bf16 autocast, peft's own layers, fused AdamW."""
 
-    def __init__(self, recipe: Recipe, *, checkpointing: bool = False) -> None:
+    def __init__(self, recipe: Recipe, *, checkpointing: bool = False, liger: bool = False) -> None:
         from peft.tuners.lora import Linear as PeftLinear
 
         from dianjing.layers.lora import LoraLinear
@@ -330,6 +334,10 @@ class Padded:
         for module in self.model.modules():
             if isinstance(module, LoraLinear):
                 module.__class__ = PeftLinear
+        if liger:
+            from liger_kernel.transformers import apply_liger_kernel_to_llava
+
+            apply_liger_kernel_to_llava(model=self.model)
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = make_optimizer(self.model, recipe)
@@ -369,7 +377,7 @@ def upstream(chosen: argparse.Namespace) -> dict[str, Any]:
 
     settings = UPSTREAM[chosen.row]
     stage, batch_size = settings["stage"], settings["batch"] if not chosen.tiny else 4
-    padded = Padded(recipe_of(chosen.work, stage), checkpointing=settings["checkpointing"])
+    padded = Padded(recipe_of(chosen.work, stage), checkpointing=settings["checkpointing"], liger="liger" in settings)
     set_learning_rates(padded.optimizer, 1.0)
     records = padded.dataset.num_records
     order = torch.randperm(records, generator=torch.Generator().manual_seed(0)).tolist()
