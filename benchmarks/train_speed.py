@@ -7,8 +7,8 @@ Inputs are made first: random weights at the true shapes, JPEG pictures of 640x4
 transformers' LlavaForConditionalGeneration as it comes: bf16 autocast over bf16 frozen weights, right padding, peft's
 LoRA, fused AdamW, batches made beforehand (their loader costs nothing), with and without gradient checkpointing.
 "liger" rows are these with Liger's kernels (pip install liger-kernel), as its own function puts them into a LLaVA.
-Each row is a process of its own. A row counts only if its losses are finite, each weight that trains had a gradient, the
-adapters moved and no record was left out.
+Each row is a process of its own. A row counts only if its losses are finite, each weight that trains had a gradient,
+the adapters moved and no record was left out.
 """
 
 from __future__ import annotations

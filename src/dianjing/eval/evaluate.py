@@ -104,6 +104,19 @@ class Report:
     shown_foreign: int = 0
     """Questions that were shown a picture from outside the set as the other one."""
 
+    @classmethod
+    def of(cls, loaded: LoadedModel, answers: tuple[Answered, ...], shown_foreign: int) -> Report:
+        """Return the report on a model's answers."""
+        scored = [one.scored for one in answers]
+        return cls(
+            model=loaded.name,
+            can_see=loaded.can_see,
+            overall=summarise(scored),
+            by_type=summarise_by_type(scored),
+            answers=answers,
+            shown_foreign=shown_foreign,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return everything, answers included, as JSON values."""
         return {
@@ -136,8 +149,8 @@ def evaluate(
 
     `with_losses` measures the loss of each reference too. The model is also asked another question about the pictures,
     and for a caption of them. A model that cannot see is asked each question once: its answers do not depend on the
-    picture. `foreign` is a picture file that is shown where the set has no other picture. `said` has answers that are
-    not asked for again, and gets each new one as soon as it is complete.
+    picture. `foreign` is a picture file that is shown where the set has no other picture. `said` keeps answers: those
+    in it are not asked for again.
 
     Raises:
         DataError: a question and its reference are too long for the model, or `foreign` is a picture of the set.
@@ -147,20 +160,17 @@ def evaluate(
     files = PictureFiles(loaded)
     losses_of = partial(reference_losses, loaded, advance=advance, files=files)
     losses = _losses(loaded, questions, changed, losses_of) if with_losses else _unmeasured(questions)
-    ask = partial(answer_questions, loaded, max_new_tokens=max_new_tokens, files=files)
-    answers_to = _Asker(ask, {} if said is None else said, advance)
+    answers_to = _Asker(partial(answer_questions, loaded, max_new_tokens=max_new_tokens, files=files), said, advance)
     right = answers_to(questions, image_root)
     instead = other_questions(questions, digest_of) if loaded.can_see else [None] * len(questions)
     if loaded.can_see:
         with_other = _either(*(answers_to(wanted, root) for wanted, root in changed.others))
         with_none = answers_to(changed.blank, image_root)
     else:
-        with_other = [right[i] if has_other else None for i, has_other in enumerate(changed.has_other)]
-        with_none = [right[i] if blank else None for i, blank in enumerate(changed.blank)]
+        with_other, with_none = changed.as_right(right)
     with_other_question = answers_to(instead, image_root)
-    captions = [()] * len(questions)
-    if loaded.can_see:
-        captions = _captions(questions, digest_of, partial(answers_to, image_root=image_root))
+    again = partial(answers_to, image_root=image_root)
+    captions = _captions(questions, digest_of, again) if loaded.can_see else [()] * len(questions)
     answered = tuple(
         Answered(
             question=question,
@@ -176,15 +186,7 @@ def evaluate(
         )
         for i, question in enumerate(questions)
     )
-    scored = [one.scored for one in answered]
-    return Report(
-        model=loaded.name,
-        can_see=loaded.can_see,
-        overall=summarise(scored),
-        by_type=summarise_by_type(scored),
-        answers=answered,
-        shown_foreign=sum(one is not None for one in changed.with_foreign),
-    )
+    return Report.of(loaded, answered, sum(one is not None for one in changed.with_foreign))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +228,14 @@ class _Changed:
         """Return both kinds of questions with another picture, each with the folder of its pictures."""
         return list(zip((self.of_set, self.with_foreign), self.roots, strict=True))
 
-    @property
-    def has_other(self) -> list[bool]:
-        """Return which questions have another picture."""
-        return [bool(one or other) for one, other in zip(self.of_set, self.with_foreign, strict=True)]
+    def as_right(self, right: Sequence[T | None]) -> tuple[list[T | None], list[T | None]]:
+        """Return what a blind model gives with other pictures and with none: the same as with the right ones."""
+        others = [bool(one or other) for one, other in zip(self.of_set, self.with_foreign, strict=True)]
+        changed = (others, [one is not None for one in self.blank])
+        with_other, with_none = (
+            [one if asked else None for one, asked in zip(right, ways, strict=True)] for ways in changed
+        )
+        return with_other, with_none
 
 
 def _unmeasured(questions: Sequence[Question]) -> dict[str, list[float | None]]:
@@ -251,8 +257,7 @@ def _losses(
     image_root = changed.roots[0]
     right = measured(questions, image_root)
     if not loaded.can_see:
-        other = [right[i] if has_other else None for i, has_other in enumerate(changed.has_other)]
-        none = [right[i] if blank else None for i, blank in enumerate(changed.blank)]
+        other, none = changed.as_right(right)
         return {RIGHT: right, OTHER_PICTURE: other, NO_PICTURE: none}
     return {
         RIGHT: right,
@@ -271,10 +276,11 @@ class _Asker:
     def __init__(
         self,
         ask: Callable[..., list[str]],
-        said: Answers,
+        said: Answers | None,
         advance: Callable[[int], object],
     ) -> None:
-        self._ask, self._said, self._advance = ask, said, advance
+        self._ask, self._advance = ask, advance
+        self._said: Answers = {} if said is None else said
 
     def __call__(self, wanted: Sequence[Question | None], image_root: str) -> list[str | None]:
         """Return the answer to each question, its pictures in `image_root`; None for None."""

@@ -233,7 +233,7 @@ def _looked_at(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Sequence[Promp
 
 
 def _slots_that_fit(model: PreTrainedModel, room: int) -> int:
-    """Return how many answers of so many positions can be written at once: on a GPU by its free memory."""
+    """Return how many answers of `room` positions can be written at once: on a GPU by its free memory."""
     if model.device.type != "cuda":
         return max(1, CPU_POSITIONS // room)
     free, _ = torch.cuda.mem_get_info(model.device)

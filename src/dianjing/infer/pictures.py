@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,9 +18,6 @@ from dianjing.infer.answering import answering
 from dianjing.model.forward import image_features
 from dianjing.pictures.image import ImageProcessor, load_image, pixel_values
 from dianjing.pictures.threads import on_all_cores, one_thread_a_core
-
-if TYPE_CHECKING:
-    from dianjing.infer.generate import LoadedModel
 
 AT_A_TIME = 64
 """Pictures that go through the tower together."""
@@ -71,10 +68,24 @@ def _look(model: PreTrainedModel, processor: ImageProcessor, read: Iterable[_Rea
     return seen
 
 
+class SeeingModel(Protocol):
+    """A model that is shown pictures: a LoadedModel."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Tower, projector and LLM."""
+        ...
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """Makes pixels of pictures."""
+        ...
+
+
 class PictureFiles:
     """Picture files by folder and name, each read and looked at once while there is room to keep its features."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: SeeingModel) -> None:
         self._loaded = loaded
         self._kept: dict[tuple[str, str], SeenPicture] = {}
         self._room: int | None = None
@@ -108,7 +119,7 @@ class PictureFiles:
         return {name: found[name] if name in found else self._kept[root, name] for name in wanted}
 
     def _read(self, root: str, name: str) -> _Read:
-        image = load_image(root, name, self._loaded.picture_rule)
+        image = load_image(root, name, self._loaded.processor.rule)
         return _Read(image.height, image.width, self._loaded.processor.pixels(image))
 
 
