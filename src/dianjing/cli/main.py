@@ -31,6 +31,7 @@ VERBS = {
     "compare": "show the answers of several models next to the pictures, on one HTML page",
     "export": "write a run for other programs to load, proved to answer as the run does",
     "serve": "answer over HTTP as OpenAI's API does, on this machine",
+    "doctor": "say what is installed, missing or wrong on this machine, with a short self-test",
     "studio": "review records, follow runs and ask models on a page of this machine",
     "completion": "print what lets a shell complete verbs, flags and recipes",
 }
