@@ -22,8 +22,30 @@ HEADERS = (
     "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 DATED = HEADERS.replace(
-    "{{ bos_token }}",
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday: {{ strftime_now('%d %b %Y') }}\n\n<|eot_id|>",
+    "{{ bos_token }}{% for m in messages %}",
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday: {{ strftime_now('%d %b %Y') }}\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|eot_id|>"
+    "{% for m in messages if m.role != 'system' %}",
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}" + CHATML
+)
+RUN_TOGETHER = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+OLMO = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MINICPM = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<用户>{{ m.content.strip() }}<AI>"
+    "{% else %}{{ m.content.strip() }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -94,7 +116,7 @@ class Family:
 
 FAMILIES = {
     "internlm2": Family("{{ bos_token }}" + CHATML, IM),
-    "qwen2": Family("<|im_start|>system\nYou are kind.<|im_end|>\n" + CHATML, (*IM, "<|endoftext|>"), None, IM[1]),
+    "qwen2": Family(DEFAULT_SYSTEM, (*IM, "<|endoftext|>"), None, IM[1]),
     "qwen3": Family(THINKS_LAST, (*IM, "<|endoftext|>"), None, IM[1]),
     "llama3": Family(HEADERS, LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
     "llama3.2": Family(DATED, LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
@@ -104,5 +126,10 @@ FAMILIES = {
     "phi3": Family(PHI, ("<|user|>", "<|end|>", "<|assistant|>", "<|endoftext|>"), "<s>", "<|endoftext|>"),
     "gemma": Family(GEMMA, ("<start_of_turn>", "<end_of_turn>")),
     "vicuna": Family(VICUNA),
+    "phi4 mini": Family(
+        RUN_TOGETHER, ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"
+    ),
+    "olmo2": Family(OLMO, ("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>"),
+    "minicpm": Family(MINICPM),
     "unheard of": Family(PIPES, ("<|stop|>",)),
 }

@@ -31,6 +31,7 @@ Render = Callable[[Sequence[Message], bool], str]
 
 QUESTIONS = ("first-question-qz", "second-question-qz", "third-question-qz")
 ANSWERS = ("first-answer-qz", "second-answer-qz")
+SYSTEM = "system-text-qz"
 HARD_TEXTS = ("{x} 'a' \"b\" <b>&amp;</b> \\n \\", "你好，世界 😀", "several\n\nlines\tand  blanks", "word" * 500)
 """Texts that a template must leave as they are."""
 STOPPED_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
@@ -53,7 +54,9 @@ class Turns:
     """The texts that a chat template writes around questions and answers."""
 
     begin: str
-    """Before the first turn, BOS and a system text included."""
+    """Before the first turn, BOS and a system text included..."""
+    front: str
+    """...and without a system text that the template writes by itself."""
     before: str
     """Before each question."""
     after: str
@@ -224,8 +227,10 @@ def _cut(render: Render, specials: Sequence[str]) -> Turns:
     ended = _shared_start(ending, first_gap, specials)
     before = _shared_end(head, first_gap.removeprefix(ended))
     questions, answers = (_trims(render, said, index) for index in (0, 1))
+    begin = head.removesuffix(before)
     return Turns(
-        begin=head.removesuffix(before),
+        begin=begin,
+        front=_front(render, begin, before),
         before=before,
         after=after,
         lead=lead,
@@ -234,6 +239,20 @@ def _cut(render: Render, specials: Sequence[str]) -> Turns:
         trims_questions=questions,
         trims_answers=answers,
     )
+
+
+def _front(render: Render, begin: str, before: str) -> str:
+    """Return what begins a conversation, without the system text that stands there when none is given."""
+    try:
+        text = render([("system", SYSTEM), ("user", QUESTIONS[0])], True)
+    except TurnsError:
+        return begin  # it has no place for one
+    head, found, rest = text.partition(SYSTEM)
+    ends = rest.partition(before + QUESTIONS[0])[0]
+    if not found or len(begin) < len(head + ends) or not (begin.startswith(head) and begin.endswith(ends)):
+        return begin
+    opening = before.replace("user", "system")
+    return head.partition(opening)[0] if opening in head else ""
 
 
 def _messages(said: Sequence[str]) -> list[Message]:
@@ -285,21 +304,28 @@ def check_turns(turns: Turns, render: Render) -> None:
         for shift in range(len(HARD_TEXTS)):
             said = [HARD_TEXTS[(shift + index) % len(HARD_TEXTS)] for index in range(2 * size)]
             for end in range(1, 2 * size, 2):
-                asked = turns.begin + _body(turns, said[:end])
+                asked = turns.begin + body(turns, said[:end])
                 if render(_messages(said[:end]), True) != asked:
                     raise TurnsError("its chat template changes messages, or earlier ones when later ones follow")
-            whole = turns.begin + _body(turns, said) + turns.ending
+            whole = turns.begin + body(turns, said) + turns.ending
             written = render(_messages(said), False)
             if written != whole and THINKING.sub("", written) != whole:
                 raise TurnsError("its chat template writes an answer otherwise when it is the last one")
 
 
-def _body(turns: Turns, said: Sequence[str]) -> str:
-    body = ""
-    for index, text in enumerate(said):
+def body(turns: Turns, said: Sequence[str]) -> str:
+    """Return questions and answers, in turn, with what the template writes around them; the end is open."""
+    text = ""
+    for index, message in enumerate(said):
         if index % 2:
-            body += turns.lead + (text.strip() if turns.trims_answers else text)
+            text += turns.lead + (message.strip() if turns.trims_answers else message)
         else:
-            question = text.strip() if turns.trims_questions else text
-            body += (turns.rest if index else "") + turns.before + question + turns.after
-    return body
+            question = message.strip() if turns.trims_questions else message
+            text += (turns.rest if index else "") + turns.before + question + turns.after
+    return text
+
+
+def answer_ending(turns: Turns, specials: Sequence[str]) -> str:
+    """Return what ends an answer, up to its first special token; "" where no special token does."""
+    end = re.match(r".*?(?:" + "|".join(map(re.escape, specials)) + ")", turns.rest, re.DOTALL) if specials else None
+    return end[0] if end and turns.ending.startswith(end[0]) else ""

@@ -6,11 +6,12 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, cast
 
-from dianjing.data.chat_template import Turns, TurnsError, read_turns, special_tokens
+from dianjing.data.chat_template import Turns, TurnsError, answer_ending, body, read_turns, special_tokens
 from dianjing.data.record import Turn
 from dianjing.errors import ModelError
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 OWN = "own"
 """Names the chat template that comes with the tokenizer."""
+BEFORE, AFTER = 12, 24
+"""Characters shown around the place where two templates begin to differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +103,30 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         ModelError: there is none, or its answers cannot be separated.
     """
     try:
-        turns = read_turns(tokenizer)
-        specials = special_tokens(tokenizer)
-        end = re.match(r".*?(?:" + "|".join(map(re.escape, specials)) + ")", turns.rest, re.DOTALL)
-        if not specials or not end or not turns.ending.startswith(end[0]):
-            raise TurnsError("its chat template writes no special token after an answer: no end would be learned")
-        if re.search("[{}]", turns.before + turns.after):
-            raise TurnsError("its chat template has braces around questions")
+        return _own(tokenizer, read_turns(tokenizer))
     except TurnsError as error:
         raise ModelError(
             f'template "{OWN}" cannot be used: {error}; name another (language_model.template, or --template), '
             f"one of: {', '.join(TEMPLATES)}"
         ) from None
+
+
+def _own(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Template:
+    specials = special_tokens(tokenizer)
+    end = answer_ending(turns, specials)
+    if not end:
+        raise TurnsError("its chat template writes no special token after an answer: no end would be learned")
+    if re.search("[{}]", turns.before + turns.after):
+        raise TurnsError("its chat template has braces around questions")
     instruction = f"{turns.before}{{input}}{turns.after}"
     return Template(
         name=OWN,
         instruction=instruction,
-        suffix=end[0],
+        suffix=end,
         suffix_as_eos=True,
-        sep=turns.rest.removeprefix(end[0]),
-        stop_words=tuple(special for special in specials if end[0].endswith(special)),
-        special_strings=tuple(special for special in specials if special in instruction + end[0]),
+        sep=turns.rest.removeprefix(end),
+        stop_words=tuple(special for special in specials if end.endswith(special)),
+        special_strings=tuple(special for special in specials if special in instruction + end),
         joined=True,
         begin=turns.begin,
         lead=turns.lead,
@@ -135,11 +141,14 @@ def template_for(tokenizer: PreTrainedTokenizerBase, name: str = "") -> tuple[Te
     Raises:
         ModelError: there is none of this name; or no template, or more than one, fits.
     """
-    why = f"template: {name} (as named)"
+    reason = "as named"
     if not name:
         name, reason = _choose(tokenizer)
-        why = f"template: {name} ({reason})"
-    return (own_template(tokenizer) if name == OWN else get_template(name)), why
+    elif name in TEMPLATES and cast(Any, tokenizer).chat_template:
+        with suppress(TurnsError):  # what it writes is not known
+            differs = difference(TEMPLATES[name], read_turns(tokenizer), tokenizer)
+            reason += f"; {differs}" if differs else ""
+    return (own_template(tokenizer) if name == OWN else get_template(name)), f"template: {name} ({reason})"
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -157,12 +166,7 @@ def _choose(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     problem = ""
     if cast(Any, tokenizer).chat_template:
         try:
-            turns = read_turns(tokenizer)
-            alike = _alike(turns, str(tokenizer.bos_token or ""))
-            fits = {name: known for name, known in fits.items() if name in alike} or dict.fromkeys(alike, 0)
-            if not fits:
-                own_template(tokenizer)
-                return OWN, "the tokenizer's own chat template, which is like no other"
+            return _like_its_own(tokenizer, read_turns(tokenizer), fits)
         except TurnsError as error:
             problem = str(error)
             # What it writes is unknown, but it must name the marks of the turns.
@@ -170,11 +174,67 @@ def _choose(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     best = [name for name, known in fits.items() if known == max(fits.values())]
     if len(best) != 1:
         found = f"more than one fits ({', '.join(best)})" if best else "its tokens are those of no known one"
+        choice = (
+            f", one of: {', '.join(best or TEMPLATES)}" if best or not problem else " if you know it, or another LLM"
+        )
         raise ModelError(
             f"the chat template of this LLM is unclear: {'; '.join(filter(None, (found, problem)))}; name it "
-            f"(language_model.template, or --template), one of: {', '.join(best or TEMPLATES)}"
+            f"(language_model.template, or --template){choice}"
         )
     return best[0], "chosen from the tokenizer" + (f"; {problem}" if problem else "")
+
+
+def _like_its_own(tokenizer: PreTrainedTokenizerBase, turns: Turns, fits: Mapping[str, int]) -> tuple[str, str]:
+    """Return the template that gives the ids of the tokenizer's own chat template, which may be that itself, and why.
+
+    Raises:
+        ModelError: none does, and its own cannot be learned.
+        TurnsError: the same, and none is even like it.
+    """
+    bos = str(tokenizer.bos_token or "")
+    alike = _alike(turns, bos)
+    known = {name: fits.get(name, 0) for name in alike if name in fits or fits.keys().isdisjoint(alike)}
+    differs = {name: difference(TEMPLATES[name], turns, tokenizer) for name in known}
+    same = [name for name in known if not differs[name]]
+    if same:
+        return max(same, key=lambda name: known[name]), "chosen from the tokenizer, whose own gives the same ids"
+    nearest = max(known, key=lambda name: known[name], default="")
+    hint = f"{nearest} is like it, but {differs[nearest]}" if nearest else "no other is like it"
+    try:
+        _own(tokenizer, turns)
+    except TurnsError as error:
+        if not nearest:
+            raise
+        if turns.front.removeprefix(bos).strip():
+            raise ModelError(
+                f"the chat template of this LLM is like no known one: {hint}; nor can its own be used: {error}; choose "
+                f"another LLM, or name {nearest} if that is meant (language_model.template, or --template)"
+            ) from None
+        return nearest, f"chosen from the tokenizer; {differs[nearest]}, and its own cannot be used: {error}"
+    return OWN, f"the tokenizer's own chat template; {hint}"
+
+
+def difference(template: Template, turns: Turns, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return in words where two turns of a template are other ids than those of the tokenizer's own; "" for nowhere.
+
+    A system text that its own writes by itself counts on neither side, nor what follows the last answer's end.
+    """
+    said = [Turn(question="What colour is it?", answer="It is red."), Turn(question="And that?", answer="Blue.")]
+    texts = [text for turn in said for text in (turn.question, turn.answer)]
+    own = turns.front + body(turns, texts) + (answer_ending(turns, special_tokens(tokenizer)) or turns.ending)
+    written, ids = "", list[int]()
+    for span in spans(template, said)[:-1]:
+        text = f"{(span.bos and tokenizer.bos_token) or ''}{span.text}{(span.eos and tokenizer.eos_token) or ''}"
+        written += text
+        ids += text_ids(tokenizer, text)
+    if ids == text_ids(tokenizer, own):
+        return ""
+    at = next((i for i, (one, other) in enumerate(zip(written, own, strict=False)) if one != other), None)
+    if at is None and len(written) == len(own):
+        return "it splits the same text into other tokens"
+    at = min(len(written), len(own)) if at is None else at
+    here, there = (text[max(at - BEFORE, 0) : at + AFTER] for text in (written, own))
+    return f"it writes {here!r} where the tokenizer's own writes {there!r}"
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -16,7 +16,7 @@ from dianjing.data.chat_template import TurnsError, read_turns
 from dianjing.data.encode import Encoder, load_tokenizer
 from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.record import Record, Turn
-from dianjing.data.template import OWN, check_template, choose_template, own_template, template_for
+from dianjing.data.template import OWN, Template, check_template, choose_template, own_template, template_for
 from dianjing.errors import ModelError
 from dianjing.export.chat_template import jinja
 from tests import chat_templates
@@ -29,12 +29,15 @@ CHOICES = {
     "qwen3": "qwen_chat",
     "llama3": "llama3_chat",
     "llama3.2": "llama3_chat",
-    "mistral": "mistral",
-    "mistral, its marks being tokens": "mistral",
-    "llama2": "llama2_chat",
-    "phi3": "phi3_chat",
-    "gemma": "gemma",
-    "vicuna": "vicuna",
+    "mistral": OWN,
+    "mistral, its marks being tokens": OWN,
+    "llama2": OWN,
+    "phi3": OWN,
+    "gemma": OWN,
+    "vicuna": OWN,
+    "phi4 mini": OWN,
+    "olmo2": OWN,
+    "minicpm": OWN,
     "unheard of": OWN,
 }
 TURNS = (
@@ -45,9 +48,13 @@ TURNS = (
 
 
 def own_encoder(tokenizer: Any) -> Encoder:
+    return named_encoder(tokenizer, own_template(tokenizer))
+
+
+def named_encoder(tokenizer: Any, template: Template) -> Encoder:
     return Encoder(
         tokenizer=tokenizer,
-        template=own_template(tokenizer),
+        template=template,
         picture_tokens=FixedCount(1),
         max_tokens=10_000,
         on_long_record="error",
@@ -82,6 +89,36 @@ def test_the_template_is_chosen_from_the_tokenizer(name: str) -> None:
     template, how = template_for(tokenizer)
     assert how.startswith(f"template: {template.name} (")
     check_template(template, tokenizer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_turns_have_the_ids_of_the_tokenizers_own_template(name: str) -> None:
+    """Those of a template taken by name too, but for a system text that nobody asked for."""
+    tokenizer = FAMILIES[name].tokenizer()
+    template, _ = template_for(tokenizer)
+    ids = named_encoder(tokenizer, template).prompt([(TURNS[0].question, TURNS[0].answer)], TURNS[1].question)[0]
+    expected = asked(tokenizer, TURNS[:1], TURNS[1].question)
+    left_out = len(expected) - len(ids)
+    assert ids[-30:] == expected[-30:]
+    if left_out:
+        assert name in ("qwen2", "llama3.2")
+        begin = 1 if name == "llama3.2" else 0
+        assert [*expected[:begin], *expected[begin + left_out :]] == ids
+        assert "system" in tokenizer.decode(expected[begin : begin + left_out])
+    else:
+        assert ids == expected
+
+
+def test_what_is_not_its_own_is_refused_with_the_difference() -> None:
+    glm = Family(chat_templates.GLM, ("<|user|>", "<|assistant|>", "[gMASK]", "<sop>", "<|endoftext|>"), None, "</s>")
+    with pytest.raises(ModelError, match=r"chatglm3 is like it, but it writes '<\|user\|>.*own writes '\[gMASK\]<sop>"):
+        template_for(glm.tokenizer())
+
+
+def test_a_named_template_that_differs_is_said_in_one_line() -> None:
+    _, how = template_for(FAMILIES["vicuna"].tokenizer(), "vicuna")
+    assert "(as named; it writes '<s>USER: " in how
+    assert template_for(FAMILIES["internlm2"].tokenizer(), "internlm2_chat")[1].endswith("(as named)")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
