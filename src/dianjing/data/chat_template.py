@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -69,6 +69,8 @@ class Turns:
     """After the last answer."""
     trims_questions: bool
     trims_answers: bool
+    parts: bool = False
+    """Its messages are lists of texts and pictures, as those of LLaVAs on the hub are."""
 
 
 def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
@@ -84,7 +86,7 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
         render = _renderer(tokenizer, source)
         turns = _cut(render, specials)
         check_turns(turns, render)
-        return turns
+        return replace(turns, parts=cast(Any, render).__name__ == "with_parts")
 
     return _in_limits(read)
 

@@ -128,7 +128,7 @@ def _own(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Template:
         stop_words=tuple(special for special in specials if end.endswith(special)),
         special_strings=tuple(special for special in specials if special in instruction + end),
         joined=True,
-        begin=turns.begin,
+        begin=_bos_of_processor(tokenizer, turns) + turns.begin,
         lead=turns.lead,
         trims_questions=turns.trims_questions,
         trims_answers=turns.trims_answers,
@@ -159,6 +159,13 @@ def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
         ModelError: no template, or more than one, fits best.
     """
     return _choose(tokenizer)[0]
+
+
+def _bos_of_processor(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> str:
+    """Return the BOS that the processor of a LLaVA puts before what its template writes; "" where it puts none."""
+    bos = str(tokenizer.bos_token or "")
+    begins = turns.parts and bos and cast(Any, tokenizer)("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return bos if begins and not turns.begin.startswith(bos) else ""
 
 
 def _choose(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -221,7 +228,8 @@ def difference(template: Template, turns: Turns, tokenizer: PreTrainedTokenizerB
     """
     said = [Turn(question="What colour is it?", answer="It is red."), Turn(question="And that?", answer="Blue.")]
     texts = [text for turn in said for text in (turn.question, turn.answer)]
-    own = turns.front + body(turns, texts) + (answer_ending(turns, special_tokens(tokenizer)) or turns.ending)
+    front = _bos_of_processor(tokenizer, turns) + turns.front
+    own = front + body(turns, texts) + (answer_ending(turns, special_tokens(tokenizer)) or turns.ending)
     written, ids = "", list[int]()
     for span in spans(template, said)[:-1]:
         text = f"{(span.bos and tokenizer.bos_token) or ''}{span.text}{(span.eos and tokenizer.eos_token) or ''}"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from dianjing.config.schema import Recipe
 from dianjing.data.encode import load_tokenizer
@@ -84,6 +85,8 @@ def hub_llava(folder: Path, recipe: Recipe, *, layout: str, pickled: bool, templ
     tokenizer = load_tokenizer(recipe.language_model.folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = template
+    bos = str(tokenizer.bos_token), tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[bos])
     tokenizer.save_pretrained(folder)
     model.resize_token_embeddings(len(tokenizer))
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
@@ -112,7 +115,7 @@ CHAT = "".join(
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     )
 )
-"""A chat template for texts and pictures, as LLaVAs on the hub have them; no BOS."""
+"""A chat template for texts and pictures, as LLaVAs on the hub have them; no BOS, which the tokenizer adds."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
