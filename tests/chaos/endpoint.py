@@ -238,3 +238,61 @@ class Endpoint:
 
     def _no_choices(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
         self._send(handler, 200, '{"choices": null}')
+
+    def _moderated_403(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        error = {
+            "code": 403,
+            "message": "Input was flagged",
+            "metadata": {"flagged_input": ""},
+        }
+        self._send(handler, 403, json.dumps({"error": error}))
+
+    def _moderated_400(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._send(handler, 400, '{"error": {"message": "The response was filtered", "code": "content_filter"}}')
+
+    def _inspected(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._send(handler, 400, '{"error": {"message": "Input data may be wrong", "code": "data_inspection_failed"}}')
+
+    def _error_403(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._send(handler, 403, '{"error": {"message": "not for you"}}')
+
+    def _choice_error(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        choice = {"message": {"content": '{"pai'}, "finish_reason": "error", "error": {"message": "upstream is gone"}}
+        self._send(handler, 200, json.dumps({"choices": [choice]}))
+
+    def _no_money(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        error = {"message": "Your account is suspended", "type": "exceeded_current_quota_error"}
+        self._send(handler, 429, json.dumps({"error": error}))
+
+    def _gemini_limited(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        error = {"message": "You exceeded your current quota, see billing", "details": [{"retryDelay": "0.4s"}]}
+        self._send(handler, 429, json.dumps([{"error": error}]))
+
+    def _web_page(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._send(handler, 200, "<!doctype html><html>Welcome</html>")
+
+    def _all_thought(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._reply(handler, hit, "", "length", reasoning_content="Let me see, " * 20)
+
+    def _in_thoughts(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._reply(handler, hit, "", reasoning_content=pairs_about(hit.picture))
+
+    def _open_thought(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._reply(handler, hit, f"Hm, a thing.</think>\n\nThere is a thing called {hit.picture[:6]} here.")
+
+    def _more_keys(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._reply(handler, hit, pairs_about(hit.picture).replace('{"question"', '{"type": "x", "question"'))
+
+    def _stream_only(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        self._send(handler, 400, '{"error": {"message": "This model only support stream mode"}}')
+
+    def _streamed(self, handler: BaseHTTPRequestHandler, hit: Hit) -> None:
+        text = pairs_about(hit.picture)
+        deltas = [{"role": "assistant"}, {"reasoning_content": "Hm."}, {"content": text[:9]}, {"content": text[9:]}]
+        chunks: list[Any] = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+        chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        chunks.append({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 20}})
+        lines = [": keep alive", *(f"data: {json.dumps(chunk)}" for chunk in chunks), "data: [DONE]"]
+        self._send(handler, 200, "\n\n".join(lines), content_type="text/event-stream")
+        with self._lock:
+            self.served[hit.picture, hit.text, hit.again] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ SUMMARY = "make records about pictures with a vision model behind an OpenAI-comp
 PROMPTS_SUMMARY = "list the shipped prompts, or copy one to edit"
 DEFAULT_PROMPTS = ("conversation",)
 LISTED = 5
+EXTRA_BODY = '{"enable_thinking": false}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Arguments:
     """The endpoint's own if not given."""
     long_edge: Annotated[int, arg(metavar="PIXELS")] = 1024
     """Larger pictures are sent this large, as JPEG."""
+    extra_body: Annotated[str, arg(metavar="JSON")] = ""
+    """Further fields of a vendor, sent with every message, such as '{"enable_thinking": false}'."""
     white: Annotated[int, arg(metavar="N")] = 0
     """The value that is white in pictures of more than 8 bits which do not name it themselves (data.white)."""
     concurrency: Annotated[int, arg(metavar="N")] = 8
@@ -195,6 +199,7 @@ def _job(given: Arguments, notices: Console) -> Job:
         temperature=given.temperature,
         long_edge=given.long_edge,
         white=given.white,
+        extra_body=_extra_body(given.extra_body),
     )
     with Progress(console=notices, transient=True) as progress:
         task = progress.add_task("looking at the pictures", total=None)
@@ -214,14 +219,34 @@ def _job(given: Arguments, notices: Console) -> Job:
     )
 
 
+def _extra_body(text: str) -> str:
+    """Return the fields of --extra-body as JSON in one spelling.
+
+    Raises:
+        ConfigError: it is not an object, or names a field that other flags give.
+    """
+    try:
+        fields: object = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"--extra-body: not JSON ({error}); write an object, such as {EXTRA_BODY}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--extra-body: not an object; write one, such as {EXTRA_BODY}")
+    if taken := sorted({"model", "messages", "stream", "response_format"} & fields.keys()):
+        raise ConfigError(f"--extra-body: {', '.join(taken)} is given in another way; leave it out")
+    return json.dumps(fields, sort_keys=True, ensure_ascii=False) if fields else ""
+
+
 def _print_pictures(pictures: Pictures, notices: Console) -> None:
+    from dianjing.make.pictures import named
+
     counts = {
         "pictures": len(pictures.kept),
         "refused": len(pictures.refused),
         "with the content of another one": len(pictures.duplicates),
-        "other files left alone": pictures.other_files,
+        "other files left alone": pictures.other_files.total(),
     }
-    notices.print(", ".join(f"{number:,} {name}" for name, number in counts.items() if number))
+    left_alone = f" ({named(pictures.other_files)})" if pictures.other_files else ""
+    notices.print(", ".join(f"{number:,} {name}" for name, number in counts.items() if number) + left_alone)
     for reason in list(pictures.refused.values())[:LISTED]:
         notices.print(f"refused: {reason}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dianjing.errors import DataError
 from dianjing.make.cost import Budget
-from dianjing.make.endpoint import read_reply
+from dianjing.make.endpoint import error_text, read_reply
 from dianjing.make.journal import Journal
 from dianjing.make.pictures import data_uri
 from dianjing.make.requests import Dialect, Parameters, Request, body
@@ -75,6 +75,12 @@ def read_batch(
     for number, line in enumerate(lines, 1):
         try:
             result: Any = json.loads(without_key(line))
+            if "method" in result and "response" not in result:
+                raise DataError(f"{path}: the requests that --batch-out wrote; give the results that the API returned")
+            if not {"response", "error"} & result.keys():
+                raise DataError(
+                    f"{path}: line {number} is not a batch result (no response); give the file the API returned"
+                )
             key, response, error = result["custom_id"], result.get("response") or {}, result.get("error")
             status = int(response.get("status_code", 0))
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -92,16 +98,19 @@ def _take(
     entry = journal.entry(request.key)
     if entry.settled:
         return "already in the journal"
+    body: Any = response.get("body")
+    refused = False
     try:
         if status != 200:
-            raise ValueError(f"HTTP {status}" if status else f"no response: {error}")
-        reply = read_reply(response.get("body"))
+            said, refused = error_text(status, body or error)
+            raise ValueError(said if status else f"no response: {error}")
+        reply = read_reply(json.loads(body) if isinstance(body, str) else body)
     except ValueError as problem:
         fields = {"prompt": request.prompt, "reason": f"batch: {str(problem)[:300]}", "batch": True}
-        journal.received(request.key, "failed", fields)
-        return "failed"
+        journal.received(request.key, "refused" if refused else "failed", fields)
+        return "refused" if refused else "failed"
     if reply.text in [text for text, _ in entry.invalid]:
         return "already in the journal"
-    outcome, fields = judged(request, reply, budget.cost(request, reply.usage))
+    outcome, fields = judged(request, reply, budget.cost(request, reply.usage), budget.parameters.max_tokens)
     journal.received(request.key, outcome, {**fields, "batch": True})
     return outcome

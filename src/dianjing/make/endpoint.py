@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,23 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 SECRET_CHARACTERS = 8
 SHOWN_CHARACTERS = 300
 """Of what an endpoint says about an error."""
+MODERATED_STATUSES = (200, 400, 403, 422, 451)
+MODERATED = re.compile(
+    r"content[_ ]?(filter|policy|management|moderation|safety)|data_?inspection|\bmoderation\b|flagged_input"
+    r"|\bflagged\b|responsible_?ai|inappropriate content|prohibited_content"
+    r"|safety system|sensitive content|内容安全|敏感|违规",
+    re.IGNORECASE,
+)
+"""In an error about what is in one picture, as vendors word it."""
+NO_MONEY_CODES = re.compile(
+    r"insufficient_(quota|balance|funds|credits?)|exceeded_current_quota|arrearage|billing_hard_limit", re.I
+)
+NO_MONEY = re.compile(r"insufficient (balance|funds|credits?)|credit balance is too low|余额不足|欠费", re.IGNORECASE)
+"""Codes and words of an account with nothing left; Gemini says "quota" and "billing" of a rate limit too."""
+RETRY_DELAY = re.compile(r'"retryDelay":\s*"([\d.]+)s"')
+REASONING = ("reasoning_content", "reasoning")
+STREAM = re.compile(r"\s*(data:|event:|id:|retry:|: )")
+"""Begins server-sent events."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +53,26 @@ class Reply:
     """prompt_tokens and completion_tokens, if the endpoint counts them."""
     model: str
     """The model that it names."""
+    reasoning: str = ""
+    """The thoughts, where the endpoint puts them into a field of their own."""
+
+
+class ErrorInside(ValueError):
+    """An error in the place of a reply; the text is what the endpoint says."""
 
 
 class CallError(Exception):
     """A call that brought no reply; the text is the reason, without the key."""
 
     def __init__(
-        self, reason: str, *, status: int = 0, retry: bool = False, wait_seconds: float | None = None, fatal: str = ""
+        self,
+        reason: str,
+        *,
+        status: int = 0,
+        retry: bool = False,
+        wait_seconds: float | None = None,
+        fatal: str = "",
+        refused: bool = False,
     ) -> None:
         super().__init__(reason)
         self.status = status
@@ -51,6 +82,8 @@ class CallError(Exception):
         """How long the endpoint asks to wait; None if it does not say."""
         self.fatal = fatal
         """The fault that the user must correct before any other call can succeed."""
+        self.refused = refused
+        """The endpoint does not answer about this picture; it says nothing about others."""
 
 
 def api_key() -> str:
@@ -126,8 +159,7 @@ class Endpoint:
 
         try:
             async with asyncio.timeout(self.timeout_seconds):
-                raw = await self._client.chat.completions.with_raw_response.create(**body)
-                content = raw.text
+                content = await self._content(body)
         except (TimeoutError, openai.APITimeoutError):
             raise CallError(f"timeout: no whole reply in {self.timeout_seconds:g} s", retry=True) from None
         except openai.APIStatusError as error:
@@ -138,35 +170,65 @@ class Endpoint:
             # A call that never left cannot have been paid for; one that was cut off can.
             what = "no connection" if kind == "ConnectError" else "connection"
             raise CallError(f"{what}: {shown}", retry=True) from None
+        return self._read(content)
+
+    async def _content(self, body: Mapping[str, Any]) -> str:
+        named = {name: body[name] for name in ("model", "messages", "stream") if name in body}
+        others = {name: value for name, value in body.items() if name not in named}
+        raw = await self._client.chat.completions.with_raw_response.create(**named, extra_body=others)
+        if "stream" in named:
+            await raw.http_response.aread()
+        return raw.http_response.text
+
+    def _read(self, content: str) -> Reply:
+        shown = _printable(without_key(content))[:SHOWN_CHARACTERS]
+        if re.match(r"\s*<(!doctype|html|\?xml)", content, re.IGNORECASE):
+            raise CallError(
+                shown, status=200, fatal=f"{self.base_url} answers with a web page; is /v1 missing in --base-url?"
+            )
         try:
-            reply = read_reply(json.loads(content))
+            reply = read_reply(read_stream(content) if STREAM.match(content) else json.loads(content))
+        except ErrorInside as error:
+            said, code = _said(str(error))
+            raise self._error_of(200, said, code, str(error), retry=True) from None
         except (ValueError, RecursionError) as error:
-            shown = _printable(without_key(content))[:SHOWN_CHARACTERS]
             what = _printable(without_key(str(error)))
             raise CallError(f"not a chat completion ({what}): {shown}", retry=True) from None
-        text, refusal, model = map(without_key, (reply.text, reply.refusal, reply.model))
-        return replace(reply, text=text, refusal=refusal, model=model)
+        text, refusal, model, reasoning = map(without_key, (reply.text, reply.refusal, reply.model, reply.reasoning))
+        return replace(reply, text=text, refusal=refusal, model=model, reasoning=reasoning)
 
     def _status_error(self, error: Any) -> CallError:
         status: int = error.status_code
-        said, code = _said(error.response.text)
-        reason = f"HTTP {status}: {_printable(without_key(said))[:SHOWN_CHARACTERS]}"
+        content: str = error.response.text
+        said, code = _said(content)
+        # llama-server's way to say that the reply was cut off inside its grammar.
+        cut = status == 500 and "peg-native" in said
+        wait = retry_after(error.response.headers)
+        if wait is None and (asked := RETRY_DELAY.search(content)):  # Gemini
+            wait = float(asked[1])
+        return self._error_of(status, said, code, content, retry=status in RETRIED and not cut, wait_seconds=wait)
+
+    def _error_of(
+        self, status: int, said: str, code: str, content: str, *, retry: bool, wait_seconds: float | None = None
+    ) -> CallError:
+        """Return what an endpoint says as an error that knows what is to be done."""
+        where = f"HTTP {status}" if status != 200 else "an error for a reply"
+        reason = f"{where}: {_printable(without_key(said))[:SHOWN_CHARACTERS]}"
+        if status in MODERATED_STATUSES and MODERATED.search(content):
+            return CallError(reason, status=status, refused=True)
         fatal = {
             401: f"refuses the key; put the right one in {' or '.join(KEY_VARIABLES)}",
             402: "has nothing left to spend",
             403: f"refuses the key; put the right one in {' or '.join(KEY_VARIABLES)}",
             404: "has no such model, or the path is wrong; see --model and --base-url",
         }.get(status, "")
-        if code == "insufficient_quota":
+        if NO_MONEY_CODES.search(code) or NO_MONEY.search(said):
             fatal = "has nothing left to spend"
         if 300 <= status < 400:
             fatal = "sends calls elsewhere; give the address it names as --base-url"
         if fatal:
             return CallError(reason, status=status, fatal=f"{self.base_url} {fatal}")
-        # llama-server's way to say that the reply was cut off inside its grammar.
-        cut = status == 500 and "peg-native" in said
-        wait = retry_after(error.response.headers)
-        return CallError(reason, status=status, retry=status in RETRIED and not cut, wait_seconds=wait)
+        return CallError(reason, status=status, retry=retry, wait_seconds=wait_seconds)
 
 
 def _printable(text: str) -> str:
@@ -175,15 +237,24 @@ def _printable(text: str) -> str:
 
 
 def _said(content: str) -> tuple[str, str]:
-    """Return the message and the code of an error's body."""
+    """Return the message of an error's body, and its code and type."""
     try:
         value: Any = json.loads(content)
+        value = value[0] if isinstance(value, list) else value  # Gemini
         inner = value.get("error", value)
         if isinstance(inner, dict):
-            return str(inner.get("message") or inner.get("detail") or content), str(inner.get("code") or "")
+            code = f"{inner.get('code') or ''} {inner.get('type') or ''}"
+            return str(inner.get("message") or inner.get("detail") or content), code
         return str(inner), ""
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, IndexError, RecursionError):
         return content.strip(), ""
+
+
+def error_text(status: int, body: object) -> tuple[str, bool]:
+    """Return what the result of a batch says about a request that failed, and if it refuses the picture."""
+    content = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+    said = _printable(_said(content)[0])[:SHOWN_CHARACTERS]
+    return f"HTTP {status}: {said}", status in MODERATED_STATUSES and bool(MODERATED.search(content))
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -206,14 +277,18 @@ def read_reply(value: object) -> Reply:
     """Return the reply that a chat completion holds.
 
     Raises:
+        ErrorInside: it is an error of the endpoint.
         ValueError: it is not a chat completion.
     """
     top = _mapping(value, "the body")
     choices = top.get("choices")
     if not isinstance(choices, list) or not choices:
-        said = f": {top['error']}" if "error" in top else ""
-        raise ValueError(f"there are no choices{said}")
+        if top.get("error"):
+            raise ErrorInside(json.dumps(top["error"], ensure_ascii=False))
+        raise ValueError("there are no choices")
     choice = _mapping(choices[0], "the choice")
+    if choice.get("error") or choice.get("finish_reason") == "error":
+        raise ErrorInside(json.dumps(choice.get("error") or "it gives no reason", ensure_ascii=False))
     message = _mapping(choice.get("message"), "the message")
     text, refusal = message.get("content"), message.get("refusal")
     if isinstance(text, list):
@@ -225,7 +300,34 @@ def read_reply(value: object) -> Reply:
         refusal=refusal if isinstance(refusal, str) else "",
         usage=_usage(top.get("usage")),
         model=str(top.get("model") or ""),
+        reasoning=next((str(message[name]) for name in REASONING if isinstance(message.get(name), str)), ""),
     )
+
+
+def read_stream(content: str) -> dict[str, Any]:
+    """Return the chat completion that came in pieces, as server-sent events.
+
+    Raises:
+        ValueError: a piece is not a JSON object.
+    """
+    joined: dict[str, Any] = {}
+    message: dict[str, str] = {}
+    choice: dict[str, Any] = {"message": message}
+    for line in content.splitlines():
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or data == "[DONE]":
+            continue
+        chunk = _mapping(json.loads(data), "a piece of the stream")
+        joined |= {name: chunk[name] for name in ("model", "usage", "error") if chunk.get(name)}
+        for part in chunk.get("choices") or []:
+            piece = _mapping(part, "the choice")
+            choice |= {name: piece[name] for name in ("finish_reason", "error") if piece.get(name)}
+            for name in ("content", "refusal", *REASONING):
+                text = (piece.get("delta") or {}).get(name)
+                if isinstance(text, str):
+                    message[name] = message.get(name, "") + text
+            joined["choices"] = [choice]
+    return joined
 
 
 def _mapping(value: object, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +22,11 @@ from dianjing.pictures.rule import PictureRule
 
 SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
 JPEG_QUALITY = 92
+FULL_COLOUR = 0
+"""Pillow's number for 4:4:4: the colour is not halved, which would show at the edges of drawings and letters."""
+LOSSLESS_BYTES = 256 * 1024
+"""A picture that need not shrink is sent as PNG if that is not larger."""
+SUFFIXES_NAMED = 6
 NEAR = 3
 """Most bits, of 64, in which the dHashes of near-duplicates differ."""
 
@@ -50,33 +55,36 @@ class Pictures:
     """Name -> why it cannot be used; the reason says the name, too."""
     duplicates: dict[str, str]
     """Name -> the first picture with the same content, which is asked about instead."""
-    other_files: int
-    """Files of a folder without the suffix of a picture."""
+    other_files: Counter[str]
+    """Suffix -> files of a folder that have it, which is none of a picture."""
 
 
-def find_pictures(images: Path) -> tuple[str, list[str], int]:
-    """Return the image folder, the names in it, and how many other files were left alone.
+def find_pictures(images: Path) -> tuple[str, list[str], Counter[str]]:
+    """Return the image folder, the names in it, and the suffixes of the other files, which were left alone.
 
     A list file names one picture a line, relative to the folder the list lies in. `images` may be one picture, too.
 
     Raises:
         DataError: there is no such folder or list, or nothing in it.
     """
+    others = Counter[str]()
     if images.is_dir():
-        root, names, others = images, [], 0
+        root, names = images, list[str]()
         for folder, inner, found in os.walk(images):
             # A linked folder is not entered: it may lead out of the image folder, or in circles.
-            inner[:] = [name for name in inner if not os.path.islink(os.path.join(folder, name))]
+            inner[:] = [one for one in inner if one != "__MACOSX" and not os.path.islink(os.path.join(folder, one))]
             for name in found:
                 path = os.path.relpath(os.path.join(folder, name), images).replace(os.sep, "/")
-                # macOS puts what a foreign disk cannot hold of a.png into ._a.png, which is not a picture.
-                is_picture = name.lower().endswith(SUFFIXES) and not name.startswith("._")
-                names += [path] if is_picture else []
-                others += not is_picture
+                if name.startswith("._"):  # what a foreign disk cannot hold of a.png
+                    others["of macOS (._)"] += 1
+                elif name.lower().endswith(SUFFIXES):
+                    names.append(path)
+                else:
+                    others[os.path.splitext(name)[1].lower() or "without an ending"] += 1
     elif images.is_file() and images.name.lower().endswith(SUFFIXES):
-        root, names, others = images.parent, [images.name], 0
+        root, names = images.parent, [images.name]
     elif images.is_file():
-        root, others = images.parent, 0
+        root = images.parent
         try:
             lines = images.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
@@ -85,8 +93,16 @@ def find_pictures(images: Path) -> tuple[str, list[str], int]:
     else:
         raise DataError(f"{images}: no such folder of pictures, and no such picture or list file")
     if not names:
-        raise DataError(f"{images}: there is no picture in it ({', '.join(SUFFIXES)}); give the folder they lie in")
+        there = f"; there are {named(others)}" if others else ""
+        raise DataError(
+            f"{images}: there is no picture in it ({', '.join(SUFFIXES)}){there}; give the folder they lie in"
+        )
     return str(root), sorted(names), others
+
+
+def named(suffixes: Counter[str]) -> str:
+    """Return in words how many files of which suffixes there are."""
+    return ", ".join(f"{number:,} {suffix}" for suffix, number in suffixes.most_common(SUFFIXES_NAMED))
 
 
 def look(images: Path, white: int = 0, advance: Callable[[int, int], None] = lambda done, total: None) -> Pictures:
@@ -183,7 +199,7 @@ def sent_size(size: tuple[int, int], long_edge: int) -> tuple[int, int]:
 
 
 def data_uri(root: str, name: str, long_edge: int, white: int = 0) -> str:
-    """Return a picture as a `data:` URI of a JPEG whose longer side is at most `long_edge` pixels.
+    """Return a picture as a `data:` URI whose longer side is at most `long_edge` pixels: PNG if it is small, else JPEG.
 
     Raises:
         DataError: the picture can no longer be opened.
@@ -192,6 +208,13 @@ def data_uri(root: str, name: str, long_edge: int, white: int = 0) -> str:
     size = sent_size(image.size, long_edge)
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
+    elif len(data := _saved(image, "PNG")) <= LOSSLESS_BYTES:
+        return "data:image/png;base64," + base64.b64encode(data).decode()
+    data = _saved(image, "JPEG", quality=JPEG_QUALITY, subsampling=FULL_COLOUR)
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()

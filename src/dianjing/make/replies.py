@@ -31,7 +31,12 @@ MAX_READINGS = 20
 """Bounds on what is looked through in a reply, however it is made."""
 STRING_OR_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.DOTALL)
 """A string, or a comma with nothing after it."""
-THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+THOUGHT = re.compile(r"\A.*</think(ing)?>", re.DOTALL)
+"""Its opening is missing where the chat template writes it."""
+BOX = re.compile(r"<\|(begin|end)_of_box\|>")
+LABEL = re.compile(
+    r"\A(\*\*|#+ )?(caption|description|answer|标题|描述|答案|回答)(\*\*)?\s*[:：]\s*(\*\*)?\s*", re.IGNORECASE
+)
 
 
 class InvalidReply(Exception):
@@ -47,12 +52,12 @@ class Pair:
 
 
 def read_text(reply: str) -> str:
-    """Return a plain reply without the thoughts in front of it.
+    """Return a plain reply without the thoughts, the label and the quotes that are around it.
 
     Raises:
         InvalidReply: there is nothing else.
     """
-    text = THOUGHT.sub("", reply).strip()
+    text = _unquoted(LABEL.sub("", BOX.sub("", THOUGHT.sub("", reply)).strip()))
     if not text:
         raise InvalidReply("the reply is empty")
     if len(text) > MAX_CHARACTERS:
@@ -62,6 +67,18 @@ def read_text(reply: str) -> str:
     except UnicodeEncodeError:
         raise InvalidReply("the reply holds half a character (a lone surrogate)") from None
     return text
+
+
+def _unquoted(text: str) -> str:
+    """Return a text without quotes around all of it; JSON in a JSON string is read."""
+    if text[:1] == '"':
+        try:
+            value: object = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        return value.strip() if isinstance(value, str) else text
+    inner = text[1:-1]
+    return inner.strip() if text[:1] + text[-1:] in ("“”", "「」") and not set("“”「」") & set(inner) else text
 
 
 def read_strict(reply: str) -> list[Pair]:
@@ -111,8 +128,7 @@ def validated(value: object) -> list[Pair]:
     Raises:
         InvalidReply: the value is not as SCHEMA says, or holds no pair.
     """
-    fields = _fields(value, {"pairs"}, "the reply")
-    items = fields["pairs"]
+    items = _items(value)
     if not isinstance(items, list) or not items:
         raise InvalidReply('"pairs" must be a list with at least one pair')
     pairs: list[Pair] = []
@@ -129,11 +145,21 @@ def validated(value: object) -> list[Pair]:
     return pairs
 
 
+def _items(value: object) -> object:
+    """Return the list of pairs, under whatever name it stands alone."""
+    fields = cast(dict[str, object], value) if isinstance(value, dict) else {}
+    lists = [item for item in fields.values() if isinstance(item, list)]
+    if "pairs" not in fields and len(lists) == 1:
+        return lists[0]
+    return _fields(value, {"pairs"}, "the reply")["pairs"]
+
+
 def _fields(value: object, names: set[str], where: str) -> dict[str, object]:
-    if not isinstance(value, dict) or set(cast(dict[str, object], value)) != names:
+    """Return the fields that were asked for; others are not read."""
+    if not isinstance(value, dict) or not names <= set(cast(dict[str, object], value)):
         quoted = " and ".join(f'"{name}"' for name in sorted(names))
-        raise InvalidReply(f"{where} must be a JSON object with {quoted} and nothing else")
-    return cast(dict[str, object], value)
+        raise InvalidReply(f"{where} must be a JSON object with {quoted}")
+    return {name: cast(dict[str, object], value)[name] for name in sorted(names)}
 
 
 def _object(items: list[tuple[str, object]]) -> dict[str, object]:

@@ -26,6 +26,8 @@ AGAIN = {
     "zh": "这个回复无法使用：{error}。请严格按照上面要求的格式重新回答。",
 }
 BLIND_PROMPT = "blind_check"
+ADDED = ("white", "extra_body")
+"""Parameters that came later: a key does not hold one that is not given, so that old journals stay valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class Parameters:
     """Longer side of a picture as it is sent, in pixels."""
     white: int = 0
     """The value that is white in pictures of more than 8 bits which name none; 0 = not known."""
+    extra_body: str = ""
+    """Further fields of a vendor, as the JSON text of an object."""
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -54,6 +58,8 @@ class Dialect:
 
     rung: Rung = "json_schema"
     token_limit: TokenLimit = "max_tokens"
+    stream: bool = False
+    """Replies come in pieces: some endpoints have no other way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ def _request(
     identity = {
         "image": picture and picture.sha256,
         "text": text,
-        **{name: value for name, value in asdict(parameters).items() if (name, value) != ("white", 0)},
+        **{name: value for name, value in asdict(parameters).items() if name not in ADDED or value},
         "jpeg_quality": JPEG_QUALITY,
         "schema": SCHEMA if reply == "pairs" else None,
     }
@@ -139,4 +145,6 @@ def body(
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif request.reply == "pairs" and dialect.rung == "json_object":
         fields["response_format"] = {"type": "json_object"}
-    return fields
+    if dialect.stream:
+        fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    return fields | (json.loads(parameters.extra_body) if parameters.extra_body else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +29,13 @@ MOST_FAILURES = 10
 """Requests in a row without a usable reply after which a run ends: going on would only cost money."""
 PROBES = 3
 """Requests tried before an endpoint that answers with errors alone counts as one that understands nothing."""
+REASON_COMPARED = 40
+"""First characters by which two reasons are the same."""
+NOT_UNDERSTOOD = (400, 422, 500, 501)
+"""HTTP statuses of an endpoint that may not understand how it was asked."""
+NAMES_FORMAT = re.compile(r"response[_ ]?format|json[_ ]?(schema|object|mode)|structured|grammar|guided", re.IGNORECASE)
+STREAM_ONLY = re.compile(r"\bstream", re.IGNORECASE)
+NO_THOUGHTS = """turn thinking off, as the server allows it (--extra-body '{"enable_thinking": false}')"""
 
 
 @dataclass(kw_only=True)
@@ -66,6 +74,9 @@ class Sender:
         self._failures_in_a_row = 0
         self.probing = False
         """True while the first requests show what the endpoint understands."""
+        self.heard = False
+        """True once the model answered: the key is right, then."""
+        self._retried: set[str] = set()
         self._show = show
         self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, *parameters.shown))
 
@@ -105,6 +116,8 @@ class Sender:
             error = await self._call(request)
             if error is None:
                 continue
+            if error.status == 403 and self.heard:  # about this picture, whatever it says
+                return error
             if error.fatal:
                 self.fatal = True
                 self.limiter.stop(f"{error.fatal} ({error})")
@@ -116,8 +129,16 @@ class Sender:
             else:
                 tries += 1
                 wait = full_jitter(RETRY_SECONDS, tries, LONGEST_RETRY_SECONDS)
+                self._say_once(error)
                 await self._wait(max(wait, min(error.wait_seconds or 0.0, LONGEST_RETRY_SECONDS)))
         return None
+
+    def _say_once(self, error: CallError) -> None:
+        """Print a reason for which calls are made again, the first time that it comes."""
+        kind = str(error)[:REASON_COMPARED]
+        if kind not in self._retried:
+            self._retried.add(kind)
+            self.show(f"{error}; such calls are tried again, {RETRIES} times at most")
 
     def _pause(self, error: CallError) -> None:
         before = self.limiter.pause_seconds
@@ -150,10 +171,10 @@ class Sender:
             try:
                 reply = await self.endpoint.ask(message)
             except CallError as error:
-                self.journal.received(request.key, "failed", {"prompt": request.prompt, "reason": str(error)})
-                return error
-            self._receive(request, reply)
-            return None
+                status: Status = "refused" if error.refused else "failed"
+                self.journal.received(request.key, status, {"prompt": request.prompt, "reason": str(error)})
+                return None if error.refused else error
+            return self._receive(request, reply)
         finally:
             self.limiter.leave()
 
@@ -170,13 +191,17 @@ class Sender:
                 return False
         return True
 
-    def _receive(self, request: Request, reply: Reply) -> None:
+    def _receive(self, request: Request, reply: Reply) -> CallError | None:
         """Write a reply to the journal, and learn whether the endpoint minds how JSON is asked for."""
-        status, fields = judged(request, reply, self.budget.cost(request, reply.usage))
+        status, fields = judged(request, reply, self.budget.cost(request, reply.usage), self.parameters.max_tokens)
         self.journal.received(request.key, status, fields)
         self.limiter.answered()
+        self.heard = True
+        if status == "failed":  # the same again would bring the same
+            return CallError(fields["reason"], status=200)
         if self.probing and request.reply == "pairs" and ignores_response_format(reply):
             self.dialect = replace(self.dialect, rung="text")
+        return None
 
     def note_done(self, request: Request) -> None:
         """Count a request that was tried; stop the run after too many failures in a row."""
@@ -194,13 +219,16 @@ class Sender:
 
 
 async def find_dialect(sender: Sender, pending: Sequence[Request]) -> None:
-    """Learn from the first request what the endpoint understands, and show it."""
+    """Learn from the first requests what the endpoint understands, and show it."""
     structured = [request for request in pending if request.reply == "pairs"]
     error: CallError | None = None
-    for request in (structured or list(pending))[:PROBES]:
-        error = await _probe(sender, request)
-        if error is None or not error.status or sender.limiter.stopped.is_set():
+    sender.probing = True
+    for rung in RUNGS if structured else ("text",):
+        sender.dialect = replace(sender.dialect, rung=rung)
+        error = await _probe(sender, structured or pending)
+        if error is None or error.status not in NOT_UNDERSTOOD or sender.limiter.stopped.is_set():
             break
+    sender.probing = False
     if error and not sender.limiter.reason:
         sender.fatal = True
         sender.limiter.stop(f"the endpoint accepts no request: {error}")
@@ -208,31 +236,50 @@ async def find_dialect(sender: Sender, pending: Sequence[Request]) -> None:
         sender.show(f"replies are asked for as: {sender.dialect.rung}")
 
 
-async def _probe(sender: Sender, request: Request) -> CallError | None:
-    """Settle a request with the strictest way to ask for JSON that works, and keep to that way."""
-    rungs = list(RUNGS) if request.reply == "pairs" else ["text"]
+async def _probe(sender: Sender, requests: Sequence[Request]) -> CallError | None:
+    """Settle requests until the model answers one; return the error that is about all of them, not about a picture.
+
+    Such an error names the way in which JSON is asked for, or comes for several pictures.
+    """
     error: CallError | None = None
-    sender.probing = True
-    while rungs and not sender.limiter.stopped.is_set():
-        sender.dialect = replace(sender.dialect, rung=rungs[0])
+    errors = 0
+    for request in requests:
+        if sender.limiter.stopped.is_set() or errors == PROBES:
+            return error
+        if sender.settled(request):
+            continue
         error = await sender.settle(request)
-        if error is None or error.status not in (400, 422, 500, 501):
-            break
-        if sender.dialect.token_limit == "max_tokens" and "max_completion_tokens" in str(error):
-            sender.dialect = replace(sender.dialect, token_limit="max_completion_tokens")
-        else:
-            rungs.pop(0)
-    sender.probing = False
-    if sender.settled(request):
-        sender.note_done(request)
+        while error and (dialect := _other_words(sender.dialect, error)):
+            sender.dialect = dialect
+            error = await sender.settle(request)
+        if sender.settled(request):
+            sender.note_done(request)
+        if error is None and sender.heard:
+            return None
+        errors += error is not None
+        if error and (error.status not in (*NOT_UNDERSTOOD, 200) or NAMES_FORMAT.search(str(error))):
+            return error
     return error
 
 
-def judged(request: Request, reply: Reply, cost: float | None) -> tuple[Status, dict[str, Any]]:
+def _other_words(dialect: Dialect, error: CallError) -> Dialect | None:
+    """Return what an error asks for instead; None if it does not say, or it was done already."""
+    said = str(error)
+    if error.status not in NOT_UNDERSTOOD:
+        return None
+    if "max_completion_tokens" in said and dialect.token_limit == "max_tokens":
+        return replace(dialect, token_limit="max_completion_tokens")
+    return replace(dialect, stream=True) if STREAM_ONLY.search(said) and not dialect.stream else None
+
+
+def judged(request: Request, reply: Reply, cost: float | None, max_tokens: int) -> tuple[Status, dict[str, Any]]:
     """Return what a reply is worth, and the journal's fields for it."""
+    # Some servers put JSON into the field of the thoughts; a caption there cannot be told from a thought.
+    in_thoughts = request.reply == "pairs" and not reply.text.strip() and reply.finish_reason != "length"
+    text = reply.reasoning if in_thoughts else reply.text
     fields: dict[str, Any] = {
         "prompt": request.prompt,
-        "reply": reply.text,
+        "reply": text,
         "finish_reason": reply.finish_reason,
         "usage": reply.usage,
         "cost": cost,
@@ -240,15 +287,20 @@ def judged(request: Request, reply: Reply, cost: float | None) -> tuple[Status, 
     }
     if reply.refusal or reply.finish_reason == "content_filter":
         return "refused", {**fields, "reason": reply.refusal or "the endpoint's content filter"}
+    if not reply.text.strip() and reply.finish_reason == "length":
+        reason = f"the model's thoughts took all of --max-tokens ({max_tokens}); give it more, or {NO_THOUGHTS}"
+        return "failed", {**fields, "reason": reason}
+    if not text.strip() and reply.reasoning:
+        return "failed", {**fields, "reason": f"the endpoint takes the whole reply for a thought; {NO_THOUGHTS}"}
     try:
         if request.reply == "pairs":
-            read_pairs(reply.text)
+            read_pairs(text)
         else:
-            read_text(reply.text)
+            read_text(text)
             if reply.finish_reason == "length":
                 raise InvalidReply("the reply was cut off for its length; write less")
     except InvalidReply as error:
-        if is_refusal(reply.text):
+        if is_refusal(text):
             return "refused", {**fields, "reason": "the model refuses"}
         return "invalid", {**fields, "reason": str(error)}
     return "ok", fields
@@ -256,7 +308,8 @@ def judged(request: Request, reply: Reply, cost: float | None) -> tuple[Status, 
 
 def ignores_response_format(reply: Reply) -> bool:
     """Return whether a complete reply is not plain JSON, although the endpoint was asked for nothing else."""
-    if reply.refusal or reply.finish_reason in ("length", "content_filter") or is_refusal(reply.text):
+    said = reply.text.strip()
+    if not said or reply.refusal or reply.finish_reason in ("length", "content_filter") or is_refusal(said):
         return False
     try:
         read_strict(reply.text)

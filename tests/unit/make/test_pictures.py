@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
+from PIL.JpegImagePlugin import JpegImageFile
 
 from dianjing.errors import DataError
-from dianjing.make.pictures import NEAR, data_uri, dhash, find_pictures, look, near_duplicates, sent_size
+from dianjing.make.pictures import NEAR, data_uri, dhash, find_pictures, look, named, near_duplicates, sent_size
 from tests.chaos.pictures import write_pictures
 from tests.loaded_models import picture
 
@@ -24,10 +25,10 @@ def test_a_folder_and_a_list_name_the_same_pictures(tmp_path: Path) -> None:
     names = write_pictures(tmp_path / "images", 5)
     (tmp_path / "images" / "notes.txt").write_text("no picture")
     root, found, others = find_pictures(tmp_path / "images")
-    assert (root, found, others) == (str(tmp_path / "images"), names, 1)
+    assert (root, found, others) == (str(tmp_path / "images"), names, {".txt": 1})
     listed = tmp_path / "images" / "list.txt"
     listed.write_text("\n".join([*reversed(names), "", names[0]]))
-    assert find_pictures(listed) == (str(tmp_path / "images"), names, 0)
+    assert find_pictures(listed) == (str(tmp_path / "images"), names, {})
     assert [one.name for one in look(listed).kept] == names
 
 
@@ -108,6 +109,37 @@ def test_a_picture_is_sent_small_and_never_enlarged(tmp_path: Path) -> None:
         uri = data_uri(str(tmp_path), "a.png", edge)
         head, _, content = uri.partition(",")
         sent = Image.open(io.BytesIO(base64.b64decode(content)))
-        assert (head, sent.format, sent.size) == ("data:image/jpeg;base64", "JPEG", size)
+        kind = "JPEG" if edge == 150 else "PNG"
+        assert (head, sent.format, sent.size) == (f"data:image/{kind.lower()};base64", kind, size)
         assert sent_size((300, 200), edge) == size
     assert sent_size((16000, 1), 100) == (100, 1)
+
+
+def test_a_picture_that_need_not_shrink_is_sent_as_it_is(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 48), (255, 0, 0))
+    image.paste((0, 0, 255), (31, 0, 33, 48))
+    image.save(tmp_path / "a.png")
+    sent = Image.open(io.BytesIO(base64.b64decode(data_uri(str(tmp_path), "a.png", 1024).partition(",")[2])))
+    assert sent.tobytes() == image.tobytes()
+
+
+def test_a_large_picture_keeps_its_colour_in_full(tmp_path: Path) -> None:
+    pixels = random.Random(0).randbytes(3 * 400 * 400)
+    Image.frombytes("RGB", (400, 400), pixels).save(tmp_path / "a.png")
+    data = base64.b64decode(data_uri(str(tmp_path), "a.png", 1024).partition(",")[2])
+    sent = Image.open(io.BytesIO(data))
+    assert isinstance(sent, JpegImageFile)
+    assert [one[1:3] for one in sent.layer] == [(1, 1)] * 3  # sampling of the three channels
+
+
+def test_what_is_left_alone_is_named_by_its_ending(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    names = write_pictures(images, 2)
+    (images / "__MACOSX").mkdir()
+    for name in ("a.MOV", "b.mov", "notes.txt", "IM0001", "._001.png", "__MACOSX/001.png"):
+        (images / name).write_bytes(b"x")
+    found = look(images)
+    assert [one.name for one in found.kept] == names
+    assert not found.refused
+    assert found.other_files == {".mov": 2, ".txt": 1, "without an ending": 1, "of macOS (._)": 1}
+    assert named(found.other_files).startswith("2 .mov, ")

@@ -28,6 +28,12 @@ WHOLE = json.dumps({"pairs": [vars(pair) for pair in PAIRS]}, ensure_ascii=False
         WHOLE[:-1],
         WHOLE[:-2] + ', {"question": "And this?", "answ',
         WHOLE[:-2] + ', {"question": "And this?", "answer": "Cut o',
+        WHOLE.replace('{"question"', '{"type": "x", "question"'),
+        WHOLE.replace('{"pairs"', '{"note": "b", "pairs"'),
+        WHOLE.replace('"pairs"', '"qa_pairs"'),
+        json.dumps(WHOLE),
+        f"First {{pairs}}... {WHOLE[:30]}</think>\n{WHOLE}",
+        f"<|begin_of_box|>{WHOLE}<|end_of_box|>",
         "The list:\n" + WHOLE[len('{"pairs": ') : -2] + ', {"question"',
     ],
     ids=lambda reply: reply[:12] + "..." + reply[-12:],
@@ -45,11 +51,11 @@ def test_one_reading_is_found(reply: str) -> None:
         ('{"pairs": []}', "at least one"),
         ('{"pairs": "none"}', "at least one"),
         ('{"pairs": [{"q": "What?", "a": "This."}]}', "pairs[0] must be"),
-        ('{"pairs": [{"question": "What?", "answer": "This.", "type": "x"}]}', "nothing else"),
         ('{"pairs": [{"question": "What?", "answer": 3}]}', "pairs[0].answer"),
         ('{"pairs": [{"question": "What?", "answer": "  "}]}', "pairs[0].answer"),
         ('{"pairs": [{"question": "What?", "answer": "\\ud800"}]}', "half a character"),
-        ('{"pairs": [{"question": "What?", "answer": "a"}], "note": "b"}', "nothing else"),
+        ('{"pairs": [{"question": "What?"}], "note": "b"}', 'with "answer" and "question"'),
+        ('{"a": [{"question": "What?", "answer": "a"}], "b": [1]}', 'with "pairs"'),
         (WHOLE + WHOLE.replace("cat", "dog"), "2 different"),
         (WHOLE[:40], "not JSON"),
         ('{"pairs": [{"question": "a", "question": "b", "answer": "c"}]}', "twice"),
@@ -91,6 +97,27 @@ def test_plain_text_loses_only_its_thoughts() -> None:
     assert read_text("<think>A cat? Yes.</think>\n\nA cat. \n") == "A cat."
     with pytest.raises(InvalidReply, match="empty"):
         read_text(" \n")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "A red box.",
+        "It may be red.</think>\n\nA red box.",
+        "<|begin_of_box|>A red box.<|end_of_box|>",
+        "**Caption:** A red box.",
+        "Description: A red box.",
+        '"A red box."',
+        "“A red box.”",
+    ],
+)
+def test_a_caption_without_what_stands_around_it(reply: str) -> None:
+    assert read_text(reply) == "A red box."
+
+
+@pytest.mark.parametrize("reply", ['"Stop" and "Go" are written here.', "“Stop” and “Go”"])
+def test_quotes_within_a_text_stay(reply: str) -> None:
+    assert read_text(reply) == reply
 
 
 def test_many_openings_take_no_quadratic_time() -> None:
