@@ -76,7 +76,8 @@ class Sender:
         """True while the first requests show what the endpoint understands."""
         self.heard = False
         """True once the model answered: the key is right, then."""
-        self._retried: set[str] = set()
+        self.retried: set[str] = set()
+        """Reasons for which calls were made again, each printed once."""
         self._show = show
         self._data_uri = lru_cache(maxsize=2 * concurrency)(lambda name: data_uri(root, name, *parameters.shown))
 
@@ -123,34 +124,15 @@ class Sender:
                 self.limiter.stop(f"{error.fatal} ({error})")
             elif error.status == 429 and limited < LIMITED_RETRIES:
                 limited += 1
-                self._pause(error)
+                _pause(self, error)
             elif not error.retry or tries == RETRIES or error.status == 429:
                 return error
             else:
                 tries += 1
                 wait = full_jitter(RETRY_SECONDS, tries, LONGEST_RETRY_SECONDS)
-                self._say_once(error)
-                await self._wait(max(wait, min(error.wait_seconds or 0.0, LONGEST_RETRY_SECONDS)))
+                _say_once(self, error)
+                await _wait(self, max(wait, min(error.wait_seconds or 0.0, LONGEST_RETRY_SECONDS)))
         return None
-
-    def _say_once(self, error: CallError) -> None:
-        """Print a reason for which calls are made again, the first time that it comes."""
-        kind = str(error)[:REASON_COMPARED]
-        if kind not in self._retried:
-            self._retried.add(kind)
-            self.show(f"{error}; such calls are tried again, {RETRIES} times at most")
-
-    def _pause(self, error: CallError) -> None:
-        before = self.limiter.pause_seconds
-        after = self.limiter.pause(error.wait_seconds)
-        if after > before + 0.5:
-            self.show(f"waiting {after:.0f} s, then {self.limiter.limit} at once: {error}")
-
-    async def _wait(self, seconds: float) -> None:
-        self.count.waiting += 1
-        self.show()
-        await self.limiter.sleep(seconds)
-        self.count.waiting -= 1
 
     async def _call(self, request: Request) -> CallError | None:
         """Make one call and write what came of it to the journal before anything else."""
@@ -218,6 +200,28 @@ class Sender:
         self.show()
 
 
+def _say_once(sender: Sender, error: CallError) -> None:
+    """Print a reason for which calls are made again, the first time that it comes."""
+    kind = str(error)[:REASON_COMPARED]
+    if kind not in sender.retried:
+        sender.retried.add(kind)
+        sender.show(f"{error}; such calls are tried again, {RETRIES} times at most")
+
+
+def _pause(sender: Sender, error: CallError) -> None:
+    before = sender.limiter.pause_seconds
+    after = sender.limiter.pause(error.wait_seconds)
+    if after > before + 0.5:
+        sender.show(f"waiting {after:.0f} s, then {sender.limiter.limit} at once: {error}")
+
+
+async def _wait(sender: Sender, seconds: float) -> None:
+    sender.count.waiting += 1
+    sender.show()
+    await sender.limiter.sleep(seconds)
+    sender.count.waiting -= 1
+
+
 async def find_dialect(sender: Sender, pending: Sequence[Request]) -> None:
     """Learn from the first requests what the endpoint understands, and show it."""
     structured = [request for request in pending if request.reply == "pairs"]
@@ -274,7 +278,7 @@ def _other_words(dialect: Dialect, error: CallError) -> Dialect | None:
 
 def judged(request: Request, reply: Reply, cost: float | None, max_tokens: int) -> tuple[Status, dict[str, Any]]:
     """Return what a reply is worth, and the journal's fields for it."""
-    # Some servers put JSON into the field of the thoughts; a caption there cannot be told from a thought.
+    # Some servers put JSON into the field of the thoughts; a caption there looks like any thought.
     in_thoughts = request.reply == "pairs" and not reply.text.strip() and reply.finish_reason != "length"
     text = reply.reasoning if in_thoughts else reply.text
     fields: dict[str, Any] = {
