@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from dianjing.config.schema import DataConfig, LanguageModelConfig, Recipe, TrainConfig, VisionTowerConfig
+from dianjing.language import CHOSEN
 from tests.tiny import TinyDataset, write_clip, write_dataset, write_llm, write_siglip
 
+os.environ[CHOSEN] = "en"  # whatever the locale
 MakeRecipe = Callable[..., Recipe]
 
 

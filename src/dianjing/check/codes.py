@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 from typing import Literal, cast
+
+from dianjing.language import language, say
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -92,7 +97,9 @@ class Findings:
     def fixes(self, code: str) -> str:
         """Return in words what `--fix` does about a kind of finding, "" for nothing."""
         fixed, number = self.fixed[code], self.counts[code]
-        return "" if not fixed else "--fix does" if fixed == number else f"--fix does for {fixed:,} of {number:,}"
+        if fixed == number or not fixed:
+            return say("--fix does") if fixed else ""
+        return say("--fix does for {fixed:,} of {number:,}", fixed=fixed, number=number)
 
     def number(self, severity: Severity) -> int:
         """Return how many there are of a severity."""
@@ -213,3 +220,18 @@ def _rows() -> Iterator[tuple[str, Code]]:
 
 
 CODES: Mapping[str, Code] = dict(_rows())
+
+
+@cache
+def translated(language: str) -> dict[str, list[str]]:
+    """Return meaning and remedy of each code in a language other than English, {} for English."""
+    if language == "en":
+        return {}
+    return json.loads((files("dianjing.check") / f"codes_{language}.json").read_text(encoding="utf-8"))
+
+
+def in_words(code: str) -> tuple[str, str]:
+    """Return meaning and remedy of a code in the user's language."""
+    about = CODES[code]
+    meaning, remedy = translated(language()).get(code, (about.meaning, about.fix))
+    return meaning, remedy

@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dianjing.check.check import Result
-from dianjing.check.codes import CODES, SEVERITIES, Finding
-from dianjing.check.summary import facts, histogram, printable, refusal
+from dianjing.check.codes import CODES, SEVERITIES, Finding, in_words
+from dianjing.check.summary import NUMBER_OF, facts, histogram, printable, refusal
 from dianjing.eval.compare import thumbnail
+from dianjing.language import counted, language, say
 from dianjing.pictures.picture import PictureError, load_image
 from dianjing.pictures.rule import PictureRule
 
@@ -39,6 +40,7 @@ def page(result: Result) -> str:
         {
             "code": code,
             "about": CODES[code],
+            "words": in_words(code),
             "number": findings.counts[code],
             "fixes": findings.fixes(code),
             "rows": _rows(findings.of(code)[:SHOWN], result.settings.rule),
@@ -49,14 +51,20 @@ def page(result: Result) -> str:
     for group in groups:
         group["open"] = len(errors) <= OPEN and group in errors
     values = {title: result.values[name] for name, title in BARS.items() if result.values.get(name)}
-    charts = [_chart(title, histogram(counted)) for title, counted in values.items()]
+    charts = [_chart(say(title), histogram(numbers)) for title, numbers in values.items()]
     if result.run and result.run.lengths:
-        charts.append(_chart("Positions of a record", histogram(result.run.distribution())))
+        charts.append(_chart(say("Positions of a record"), histogram(result.run.distribution())))
     source = files("dianjing.check").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(source).render(
         title=", ".join(os.path.basename(path) for path in result.settings.paths),
-        verdict=[(findings.number(severity), severity) for severity in SEVERITIES],
+        language=language(),
+        say=say,
+        verdict=[
+            (number, severity, counted(number, *NUMBER_OF[severity]))
+            for severity in SEVERITIES
+            for number in [findings.number(severity)]
+        ],
         refusal=refusal(result),
         facts=list(facts(result)),
         groups=groups,

@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from dianjing.check.check import Result
-from dianjing.check.codes import CODES, SEVERITIES, Severity
+from dianjing.check.codes import CODES, SEVERITIES, Severity, in_words
 from dianjing.check.picture_notes import SEEN_OTHERWISE
 from dianjing.console import Console
+from dianjing.language import counted, say
 
 EXAMPLES = 3
+NUMBER_OF: dict[Severity, tuple[str, str]] = {
+    "error": ("{number:,} error", "{number:,} errors"),
+    "warning": ("{number:,} warning", "{number:,} warnings"),
+    "note": ("{number:,} note", "{number:,} notes"),
+}
 STYLES: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
@@ -21,22 +27,24 @@ def print_summary(result: Result, console: Console) -> None:
     findings = result.findings
     for code in findings.codes():
         about = CODES[code]
+        meaning, remedy = in_words(code)
         number = f" x {findings.counts[code]:,}" if findings.counts[code] > 1 else ""
-        way_out = f" ({done})" if (done := findings.fixes(code)) else ""
+        way_out = say(" ({text})", text=done) if (done := findings.fixes(code)) else ""
         console.print(
             Text.assemble(
-                (about.severity, STYLES[about.severity]),
+                (say(about.severity), STYLES[about.severity]),
                 " ",
                 (code, "bold"),
-                f"{number}: {about.meaning}",
-                *([] if about.fix == "-" else [f"; {about.fix}{way_out}"]),
+                f"{number}{say(': ')}{meaning}",
+                *([] if about.fix == "-" else [f"{say('; ')}{remedy}{way_out}"]),
             ),
             soft_wrap=True,
         )
         for finding in findings.of(code)[:EXAMPLES]:
             console.print(Text(f"    {finding.place}: {printable(finding.text)}", style="dim"), soft_wrap=True)
         if findings.counts[code] > EXAMPLES:
-            console.print(Text(f"    and {findings.counts[code] - EXAMPLES:,} more", style="dim"))
+            more = say("and {number:,} more", number=findings.counts[code] - EXAMPLES)
+            console.print(Text(f"    {more}", style="dim"))
     for line in facts(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if refused := refusal(result):
@@ -51,50 +59,56 @@ def printable(text: str) -> str:
 
 def verdict(result: Result) -> str:
     """Return the numbers of findings in one line."""
-    parts = [(result.findings.number(severity), severity) for severity in SEVERITIES]
-    return ", ".join(f"{number:,} {name}{'' if number == 1 else 's'}" for number, name in parts)
+    return say(", ").join(counted(result.findings.number(severity), *NUMBER_OF[severity]) for severity in SEVERITIES)
 
 
 def refusal(result: Result) -> str:
     """Return which files training does not read at all, "" when there is none."""
-    return f"training would refuse {', '.join(result.refused)} as a whole" if result.refused else ""
+    return say("training would refuse {files} as a whole", files=", ".join(result.refused)) if result.refused else ""
 
 
 def facts(result: Result) -> Iterator[str]:
     """Yield what the set is like, a line each."""
-    yield f"{result.records:,} records, {result.pictures:,} pictures"
+    yield say("{records:,} records, {pictures:,} pictures", records=result.records, pictures=result.pictures)
     counts = result.findings.counts
-    if others := [f"{counts[code]:,} {words}" for code, words in SEEN_OTHERWISE.items() if counts[code]]:
-        yield (
-            f"other programs, such as the readers of an export, see these pictures otherwise: {', '.join(others)}; "
-            "--fix OUT --pictures DIR writes copies that all read alike"
+    if others := [f"{counts[code]:,} {say(words)}" for code, words in SEEN_OTHERWISE.items() if counts[code]]:
+        yield say(
+            "other programs, such as the readers of an export, see these pictures otherwise: {others}; "
+            "--fix OUT --pictures DIR writes copies that all read alike",
+            others=", ".join(others),
         )
     values = result.values
     if answers := values.get("answer characters"):
         questions = values["question characters"]
-        yield (
-            f"{answers.total():,} turns; characters of a question: {_middle(questions)}, "
-            f"of an answer: {_middle(answers)}"
+        yield say(
+            "{turns:,} turns; characters of a question: {question}, of an answer: {answer}",
+            turns=answers.total(),
+            question=_middle(questions),
+            answer=_middle(answers),
         )
-        scripts = values["answer script"]
-        yield "answers in: " + ", ".join(
-            f"{name} {number / answers.total():.0%}" for name, number in scripts.most_common()
-        )
+        scripts = values["answer script"].most_common()
+        shares = ", ".join(f"{name} {number / answers.total():.0%}" for name, number in scripts)
+        yield say("answers in: {scripts}", scripts=shares)
         said = values["yes or no"]
         if said["yes"] + said["no"]:
-            yield f"answers that are only yes: {said['yes']:,}, only no: {said['no']:,}"
+            yield say("answers that are only yes: {yes:,}, only no: {no:,}", yes=said["yes"], no=said["no"])
     if result.run:
         run = result.run
         total = sum(run.lengths)
-        yield (
-            f"a run would use {run.records:,} records and skip {run.skipped:,}; it cuts {run.truncated:,}; "
-            f"{total:,} positions, the longest record {max(run.lengths, default=0):,}; "
-            f"{run.supervised / max(total, 1):.1%} of them supervised"
+        yield say(
+            "a run would use {records:,} records and skip {skipped:,}; it cuts {cut:,}; {positions:,} positions, "
+            "the longest record {longest:,}; {supervised:.1%} of them supervised",
+            records=run.records,
+            skipped=run.skipped,
+            cut=run.truncated,
+            positions=total,
+            longest=max(run.lengths, default=0),
+            supervised=run.supervised / max(total, 1),
         )
         if run.pack_fill is not None:
-            yield f"its packs would be {run.pack_fill:.0%} full"
+            yield say("its packs would be {fill:.0%} full", fill=run.pack_fill)
         if run.steps is not None:
-            yield f"its training takes {run.steps:,} optimizer steps" if not run.few_steps else run.few_steps
+            yield run.few_steps or say("its training takes {steps:,} optimizer steps", steps=run.steps)
 
 
 def _middle(values: Counter[str | int]) -> str:
@@ -104,14 +118,14 @@ def _middle(values: Counter[str | int]) -> str:
     for value, number in ordered:
         seen += number
         if seen >= half:
-            return f"{value:,} (median) to {ordered[-1][0]:,}"
-    return "none"
+            return say("{middle:,} (median) to {most:,}", middle=value, most=ordered[-1][0])
+    return say("none")
 
 
 def histogram(values: Counter[str | int], bins: int = 16) -> list[tuple[str, int]]:
     """Return (label, how often) of a distribution: words as they are, numbers in bins that double."""
     if any(isinstance(value, str) for value in values):
-        return [(str(value) or "neither", number) for value, number in values.most_common(bins)]
+        return [(str(value) or say("neither"), number) for value, number in values.most_common(bins)]
     numbers = {int(value): number for value, number in values.items()}
     if len(numbers) <= bins and max(numbers, default=0) <= 2 * bins:
         return [(str(value), numbers[value]) for value in sorted(numbers)]

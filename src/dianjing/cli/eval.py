@@ -22,6 +22,7 @@ from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.eval.summary import SIGHT, WAYS, Figure
 from dianjing.journal import JournalFile
+from dianjing.language import say
 
 if TYPE_CHECKING:
     from dianjing.eval.evaluate import Answers, Report
@@ -108,7 +109,8 @@ def _say_next(given: Arguments, notices: Console) -> None:
     flags = {"--data": given.data, "--images": given.images, "--other": given.other, "--out": "compare.html"}
     words = [word for flag, value in flags.items() if value for word in (flag, value)]
     limit = ["--limit", str(given.limit)] if given.limit else []
-    line = f"next, the answers side by side: dianjing compare BEFORE {shlex.join([given.model, *words, *limit])}"
+    command = f"dianjing compare BEFORE {shlex.join([given.model, *words, *limit])}"
+    line = say("next, the answers side by side: {command}", command=command)
     notices.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -157,27 +159,27 @@ class _Kept(dict[tuple[str, str, tuple[str, ...]], str]):
 
 def table(report: Report) -> Table:
     """Return the scores as a table, a block a question type."""
-    notes = [] if report.can_see else ["It cannot see: a text-only model, asked without pictures."]
+    notes = [] if report.can_see else [say("It cannot see: a text-only model, asked without pictures.")]
     if not report.overall.exact_says_something:
-        notes.append("Hardly an answer is exact: the sight that counts is that of the loss (nats a token).")
+        notes.append(say("Hardly an answer is exact: the sight that counts is that of the loss (nats a token)."))
     shown = Table(
-        title=f"{report.model}: means with 95 % intervals",
+        title=say("{model}: means with 95 % intervals", model=report.model),
         caption="\n".join(notes),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,
         pad_edge=False,
     )
-    shown.add_column("type (questions)")
+    shown.add_column(say("type (questions)"))
     for name in (*WAYS.values(), SIGHT):
-        shown.add_column(name, justify="right")
-    for name, summary in {**report.by_type, "all": report.overall}.items():
-        style = "bold" if name == "all" else ""
+        shown.add_column(say(name), justify="right", overflow="fold")
+    for name, summary in {**report.by_type, "": report.overall}.items():
+        style = "" if name else "bold"
         shown.add_section()
-        shown.add_row(Text(f"{name} ({summary.n:,})", style))
+        shown.add_row(Text(f"{name or say('all')} ({summary.n:,})", style))
         for label, figures in summary.table():
             if any(figures):
-                shown.add_row(f"  {label}", *map(_cell, figures, (False, False, False, True)), style=style)
+                shown.add_row(f"  {say(label)}", *map(_cell, figures, (False, False, False, True)), style=style)
     return shown
 
 

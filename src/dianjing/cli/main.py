@@ -16,6 +16,7 @@ from contextlib import suppress
 from dianjing import __version__
 from dianjing.console import finish_output, open_output
 from dianjing.errors import ConfigError, DianjingError
+from dianjing.language import choose_language, say
 
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",
@@ -64,15 +65,16 @@ def _code(verb: str, arguments: list[str]) -> int:
     """Return the exit code of a verb, its errors printed."""
     try:
         try:
-            return _run(verb, arguments)
+            words = choose_language([verb, *arguments])
+            return _run(words[0] if words else "--help", words[1:])
         finally:
             with suppress(BrokenPipeError):  # a verb that has done its work keeps its exit code
                 sys.stdout.flush()
     except DianjingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(say("error: {error}", error=error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(say("interrupted"), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader (`| head`) has enough
         return 0
@@ -113,7 +115,15 @@ def _help() -> str:
     indent = max(map(len, VERBS)) + 4
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     lines = [
-        textwrap.fill(f"  {verb:{indent - 4}}  {summary}", max(width, 2 * indent), subsequent_indent=" " * indent)
+        textwrap.fill(f"  {verb:{indent - 4}}  {say(summary)}", max(width, 2 * indent), subsequent_indent=" " * indent)
         for verb, summary in VERBS.items()
     ]
-    return "\n".join(["usage: dianjing VERB ...", "", *lines, "", "`dianjing VERB --help` says more about one."])
+    return "\n".join(
+        [
+            "usage: dianjing VERB ...",
+            "",
+            *lines,
+            "",
+            say("`dianjing VERB --help` says more about one; `--lang zh` or `--lang en` chooses the language."),
+        ]
+    )

@@ -15,6 +15,7 @@ from dianjing.errors import ConfigError
 from dianjing.infer.answers import check_pictures
 from dianjing.infer.load import picture_rule
 from dianjing.infer.questions import Question, questions_of
+from dianjing.language import say
 from dianjing.pictures.picture import check_image
 from dianjing.tinyworld.render import render
 from dianjing.tinyworld.scene import allowed_pairs, sample_scene
@@ -66,12 +67,19 @@ def say_pictures(questions: Sequence[Question], shown: int, given: Asking, notic
     """Print that the pictures are few, how many questions were shown one from outside, and what --other did."""
     pictures = {name for question in questions for name in question.images}
     if 1 < len(pictures) < FEW_PICTURES:
-        text = f"only {len(pictures)} pictures: the intervals tell how these agree, not what others would give"
+        text = say(
+            "only {number} pictures: the intervals tell how these agree, not what others would give",
+            number=len(pictures),
+        )
         notices.print(text, style="yellow", markup=False, soft_wrap=True)
     if shown:
-        name = given.other or "a drawn picture (--other FILE names one of yours)"
-        text = f"{shown} questions have no other picture in the data; their other picture is {name}"
+        name = given.other or say("a drawn picture (--other FILE names one of yours)")
+        text = say(
+            "{number} questions have no other picture in the data; their other picture is {name}",
+            number=shown,
+            name=name,
+        )
         notices.print(text, style="yellow", markup=False, soft_wrap=True)
     elif given.other:
-        text = f"--other {given.other} was not shown: the data have another picture for every question"
+        text = say("--other {file} was not shown: the data have another picture for every question", file=given.other)
         notices.print(text, style="yellow", markup=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from dianjing.data.picture_tokens import FixedCount
 from dianjing.data.survey import image_folder
 from dianjing.data.template import doubts, template_for
 from dianjing.infer.segments import headline, picture_tokens_of, segments
+from dianjing.language import language, say
 from dianjing.model.folders import resolve
 from dianjing.pictures.picture import load_image
 from dianjing.pictures.rule import PictureRule
@@ -62,7 +63,8 @@ def report_lines(dataset: Dataset) -> Iterator[str]:
         yield dataset.opened
     yield from doubts(dataset.encoder.template, dataset.encoder.tokenizer)
     if cut := dataset.report["truncated"]:
-        yield f"warning: records cut to {dataset.encoder.max_tokens} tokens (--max-tokens): {cut}"
+        most = dataset.encoder.max_tokens
+        yield say("warning: records cut to {most} tokens (--max-tokens): {number}", most=most, number=cut)
 
 
 def print_record(example: Example, encoder: Encoder, *, as_json: bool) -> None:
@@ -94,7 +96,11 @@ def page(dataset: Dataset, indices: Iterable[int]) -> str:
         )
     template = files("dianjing.cli").joinpath("show.html.j2").read_text(encoding="utf-8")
     return jinja2.Template(template, autoescape=True).render(
-        title=os.path.basename(dataset.records[0].source), records=records, counts=dataset.counts
+        title=os.path.basename(dataset.records[0].source),
+        records=records,
+        counts=dataset.counts,
+        language=language(),
+        say=say,
     )
 
 

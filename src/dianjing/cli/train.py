@@ -13,10 +13,13 @@ import tyro
 from dianjing.cli.flags import RunArguments, parse_with_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, ModelError
+from dianjing.language import say
 from dianjing.train.launch import LAUNCHED
 from dianjing.train.places import check_places
 
 NAME = "train"
+BUSY = 0.5
+"""Load of the last minute from which somebody else computes."""
 SUMMARY = "train what a recipe says"
 DETAILS = """
 Every field of a recipe is a flag too, and wins over the file: --train.learning-rate 1e-3. --engine NAME is short for
@@ -50,6 +53,8 @@ def run(arguments: list[str]) -> int:
 
         return launch(given.gpus, arguments)
 
+    _wait_passively_if_busy()
+
     from dianjing.train.interrupt import Stopped
     from dianjing.train.launch import end_with_launcher
     from dianjing.train.loop import train  # slow to import: a typing error in the recipe is said before
@@ -63,7 +68,8 @@ def run(arguments: list[str]) -> int:
     except Stopped as stopped:
         if is_main():
             again = arguments if given.resume else [*arguments, "--resume"]
-            print(f"{stopped}; go on with: dianjing train {shlex.join(again)}", file=sys.stderr)
+            line = say("{stopped}; go on with: dianjing train {words}", stopped=stopped, words=shlex.join(again))
+            print(line, file=sys.stderr)
         leave_group()
         return stopped.exit_code
     leave_group()
@@ -83,6 +89,15 @@ def _check_allowed(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"--allow-changed {name}: there is no such input; choose from {', '.join(known)}")
+
+
+def _wait_passively_if_busy() -> None:
+    """Let threads on a CPU sleep where they wait for each other if other processes compute; set before torch is loaded.
+
+    A thread that has lost its core keeps the others spinning: next to one busy process that costs more than waking.
+    """
+    if os.getloadavg()[0] >= BUSY:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _say_refusals(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from dianjing.config.schema import Recipe, Stage
+from dianjing.language import counted, say
 
 FEW = 100
 """In fewer steps a model hardly learns."""
@@ -42,8 +43,15 @@ def few_steps(recipe: Recipe, records: int) -> str:
         return ""
     batch, epochs = fitting(records, recipe.stage)
     made = epochs * steps_per_epoch(records, batch)
-    return (
-        f"only {steps} optimizer step{'s' * (steps > 1)}: {records:,} records in batches of "
-        f"{train.global_batch_size}, {train.epochs} epoch{'s' * (train.epochs > 1)}. In fewer than {FEW} a model "
-        f"hardly learns; train.global_batch_size = {batch} and train.epochs = {epochs} make {made}"
+    return say(
+        "only {steps}: {records:,} records in batches of {size}, {epochs}. In fewer than {few} a model hardly learns; "
+        "train.global_batch_size = {batch} and train.epochs = {more} make {made}",
+        steps=counted(steps, "{number:,} optimizer step", "{number:,} optimizer steps"),
+        records=records,
+        size=train.global_batch_size,
+        epochs=counted(train.epochs, "{number:,} epoch", "{number:,} epochs"),
+        few=FEW,
+        batch=batch,
+        more=epochs,
+        made=made,
     )

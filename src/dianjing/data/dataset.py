@@ -20,6 +20,7 @@ from dianjing.data.source import Records, open_files
 from dianjing.data.survey import image_folder, naming
 from dianjing.data.workers import from_workers
 from dianjing.errors import DataError
+from dianjing.language import say
 from dianjing.pictures.picture import load_image
 from dianjing.progress import Watch
 
@@ -73,7 +74,10 @@ class Dataset:
         """Counts of what the set holds, in one line; a picture in several records is one."""
         numbers = {**self.report, "pictures": self.different_pictures}
         shown = {name: number for name, number in numbers.items() if number}
-        return ", ".join(f"{number:,} {name.removesuffix('s' * (number == 1))}" for name, number in shown.items())
+        return say(", ").join(
+            say("{number:,} {name}", number=number, name=say(name if number > 1 else name.removesuffix("s")))
+            for name, number in shown.items()
+        )
 
     def example(self, index: int) -> Example:
         """Return a record as the model reads it; encoded each time, which costs less than keeping it."""

@@ -14,6 +14,7 @@ from dianjing.constants import IMAGE_MARKER
 from dianjing.data.marks import MEDIA_KEYS, NAMED_PICTURE, foreign_marks, medium_in
 from dianjing.data.read import Place, kind_of, read_records
 from dianjing.errors import DataError
+from dianjing.language import say
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -434,8 +435,10 @@ def few_pictures(number: int) -> str:
     """Return what is to be said of a training set with this number of different pictures; "" where they suffice."""
     if not 0 < number < FEW_PICTURES:
         return ""
-    start = "one picture" if number == 1 else f"only {number} different pictures"
-    return f"{start}: a model learns the answers by heart, and nothing here can teach it to tell other pictures apart"
+    return say(
+        "{pictures}: a model learns the answers by heart, and nothing here can teach it to tell other pictures apart",
+        pictures=say("one picture") if number == 1 else say("only {number} different pictures", number=number),
+    )
 
 
 def with_markers(question: str, count: int) -> str:

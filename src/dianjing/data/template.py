@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dianjing.data.chat_template import Turns, TurnsError, answer_ending, body, read_turns, special_tokens
 from dianjing.data.record import Turn
 from dianjing.errors import ModelError
+from dianjing.language import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # slow to import
@@ -141,14 +142,15 @@ def template_for(tokenizer: PreTrainedTokenizerBase, name: str = "") -> tuple[Te
     Raises:
         ModelError: there is none of this name; or no template, or more than one, fits.
     """
-    reason = "as named"
+    reason = say("as named")
     if not name:
         name, reason = _choose(tokenizer)
     elif name in TEMPLATES and cast(Any, tokenizer).chat_template:
         with suppress(TurnsError):  # what it writes is not known
             differs = difference(TEMPLATES[name], read_turns(tokenizer), tokenizer)
             reason += f"; {differs}" if differs else ""
-    return (own_template(tokenizer) if name == OWN else get_template(name)), f"template: {name} ({reason})"
+    why = say("template: {name} ({reason})", name=name, reason=reason)
+    return (own_template(tokenizer) if name == OWN else get_template(name)), why
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -188,7 +190,7 @@ def _choose(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
             f"the chat template of this LLM is unclear: {'; '.join(filter(None, (found, problem)))}; name it "
             f"(language_model.template, or --template){choice}"
         )
-    return best[0], "chosen from the tokenizer" + (f"; {problem}" if problem else "")
+    return best[0], say("chosen from the tokenizer") + (f"; {problem}" if problem else "")
 
 
 def _like_its_own(tokenizer: PreTrainedTokenizerBase, turns: Turns, fits: Mapping[str, int]) -> tuple[str, str]:

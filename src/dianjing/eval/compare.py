@@ -17,6 +17,7 @@ from dianjing.data.record import without_markers
 from dianjing.eval.score import contains_reference, exact_match, token_f1, tokens
 from dianjing.eval.summary import RIGHT, SIGHT, WAYS, Summary, score, summarise, summarise_by_type
 from dianjing.infer.questions import Question
+from dianjing.language import language, say
 
 if TYPE_CHECKING:
     from dianjing.eval.evaluate import Report
@@ -85,9 +86,11 @@ def page(title: str, questions: Sequence[Question], columns: Sequence[Column], p
         columns=columns,
         cards=cards,
         number=len(questions),
-        ways=[*WAYS.values(), SIGHT],
+        language=language(),
+        say=say,
+        ways=[say(way) for way in (*WAYS.values(), SIGHT)],
         exact=any(column.summary.exact_says_something for column in columns),
-        marks=MARKS,
+        marks={verdict: say(mark) for verdict, mark in MARKS.items()},
         types=list(dict.fromkeys(question.type for question in questions)),
     )
 

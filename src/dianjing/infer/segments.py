@@ -12,6 +12,7 @@ from dianjing.constants import IGNORE_INDEX
 from dianjing.data.encode import Encoder, Example, image_token_id, load_tokenizer
 from dianjing.data.picture_tokens import FixedCount, PictureTokens
 from dianjing.data.template import template_for
+from dianjing.language import say
 from dianjing.model.folders import resolve
 from dianjing.pictures.rule import PictureRule
 
@@ -43,7 +44,7 @@ def segments(example: Example, encoder: Encoder) -> list[Segment]:
         if name == "picture":
             while ids:
                 image, length = next(pictures)
-                found.append(Segment(name, f"[{image}: {length} image tokens]"))
+                found.append(Segment(name, say("[{image}: {number} image tokens]", image=image, number=length)))
                 del ids[:length]
         else:
             text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -54,8 +55,14 @@ def segments(example: Example, encoder: Encoder) -> list[Segment]:
 def headline(example: Example) -> str:
     """Return the record's name and measures in one line."""
     supervised = sum(label != IGNORE_INDEX for label in example.labels)
-    cut = f", {example.truncated} tokens cut off" if example.truncated else ""
-    return f"{example.id}: {len(example.input_ids)} positions, {supervised} of them supervised{cut}"
+    cut = say(", {number} tokens cut off", number=example.truncated) if example.truncated else ""
+    return say(
+        "{id}: {positions} positions, {supervised} of them supervised{cut}",
+        id=example.id,
+        positions=len(example.input_ids),
+        supervised=supervised,
+        cut=cut,
+    )
 
 
 def picture_tokens_of(tower: Path, projector: ProjectorKind = "mlp") -> PictureTokens:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from dianjing.config.schema import LanguageModelConfig, Recipe, VisionTowerConfig
+from dianjing.language import say
 from dianjing.layers.fp8 import Fp8Linear
 from dianjing.layers.lora import LoraLinear
 from dianjing.layers.nf4 import is_nf4, num_bytes, num_parameters
@@ -67,16 +68,21 @@ class StageReport:
         return sum(part.trainable for part in self.parts)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"stage {self.stage}: {self.trainable:,} parameters train", title_justify="left", box=None)
+        title = say("stage {stage}: {number:,} parameters train", stage=self.stage, number=self.trainable)
+        table = Table(title=title, title_justify="left", box=None)
         table.padding, table.pad_edge = (0, 2, 0, 0), False  # all of it in 80 columns, for a 7B LLM too
         for column in ("part", "tuning", "parameters", "trainable", "rate", "stored as", "memory"):
-            table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
+            table.add_column(say(column), justify="left" if column in ("part", "tuning") else "right")
         for row in self.parts:
             rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
             numbers = f"{row.parameters:,}", f"{row.trainable:,}"
             table.add_row(row.part, row.tuning, *numbers, rate, row.dtype, in_units(row.num_bytes))
         weights, training = sum(row.num_bytes for row in self.parts), self.trainable * TRAINING_BYTES
-        table.caption = f"{in_units(weights)} of weights, {in_units(training)} of gradients and optimizer state"
+        table.caption = say(
+            "{weights} of weights, {training} of gradients and optimizer state",
+            weights=in_units(weights),
+            training=in_units(training),
+        )
         table.caption_justify = "left"
         return table
 

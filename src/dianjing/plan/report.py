@@ -37,24 +37,24 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     """Print a plan for a person; with one GPU, also what to change."""
     width = console.width if console.is_terminal else sys.maxsize
 
-    def say(text: str, indent: int = 0, style: str = "") -> None:
+    def put(text: str, indent: int = 0, style: str = "") -> None:
         lines = textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False)
         console.print("\n".join(lines), markup=False, soft_wrap=True, style=style)
 
     for line in _heading(plan, name):
-        say(line, INDENT)
+        put(line, INDENT)
     console.print(_memory_table(plan))
     console.print()
     if len(plan.verdicts) == 1:
         for line in _verdict_lines(plan, plan.verdicts[0]):
-            say(line, 2)
+            put(line, 2)
     else:
         console.print(_gpu_table(plan, narrow=width < NARROW))
-        say("More on one of them, and what to change: --gpu NAME")
-        say(ON_A_CPU)
+        put("More on one of them, and what to change: --gpu NAME")
+        put(ON_A_CPU)
     if any(verdict.waits for verdict in plan.verdicts):
-        say(WAITS)
-    say(HONESTY, style="dim")
+        put(WAITS)
+    put(HONESTY, style="dim")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -21,13 +21,15 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from dianjing.check.codes import translated
 from dianjing.errors import DataError, DianjingError
+from dianjing.language import LANGUAGES
 from dianjing.make.prompts import shipped_prompts
 from dianjing.pictures.picture import load_image
 from dianjing.studio.review import OPS, Stale, Unusable
 from dianjing.studio.session import FILTERS, ReviewSession
 from dianjing.studio.studio import Studio
-from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
+from dianjing.studio.words import chosen_language, words
 
 Result = TypeVar("Result")
 
@@ -178,7 +180,7 @@ async def _page(request: Request) -> Response:
         "recipe": studio.recipe,
         "filters": FILTERS,
         "words": words(language),
-        "codes": codes(language),
+        "codes": translated(language),
     }
     page = jinja2.Template(text, autoescape=True).render(t=words(language), language=language, about=about)
     return HTMLResponse(page)

@@ -1,4 +1,4 @@
-"""The page's own words with the meanings of the check's codes, in English and Chinese; errors are in English."""
+"""The page's own words, in English and Chinese; errors are in English."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
-LANGUAGES = ("en", "zh")
+from dianjing.language import LANGUAGES
 
 
 @cache
@@ -18,14 +18,6 @@ def _table() -> Mapping[str, Mapping[str, str]]:
 def words(language: str) -> dict[str, str]:
     """Return every word of the page in one language."""
     return {name: texts[language] for name, texts in _table().items()}
-
-
-@cache
-def codes(language: str) -> dict[str, list[str]]:
-    """Return meaning and remedy of each finding's code in a language that is not the check's own; {} for English."""
-    if language == "en":
-        return {}
-    return json.loads((files("dianjing.studio") / f"codes_{language}.json").read_text(encoding="utf-8"))
 
 
 def chosen_language(accepted: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dianjing.language import counted, say
+
 PARTS = 5
 """The loss of the last of these parts of a run is compared with that of the one before."""
 FEWEST_ROWS = 10
@@ -19,12 +21,18 @@ def closing(rows: Sequence[dict[str, Any]]) -> str:
     """Return how a run went by the rows of its train.jsonl, and what to do if it was too short."""
     losses = [float(row["loss"]) for row in rows]
     if not losses:
-        return "done"
+        return say("done")
     steps, seconds = rows[-1]["step"], seconds_until(rows)
-    took = f", {_in_words(seconds)}" if seconds else ""
     shape, advice = _shape(losses)
-    fell = f"loss {losses[0]:.3g} -> {_last(losses):.3g}{shape}"
-    return f"done: {steps:,} step{'s' * (steps > 1)}, {fell}{took}{advice}"
+    line = say(
+        "done: {steps}, loss {first:.3g} -> {last:.3g}{shape}{took}",
+        steps=counted(steps, "{number:,} step", "{number:,} steps"),
+        first=losses[0],
+        last=_last(losses),
+        shape=shape,
+        took=say(", {time}", time=_in_words(seconds)) if seconds else "",
+    )
+    return "\n".join([line, advice] if advice else [line])
 
 
 def seconds_until(rows: Sequence[dict[str, Any]]) -> float:
@@ -39,13 +47,14 @@ def _shape(losses: Sequence[float]) -> tuple[str, str]:
     if len(losses) < FEWEST_ROWS:
         return "", ""
     if abs(last - first) < MOVED * first:
-        return " and hardly moved", "\nmore steps (train.epochs) or a higher train.learning_rate would teach it more"
+        more = say("more steps (train.epochs) or a higher train.learning_rate would teach it more")
+        return say(" and hardly moved"), more
     if last > first:
-        return " and rising", "\na lower train.learning_rate may keep the loss from rising"
+        return say(" and rising"), say("a lower train.learning_rate may keep the loss from rising")
     part = len(losses) // PARTS
     before, end = losses[-2 * part : -part], losses[-part:]
     if _mean(before) - _mean(end) > FALLING * _mean(end):
-        return " and still falling", "\nmore steps (train.epochs) would teach it more"
+        return say(" and still falling"), say("more steps (train.epochs) would teach it more")
     return "", ""
 
 
@@ -59,5 +68,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _in_words(seconds: float) -> str:
     if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        return say("{number:.0f} s", number=seconds)
+    return (
+        say("{number:.0f} min", number=seconds / 60) if seconds < 6000 else say("{number:.1f} h", number=seconds / 3600)
+    )

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dianjing.console import Console
 from dianjing.data.dataset import Dataset
 from dianjing.data.record import few_pictures
+from dianjing.language import say
 from dianjing.layers.cuda_graphs import peak_bytes
 from dianjing.model.stage import in_units
 from dianjing.run.journal import Journal, read_journal
@@ -75,7 +76,7 @@ class Log:
 
     def data(self, dataset: Dataset) -> None:
         """Print counts of the data, and the first skipped records."""
-        self.show(f"data: {dataset.counts}")
+        self.show(say("data: {counts}", counts=dataset.counts))
         if dataset.opened:
             self.show(dataset.opened)
         if text := few_pictures(dataset.different_pictures):
@@ -88,18 +89,23 @@ class Log:
     def peak_memory(self, device: torch.device) -> None:
         """Print the peak memory of this process: of its tensors on a GPU, of all of it on a CPU."""
         if device.type == "cuda":
-            peak, of = peak_bytes(device), "tensors on the GPU"
+            peak, of = peak_bytes(device), say("tensors on the GPU")
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            of = "the whole process: libraries, weights, activations"
-        self.show(f"peak memory: {in_units(peak)} ({of})")
+            of = say("the whole process: libraries, weights, activations")
+        self.show(say("peak memory: {size} ({of})", size=in_units(peak), of=of))
 
     def closing(self, run: Path) -> None:
         """Print how the run went, and what to do next."""
         if self._write:
             self.show(closing(read_journal(run)))
-            self.show(f"{run} holds the checkpoint, loss.svg and train.jsonl; try: dianjing chat {run} --image PICTURE")
+            self.show(
+                say(
+                    "{run} holds the checkpoint, loss.svg and train.jsonl; try: dianjing chat {run} --image PICTURE",
+                    run=run,
+                )
+            )
 
     def steps(self, first_step: int, total_steps: int, log_every: int) -> StepLog:
         """Return the log of the steps after `first_step`; lines of later ones, now repeated, are dropped."""
@@ -153,15 +159,17 @@ class StepLog:
         self._window.append(result)
         due = result.step % self._log_every == 0 or result.step == self._total_steps
         metrics = self._metrics()
-        line = (
-            f"loss {metrics['loss']:.4f}  rate {metrics['learning_rate']:.2e}  "
-            f"{metrics['samples_per_second']:.1f} samples/s"
+        line = say(
+            "loss {loss:.4f}  rate {learning_rate:.2e}  {samples_per_second:.1f} samples/s",
+            loss=metrics["loss"],
+            learning_rate=metrics["learning_rate"],
+            samples_per_second=metrics["samples_per_second"],
         )
         self._progress.update(self._task, completed=result.step, metrics=line)
         if not due:
             return
         if not self._console.is_terminal:
-            self._console.print(f"step {result.step}/{self._total_steps}  {line}")
+            self._console.print(say("step {step}/{total}", step=result.step, total=self._total_steps), "", line)
         if self._run:
             self._record(metrics, [note for result in self._window for note in result.notes])
         self._window = []

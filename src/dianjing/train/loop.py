@@ -23,6 +23,7 @@ from dianjing.data.dataset import open_dataset, step_batches
 from dianjing.data.order import run_indices
 from dianjing.data.workers import lost_workers_explained
 from dianjing.errors import ConfigError
+from dianjing.language import say
 from dianjing.model.build import build
 from dianjing.model.compile import speed_up
 from dianjing.model.folders import base_folders
@@ -84,11 +85,11 @@ def _train(
     recipe, precision = settle_precision(recipe, accelerator, checkpoint)
     strategy = strategy_of(recipe, accelerator)
 
-    with log.busy("loading the models"):
+    with log.busy(say("loading the models")):
         built = build(recipe, accelerator.device, fresh_projector=resume, move=strategy.whole)
     log.show("\n".join([str(built.report), *([precision] if precision else [])]))
     if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
-        log.warn("the projector starts untrained; projector.init_from takes one from a pretrain run")
+        log.warn(say("the projector starts untrained; projector.init_from takes one from a pretrain run"))
     stage = apply_stage(built.model, recipe)
     log.show(stage)
     if strategy.compiled:
@@ -115,7 +116,8 @@ def _train(
     engine = start_engine(recipe, accelerator, built.model)
     if checkpoint:
         engine.load_optimizer_state(load_file(checkpoint / OPTIMIZER))
-        log.show(f"resumed from {checkpoint}, step {state.step} of {state.total_steps}")
+        steps = {"step": state.step, "total": state.total_steps}
+        log.show(say("resumed from {checkpoint}, step {step} of {total}", checkpoint=checkpoint, **steps))
     samples = Samples(recipe, built, run, state.step, log.warn)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 
-from dianjing.check.codes import CODES, SEVERITIES
+from dianjing.check.codes import CODES, SEVERITIES, translated
+from dianjing.language import LANGUAGES
 from dianjing.studio.session import FILTERS
-from dianjing.studio.words import LANGUAGES, chosen_language, codes, words
+from dianjing.studio.words import chosen_language, words
 from tests.house.source import ROOT
 
 FOLDER = ROOT / "src" / "dianjing" / "studio"
@@ -33,13 +34,13 @@ def test_both_languages_fill_in_the_same_values() -> None:
 
 
 def test_the_codes_mean_what_the_chinese_page_says() -> None:
-    table = (files("dianjing.studio") / "codes_zh.json").read_text("utf-8")
+    table = (files("dianjing.check") / "codes_zh.json").read_text("utf-8")
     rows = re.findall(
         r"^\| `(\w+)` \| \w+ \| \S* ?\| (.*) \| ?(.*) \|$", (ROOT / "docs/check_zh.md").read_text("utf-8"), re.MULTILINE
     )
-    assert codes("zh") == {name: [meaning.strip(), remedy.strip()] for name, meaning, remedy in rows}
-    assert list(codes("zh")) == list(CODES)
-    assert codes("en") == {}
+    assert translated("zh") == {name: [meaning.strip(), remedy.strip()] for name, meaning, remedy in rows}
+    assert list(translated("zh")) == list(CODES)
+    assert translated("en") == {}
     assert table.endswith("}\n")
 
 
