@@ -53,7 +53,7 @@ def language() -> str:
     return os.environ.get(CHOSEN) or "en"
 
 
-def say(text: str, **values: object) -> str:
+def say(text: str, /, **values: object) -> str:
     """Return an English text in the user's language, with the values in the places of their names.
 
     A text that the table lacks, such as a name out of the data, stays as it is.
