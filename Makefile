@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test check
+.PHONY: demo demo-real test check fuzz
 
 demo: $(VENV)/installed
 	$(BIN)/dianjing demo
@@ -17,6 +17,9 @@ demo-real: $(VENV)/installed-gguf
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+fuzz: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz 105000
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -244,7 +244,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         settings: dict[str, Any] = {"bos_token": None} if qwen else {}
         if (folder / "tokenizer.json").is_file():
             loader = cast(Any, PreTrainedTokenizerFast)
-            return loader.from_pretrained(os.fspath(folder), local_files_only=True, **settings)
+            loaded = loader.from_pretrained(os.fspath(folder), local_files_only=True, **settings)
+            if not isinstance(longest := loaded.model_max_length, int | float):
+                raise ModelError(
+                    f"{folder}: model_max_length in tokenizer_config.json is {longest!r:.40}, not a number"
+                )
+            return loaded
         if (folder / "tokenizer.model").is_file():
             return load_sentencepiece(folder, config, **settings)
     except ModelError:
