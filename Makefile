@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test check fuzz
+.PHONY: demo demo-real test check fuzz faults
 
 demo: $(VENV)/installed
 	$(BIN)/dianjing demo
@@ -20,6 +20,9 @@ test: $(VENV)/installed-dev
 
 fuzz: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz 105000
+
+faults: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -64,9 +64,10 @@ def save(
         _rotate(run, state.step, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(writing, ignore_errors=True)
+        earlier = "earlier checkpoints are untouched, --resume goes on from the newest"
         raise CheckpointError(
             f"{final}: the checkpoint cannot be written: {error}; make room or choose another output; "
-            f"earlier checkpoints are untouched, --resume goes on from the newest"
+            f"{earlier if checkpoints(run) else 'no step is saved yet'}"
         ) from None
     return final
 
