@@ -33,7 +33,7 @@ def test_it_knows_the_flags_that_help_lists(verb: str, capsys: pytest.CaptureFix
     [
         (["comp"], {"compare", "completion"}),
         (["help", "tr"], {"train"}),
-        (["train", "tinyworld"], {"tinyworld_finetune", "tinyworld_pretrain"}),
+        (["train", "tinyworld"], {"tinyworld_finetune", "tinyworld_full", "tinyworld_pretrain"}),
         (["plan", "--data.pack"], {"--data.pack-tokens"}),
         (["completion", ""], {"bash", "zsh", "fish", "--help"}),
         (["recipes", "copy", "course"], {"course_photo"}),

@@ -24,6 +24,7 @@ from dianjing.model.weights import PROJECTOR
 from dianjing.run.checkpoint import save
 from dianjing.run.journal import read_journal
 from dianjing.run.state import TrainState
+from dianjing.start import settle
 from dianjing.train.loop import train
 from tests.house.source import PACKAGE
 from tests.recipe_models import write_family, write_siglip
@@ -83,14 +84,21 @@ def tiny(path: Path, models: Path, data: TinyDataset, folder: Path) -> Recipe:
     recipe = load_recipe(str(path))
     if recipe.language_model.quantization and not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("four-bit weights need bitsandbytes: pip install 'dianjing[qlora]'")
-    folders = {
-        f"{section}.folder": name if name == "tinyworld" else str(models / name)
-        for section in ("language_model", "vision_tower")
-        for name in [getattr(recipe, section).folder]
-    }
+    folders: dict[str, str] = (
+        {}
+        if recipe.start_from
+        else {
+            f"{section}.folder": name if name == "tinyworld" else str(models / name)
+            for section in ("language_model", "vision_tower")
+            for name in [getattr(recipe, section).folder]
+        }
+    )
     places = {"data.path": str(data.path), "data.images": str(data.images), "output": str(folder / "run")}
     short = {"train.max_steps": 2, "train.epochs": 2, "train.global_batch_size": 4, "train.sample_every": 0}
     overrides = {**folders, **places, **short, "data.workers": 0, "train.log_every": 1, "train.precision": "fp32"}
+    if recipe.start_from:
+        first = train(tiny(path.with_name("tinyworld_finetune.toml"), models, data, folder / "first"), quiet=True)
+        return settle(load_recipe(str(path), {**overrides, "start_from": str(first)}), write=True)
     tried = load_recipe(str(path), {**overrides, "projector.init_from": ""})
     if not recipe.projector.init_from:
         return tried

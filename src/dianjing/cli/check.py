@@ -19,6 +19,7 @@ from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.pictures.rule import PictureRule
 from dianjing.progress import watched
+from dianjing.start import settle
 
 if TYPE_CHECKING:
     from dianjing.check.check import Result, Settings
@@ -148,7 +149,7 @@ def read_settings(given: Arguments) -> Settings:
         raise ConfigError("--recipe and --llm both name an LLM; leave one out")
     if given.template and not given.llm:
         raise ConfigError("--template goes with --llm; a recipe names its own")
-    recipe = load_recipe(given.recipe) if given.recipe else None
+    recipe = settle(load_recipe(given.recipe)) if given.recipe else None
     paths, images = given.data, given.images
     if not paths:
         if not recipe:

@@ -90,7 +90,7 @@ def _today(word: str) -> str:
 VALUES = ConstructorRegistry()
 METAVARS = {
     "FILE": ("data", "held_out", "path", "sample_path", "config", "report", "other"),
-    "DIR": ("folder", "images", "output", "llm", "vision_tower"),
+    "DIR": ("folder", "images", "output", "start_from", "llm", "vision_tower"),
     "NAME": ("template",),
     "RUN": ("init_from",),
 }

@@ -88,7 +88,7 @@ def _list() -> None:
             "These need no models of yours:" if alone else "These are for models on your disk, or on the hub:"
         )
         for name, (path, folder) in found.items():
-            if (folder == TINYWORLD) == alone:
+            if (folder in ("", TINYWORLD)) == alone:  # "": another shipped recipe comes first
                 purpose = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
                 console.print(Padding(name, (0, 0, 0, 2)), style="bold")
                 console.print(Padding(purpose, (0, 0, 0, 6)))

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -14,8 +15,9 @@ from dianjing.cli.flags import RunArguments, parse_with_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, ModelError
 from dianjing.language import say
+from dianjing.start import settle
 from dianjing.train.launch import LAUNCHED
-from dianjing.train.places import check_places
+from dianjing.train.places import check_places, require_new
 
 NAME = "train"
 BUSY = 0.5
@@ -46,8 +48,9 @@ def run(arguments: list[str]) -> int:
     given = parse_with_recipe(Arguments, arguments, NAME, f"{SUMMARY}\n{DETAILS}")
     if given.allow_changed:
         _check_allowed(given.allow_changed)
+    recipe = _with_start(given)
     if "WORLD_SIZE" not in os.environ:  # ranks say it together, once
-        check_places(given.recipe, resume=given.resume)
+        check_places(recipe, resume=given.resume)
     if given.gpus is not None and LAUNCHED not in os.environ:
         from dianjing.train.launch import launch
 
@@ -62,9 +65,9 @@ def run(arguments: list[str]) -> int:
 
     end_with_launcher()
     if is_main() and not given.quiet:
-        _say_refusals(given.recipe)
+        _say_refusals(recipe)
     try:
-        train(given.recipe, resume=given.resume, quiet=given.quiet, allow_changed=given.allow_changed)
+        train(recipe, resume=given.resume, quiet=given.quiet, allow_changed=given.allow_changed)
     except Stopped as stopped:
         if is_main():
             again = arguments if given.resume else [*arguments, "--resume"]
@@ -74,6 +77,20 @@ def run(arguments: list[str]) -> int:
         return stopped.exit_code
     leave_group()
     return 0
+
+
+def _with_start(given: Arguments) -> Recipe:
+    """Return the recipe with what start_from brings; the process that the user began says what that is."""
+    if not given.recipe.start_from:
+        return given.recipe
+    if not given.resume:
+        require_new(Path(given.recipe.output).expanduser())
+    quiet = given.quiet or "WORLD_SIZE" in os.environ
+    return settle(given.recipe, (lambda _: None) if quiet else _print, write=not given.resume)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _check_allowed(names: tuple[str, ...]) -> None:

@@ -18,6 +18,8 @@ from dianjing.errors import ConfigError
 
 RENAMED = {"language_model.frozen": "language_model.quantization"}
 """Names that fields had in the release before; they are still read, with a notice."""
+BROUGHT = ("language_model.folder", "vision_tower.folder")
+"""Fields that need not be given where start_from is."""
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
@@ -32,6 +34,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
     for name, value in (overrides or {}).items():
         flag = as_flag(name)
         values[name] = check(known_field(name, flag), value, flag)
+    values = _with_start(values)
     _check_missing(values, str(path))
     recipe = make_recipe(values)
     _check_agreement(recipe, str(path))
@@ -55,7 +58,12 @@ def read_values(path: str | Path) -> dict[str, object]:
         if field.name in values:
             raise ConfigError(f"{source}: {field.name} is given twice, by its old name too; remove {name}")
         values[field.name] = check(field, value, str(source))
-    return values
+    return _with_start(values)
+
+
+def _with_start(values: dict[str, object]) -> dict[str, object]:
+    """Return the values with the folders that start_from brings later left open."""
+    return {**dict.fromkeys(BROUGHT, ""), **values} if values.get("start_from") else values
 
 
 @cache

@@ -184,6 +184,9 @@ class Recipe:
     """"pretrain" = the projector alone trains; "finetune" = the LLM and the vision tower may train too."""
     output: str
     """Folder of the run."""
+    start_from: str = ""
+    """A model that sees already, which this run goes on from: a run of either stage, an export (hf, adapter), or
+    another LLaVA in transformers' layout, by folder or as owner/name. It brings LLM, tower, projector and template."""
     seed: Count = 0
     """Decides the new weights, the order of the data and dropout."""
     language_model: LanguageModelConfig

@@ -7,7 +7,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -52,28 +52,28 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a folder's weight files.
+def read_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder's weight files whose name is wanted.
 
     Raises:
         ModelError: a file is damaged, is a pickle of more than tensors, or holds what another one holds too.
     """
     holders: dict[str, str] = {}
     for path in weight_files(folder):
-        for name, weight in _read_file(path):
+        for name, weight in _read_file(path, wanted):
             if name in holders:
                 raise ModelError(f"{path}: {name} is also in {holders[name]}; copy the folder again")
             holders[name] = path.name
             yield name, weight
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_file(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
-        yield from _unpickle(path).items()
+        yield from ((name, weight) for name, weight in _unpickle(path).items() if wanted(name))
         return
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
+            for name in filter(wanted, file.keys()):
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ModelError(f"{path}: damaged: {error}; copy it again") from None

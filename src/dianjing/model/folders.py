@@ -25,6 +25,8 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
     Raises:
         ModelError: the folder does not exist.
     """
+    if not folder:
+        raise ModelError(f"{part}.folder is not given; name a folder there, or a model that sees in start_from")
     path = Path(__file__).parents[1] / TINYWORLD / "models" / part if folder == TINYWORLD else Path(folder).expanduser()
     if is_gguf(path):
         raise ModelError(

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dianjing.errors import ModelError
 from dianjing.formats.config import read_config
 from dianjing.formats.internlm2 import HeadsError, internlm2_to_llama
+from dianjing.formats.llava_folder import HEAD, is_llava_config, part_config, part_weights
 from dianjing.formats.weights import name_some, read_weights, weight_files
 
 INTERNLM2_SETTINGS = (
@@ -59,6 +60,8 @@ class LoadReport:
 def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LoadReport]:
     """Return the causal LM of a folder, its weights in `dtype`, and what was read; no code of the folder is run.
 
+    Of a LLaVA in transformers' layout it is the LLM in it.
+
     Raises:
         ModelError: the folder is not a causal LM that can be read, or its weights are not exactly the model's.
     """
@@ -67,6 +70,9 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrai
     weight_files(folder)
     if config.get("model_type") == "internlm2":
         model, how = _load_internlm2(folder, config, dtype), "InternLM2, read as Llama"
+    elif is_llava_config(config):
+        model = _load_out_of_llava(model_class, folder, config, dtype)
+        how = f"{type(model).__name__} out of a LLaVA"
     else:
         model = load_exactly(model_class, folder, dtype=dtype)
         how = type(model).__name__
@@ -84,6 +90,8 @@ def empty_language_model(folder: str | Path, dtype: torch.dtype) -> PreTrainedMo
     try:
         if config.get("model_type") == "internlm2":
             shape = _as_llama(folder, config)
+        elif is_llava_config(config):
+            shape = make_config(model_class.config_class, folder, part_config(folder, config, "text_config"))
         else:
             shape = model_class.config_class.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -95,8 +103,9 @@ def empty_language_model(folder: str | Path, dtype: torch.dtype) -> PreTrainedMo
 def _configured(folder: Path) -> tuple[dict[str, Any], Any]:
     """Return config.json and the class of the LLM that it describes."""
     config = read_config(folder)
-    kind = str(config.get("model_type"))
-    _require_text_only(folder, config)
+    text = part_config(folder, config, "text_config") if is_llava_config(config) else config
+    kind = str(text.get("model_type"))
+    _require_text_only(folder, text)
     if kind == "internlm2":
         return config, LlamaForCausalLM
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -180,6 +189,15 @@ def _load_internlm2(folder: Path, config: Mapping[str, Any], dtype: torch.dtype)
     except HeadsError as error:
         raise ModelError(f"{folder}: the weights are not those of its config.json: {error}") from None
     return load_exactly(LlamaForCausalLM, folder, dtype=dtype, weights=weights, config=llama)
+
+
+def _load_out_of_llava(
+    model_class: Any, folder: Path, config: Mapping[str, Any], dtype: torch.dtype
+) -> PreTrainedModel:
+    weights = part_weights(folder, "language_model")
+    settings = part_config(folder, config, "text_config") | {"tie_word_embeddings": HEAD not in weights}
+    shape = make_config(model_class.config_class, folder, settings)
+    return load_exactly(model_class, folder, dtype=dtype, weights=weights, config=shape)
 
 
 def _as_llama(folder: Path, config: Mapping[str, Any]) -> Any:

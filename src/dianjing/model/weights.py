@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from dianjing.config.schema import Recipe
 from dianjing.errors import ModelError
+from dianjing.formats.llava_folder import is_llava_folder, part_weights
 from dianjing.formats.source import open_foreign
 from dianjing.formats.weights import name_some
 from dianjing.formats.xtuner import PROJECTOR as FOREIGN_PROJECTOR
@@ -50,13 +53,32 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
+def load_start(model: nn.Module, recipe: Recipe) -> None:
+    """Let adapters, or fully tuned parts, go on from the run that `start_from` names; new adapters stay new.
+
+    Raises:
+        ModelError: a weight of it does not train here, or has another shape.
+    """
+    checkpoint = find_checkpoint(Path(recipe.projector.init_from).expanduser()) if recipe.start_from else None
+    if checkpoint is None:  # a LLaVA: its parts are the base models
+        return
+    own, learned = trainable_state(model), load_file(checkpoint / TRAINABLE)
+    wrong = [name for name, weight in learned.items() if name not in own or own[name].shape != weight.shape]
+    if wrong:
+        raise ModelError(f"{checkpoint}: {name_some(wrong)} do not train in this recipe, or have another shape")
+    for name, weight in learned.items():
+        own[name].copy_(weight)
+
+
+@torch.no_grad()
 def load_projector(
     model: LlavaForConditionalGeneration, source: str | Path, notify: Callable[[str], object] | None = None
 ) -> Path:
     """Put the projector of another run's newest whole checkpoint into the model; return the file or folder it was in.
 
-    `source` is the folder of a run or of one of its checkpoints, or a checkpoint of XTuner or LLaVA in any form that
-    `dianjing import` reads. `notify` (default: stderr) gets a line for each checkpoint that was passed over.
+    `source` is the folder of a run or of one of its checkpoints, a LLaVA in transformers' layout, or a checkpoint of
+    XTuner or LLaVA in any form that `dianjing import` reads. `notify` (default: stderr) gets a line for each checkpoint
+    that was passed over.
 
     Raises:
         CheckpointError: there is no checkpoint in the run, or none that is whole.
@@ -119,6 +141,8 @@ def _own_projector(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _foreign_projector(path: Path, kind: Kind) -> dict[str, Tensor]:
+    if path.is_dir() and is_llava_folder(path):
+        return part_weights(path, "projector")
     if kind.foreign is None:
         raise ModelError(
             f"{path}: XTuner and LLaVA have no projector of {kind.words}; name a run of Dianjing in "

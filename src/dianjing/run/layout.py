@@ -2,6 +2,7 @@
 
 runs/x/
     recipe.toml             the recipe, all fields written out
+    start/                  the model that start_from named, merged, where its tuning was another
     run.lock                process and host that write the run, while one does
     checkpoints/
         step-000100/
@@ -22,6 +23,7 @@ from pathlib import Path
 
 RECIPE = "recipe.toml"
 LOCK = "run.lock"
+START = "start"
 CHECKPOINTS = "checkpoints"
 TRAINABLE = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from dianjing.config.load import load_recipe
 from dianjing.data.record import Place, parse_record
 from dianjing.pictures.picture import load_image
+from dianjing.start import settle
 
 if TYPE_CHECKING:
     from dianjing.data.encode import Encoder
@@ -57,4 +58,4 @@ class ModelView:
 def _reader(path: str, modified: int) -> tuple[Encoder, ImageProcessor]:
     from dianjing.infer.segments import reader_of  # slow to import: torch, transformers
 
-    return reader_of(load_recipe(path))
+    return reader_of(settle(load_recipe(path)))

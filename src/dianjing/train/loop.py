@@ -28,7 +28,7 @@ from dianjing.model.build import build
 from dianjing.model.compile import speed_up
 from dianjing.model.folders import base_folders
 from dianjing.model.stage import apply_stage
-from dianjing.model.weights import load_trainable_state
+from dianjing.model.weights import load_start, load_trainable_state
 from dianjing.progress import watched
 from dianjing.run.checkpoint import newest, require_space, save, state_to_resume
 from dianjing.run.fingerprints import PROJECTOR_START, fingerprints, weights_fingerprint
@@ -91,6 +91,8 @@ def _train(
     if recipe.stage == "finetune" and not recipe.projector.init_from and not resume:
         log.warn(say("the projector starts untrained; projector.init_from takes one from a pretrain run"))
     stage = apply_stage(built.model, recipe)
+    if not resume:
+        load_start(built.model, recipe)
     log.show(stage)
     if strategy.compiled:
         log.show(speed_up(built.model, fuse=strategy.whole, cuda_graphs=strategy.cuda_graphs))

@@ -202,7 +202,7 @@ def test_an_index_leads_to_no_other_folder(folder: Path) -> None:
     ("settings", "message"),
     [
         ({"model_type": "gemma3"}, r'"gemma3" is multimodal already \(transformers reads it as Gemma3For'),
-        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, r"multimodal already \(it has vision_config"),
+        ({"model_type": "idefics3", "vision_config": {}}, r"multimodal already \(it has vision_config"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"weights are quantized \(gptq\)"),
     ],
 )

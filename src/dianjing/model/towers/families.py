@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dianjing.data.picture_tokens import Size
 from dianjing.errors import ModelError
 from dianjing.formats.config import read_config
+from dianjing.formats.llava_folder import is_llava_config, is_llava_folder, part_config, part_weights
 from dianjing.formats.weights import read_weights
 from dianjing.model.language import LoadReport, count, load_exactly, make_config
 from dianjing.model.towers.clip import Clip
@@ -52,12 +53,14 @@ def family_named(model_type: str, where: object) -> Tower:
 
 
 def tower_config(folder: Path) -> Any:
-    """Return the configuration of the tower in a folder.
+    """Return the configuration of the tower in a folder; of a LLaVA in transformers' layout, that of its tower.
 
     Raises:
         ModelError: it is of no known family.
     """
     config = read_config(folder)
+    if is_llava_config(config):
+        config = part_config(folder, config, "vision_config")
     family = family_named(str(config.get("model_type")), folder)
     return make_config(family.config_class, folder, family.settings(config))
 
@@ -71,7 +74,7 @@ def load_tower(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     folder = Path(folder)
     config = tower_config(folder)
     family = tower_family(config)
-    read = dict(read_weights(folder))
+    read = part_weights(folder, "vision_tower") if is_llava_folder(folder) else dict(read_weights(folder))
     weights = family.weights(read)
     tower = load_exactly(
         family.model_class, folder, dtype=dtype, weights=weights, config=config, **family.model_settings
