@@ -10,7 +10,7 @@ Stage = Literal["pretrain", "finetune"]
 Tuning = Literal["frozen", "lora", "full"]
 Quantization = Literal["", "nf4", "fp8"]
 OnBad = Literal["error", "skip"]
-ProjectorKind = Literal["mlp", "pixel_shuffle"]
+ProjectorKind = Literal["mlp", "pixel_shuffle", "linear"]
 Order = Literal["shuffle", "sequential", "length_grouped"]
 OnLong = Literal["error", "skip", "truncate"]
 EngineName = Literal["ddp", "fsdp2", "deepspeed_zero2"]
@@ -89,7 +89,7 @@ class ProjectorConfig:
 
     kind: ProjectorKind = "mlp"
     """"mlp": two linear layers (LLaVA 1.5); "pixel_shuffle": the same on squares of 2 by 2 features, a quarter of the
-    tokens."""
+    tokens; "linear": one layer (the first LLaVA). Only the adapter export holds the last two."""
     init_from: str = ""
     """A run to take the projector from (finetune starts from its pretrain run); "" = new, from the seed."""
     learning_rate: NotNegative | None = None

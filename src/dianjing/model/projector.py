@@ -14,6 +14,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from dianjing.data.picture_tokens import FixedCount, PictureTokens, Size
 from dianjing.errors import ModelError
 from dianjing.formats.xtuner import LINEARS
+from dianjing.model.linear_projector import LinearProjector
 from dianjing.model.pixel_shuffle import SIDE, PixelShuffleProjector
 from dianjing.model.towers.families import num_features, tower_family
 from dianjing.model.towers.tower import Layouts
@@ -21,7 +22,7 @@ from dianjing.model.towers.tower import Layouts
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind of projector: two linear layers, `linear_1` and `linear_2`, and what happens around them."""
+    """One kind of projector: one or two linear layers, `linear_1` and `linear_2`, and what happens around them."""
 
     module: Callable[[LlavaConfig], nn.Module]
     """A class; its forward takes (pictures, features, width) and returns (pictures, tokens, hidden)."""
@@ -58,6 +59,7 @@ KINDS: dict[str, Kind] = {
         merges=SIDE,
         layouts=frozenset(),
     ),
+    "linear": Kind(module=LinearProjector, words="one linear layer with a bias", layouts=frozenset()),
 }
 """By the name that a recipe gives them (projector.kind)."""
 

@@ -156,7 +156,8 @@ def _foreign_projector(path: Path, kind: Kind) -> dict[str, Tensor]:
 
 def _widths(projector: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return the widths of tower and LLM that a projector joins; 0 where a weight is not a matrix."""
-    first, last = projector["linear_1.weight"].shape, projector["linear_2.weight"].shape
+    first = projector["linear_1.weight"].shape
+    last = projector["linear_2.weight"].shape if "linear_2.weight" in projector else first
     return first[1] if len(first) == 2 else 0, last[0] if len(last) == 2 else 0
 
 
