@@ -20,6 +20,7 @@ from dianjing.config.schema import Recipe
 from dianjing.data.dataset import open_dataset
 from dianjing.errors import ConfigError, ModelError
 from dianjing.export import hf
+from dianjing.export.export import export
 from dianjing.export.formats import DEFAULTS
 from dianjing.export.merge import merged_state
 from dianjing.infer.load import load_for_use
@@ -255,3 +256,18 @@ def test_what_cannot_be_started_from_is_said(make_recipe: Any, first: Path, tiny
     save_file({**weights, "audio_tower.weight": torch.zeros(7)}, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"audio_tower\.weight left over"):
         build(settle(recipe))
+
+
+def test_an_adapter_export_and_a_projector_of_our_own_are_merged_too(make_recipe: Any, tmp_path: Path) -> None:
+    """A stock LLaVA has no place for pixel_shuffle; what is merged here is only read by us."""
+    shuffle = {"projector": {"kind": "pixel_shuffle"}}
+    recipe = make_recipe("finetune", train=FEW, **LORA, **shuffle)
+    run = train(replace(recipe, output=str(tmp_path / "first")), quiet=True)
+    export(load_for_use(str(run), "cpu"), tmp_path / "adapter", format="adapter")
+    expected = merged_state(load_for_use(str(run), "cpu").model)
+    begun = settle(from_it(make_recipe, tmp_path / "adapter", tmp_path / "b", **LORA, **shuffle), write=True)
+    found = at_start(begun)
+    assert all(torch.equal(found[name][: len(weight)], weight) for name, weight in expected.items())
+    # A run whose bases are a LLaVA's parts is exported as an adapter on them.
+    second = train(begun, quiet=True)
+    export(load_for_use(str(second), "cpu"), tmp_path / "second", format="adapter")
