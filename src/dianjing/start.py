@@ -21,6 +21,7 @@ from dianjing.errors import ConfigError, ModelError
 from dianjing.formats.config import read_config
 from dianjing.formats.llava_folder import NEWLINE, is_llava_config
 from dianjing.model.folders import resolve
+from dianjing.model.towers.families import select_strategy, tower_config
 from dianjing.run.checkpoint import find_checkpoint
 from dianjing.run.layout import RECIPE, START, checkpoints, is_run
 
@@ -104,6 +105,12 @@ def _of_llava(recipe: Recipe, name: str, folder: Path) -> Recipe:
     for field, value in READ.items():
         if (found := config.get(field, value)) != value:
             raise ModelError(f"{folder}/config.json: {field} is {found}, but only {value} can be trained here")
+    strategy = select_strategy(tower_config(folder))
+    if (found := config.get("vision_feature_select_strategy", "default")) != strategy:
+        raise ModelError(
+            f'{folder}/config.json: vision_feature_select_strategy is "{found}", but only "{strategy}" can be trained '
+            "here with its tower"
+        )
     template = recipe.language_model.template or str(config.get(TEMPLATE_KEY) or "")
     return replace(
         recipe,

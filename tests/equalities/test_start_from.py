@@ -23,6 +23,7 @@ from dianjing.export import hf
 from dianjing.export.export import export
 from dianjing.export.formats import DEFAULTS
 from dianjing.export.merge import merged_state
+from dianjing.importing.run import ImportOptions, import_run
 from dianjing.infer.load import load_for_use
 from dianjing.model.build import build
 from dianjing.model.folders import base_folders
@@ -34,6 +35,7 @@ from dianjing.run.layout import OPTIMIZER, RECIPE, START, TRAINABLE
 from dianjing.run.state import state_at
 from dianjing.start import settle
 from dianjing.train.loop import train
+from tests.xtuner import XTUNER
 
 LORA = {"language_model": {"tuning": "lora"}, "vision_tower": {"tuning": "lora"}}
 FULL = {"language_model": {"tuning": "full"}, "vision_tower": {"tuning": "full"}}
@@ -243,11 +245,12 @@ def test_what_cannot_be_started_from_is_said(make_recipe: Any, first: Path, tiny
     for values, message in (
         ({"vision_feature_layer": [-2, -3]}, "features of several layers"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is relu"),
+        ({"vision_feature_select_strategy": "full"}, 'select_strategy is "full", but only "default"'),
     ):
         change(folder, **values)
         with pytest.raises(ModelError, match=message):
             settle(recipe)
-        change(folder, vision_feature_layer=-2, projector_hidden_act="gelu")
+        change(folder, vision_feature_layer=-2, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     weights = load_file(folder / "model.safetensors")
     wrong = {**weights, "language_model.lm_head.weight": torch.zeros(7, 32)}
     save_file(wrong, folder / "model.safetensors")
@@ -271,3 +274,20 @@ def test_an_adapter_export_and_a_projector_of_our_own_are_merged_too(make_recipe
     # A run whose bases are a LLaVA's parts is exported as an adapter on them.
     second = train(begun, quiet=True)
     export(load_for_use(str(second), "cpu"), tmp_path / "second", format="adapter")
+
+
+def test_a_run_imported_from_xtuner_goes_on_too(make_recipe: Any, tmp_path: Path) -> None:
+    llm, tower = XTUNER / "tiny" / "tiny_internlm2", XTUNER / "tiny" / "tiny_clip"
+    options = ImportOptions(llm=str(llm), vision_tower=str(tower), weights_only=True)
+    import_run(XTUNER / "tiny" / "finetune_iter_10.pth", tmp_path / "imported", options)
+    before = load_recipe(tmp_path / "imported" / RECIPE)
+    recipe = from_it(make_recipe, tmp_path / "imported", tmp_path / "b")
+    recipe = replace(
+        recipe,
+        language_model=replace(before.language_model, folder="", quantization=""),
+        vision_tower=replace(before.vision_tower, folder=""),
+    )
+    begun = settle(recipe, write=True)
+    expected, found = merged_state(load_for_use(str(tmp_path / "imported"), "cpu").model), at_start(begun)
+    assert all(torch.equal(found[name][: len(weight)], weight) for name, weight in expected.items())
+    train(begun, quiet=True)

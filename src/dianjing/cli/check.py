@@ -19,7 +19,6 @@ from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.pictures.rule import PictureRule
 from dianjing.progress import watched
-from dianjing.start import settle
 
 if TYPE_CHECKING:
     from dianjing.check.check import Result, Settings
@@ -149,7 +148,11 @@ def read_settings(given: Arguments) -> Settings:
         raise ConfigError("--recipe and --llm both name an LLM; leave one out")
     if given.template and not given.llm:
         raise ConfigError("--template goes with --llm; a recipe names its own")
-    recipe = settle(load_recipe(given.recipe)) if given.recipe else None
+    recipe = load_recipe(given.recipe) if given.recipe else None
+    if recipe and recipe.start_from:
+        from dianjing.start import settle  # slow to import
+
+        recipe = settle(recipe)
     paths, images = given.data, given.images
     if not paths:
         if not recipe:

@@ -15,7 +15,6 @@ from dianjing.console import Console
 from dianjing.errors import ConfigError
 from dianjing.model.folders import check_models
 from dianjing.plan.gpus import GPUS, Gpu, any_gpu, find_gpu, gpu_here
-from dianjing.start import settle
 
 NAME = "plan"
 SUMMARY = "say before a run what it takes: memory by part, on which GPUs it fits, how long it lasts"
@@ -46,7 +45,10 @@ class Arguments(RunArguments):
 def run(arguments: list[str]) -> int:
     """Print the plan and return 0; whether it fits is in what is printed."""
     given = parse_with_recipe(Arguments, arguments, NAME, f"{SUMMARY}\n{DETAILS}")
-    given = replace(given, recipe=settle(given.recipe))
+    if given.recipe.start_from:
+        from dianjing.start import settle  # slow to import
+
+        given = replace(given, recipe=settle(given.recipe))
     gpus = _gpus(given)
     check_models(given.recipe, weights=False)
 

@@ -15,7 +15,6 @@ from dianjing.cli.flags import RunArguments, parse_with_recipe
 from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, ModelError
 from dianjing.language import say
-from dianjing.start import settle
 from dianjing.train.launch import LAUNCHED
 from dianjing.train.places import check_places, require_new
 
@@ -86,6 +85,8 @@ def _with_start(given: Arguments) -> Recipe:
     if not given.resume:
         require_new(Path(given.recipe.output).expanduser())
     quiet = given.quiet or "WORLD_SIZE" in os.environ
+    from dianjing.start import settle  # slow to import
+
     return settle(given.recipe, (lambda _: None) if quiet else _print, write=not given.resume)
 
 

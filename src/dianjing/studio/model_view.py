@@ -13,7 +13,6 @@ from PIL.Image import Image
 from dianjing.config.load import load_recipe
 from dianjing.data.record import Place, parse_record
 from dianjing.pictures.picture import load_image
-from dianjing.start import settle
 
 if TYPE_CHECKING:
     from dianjing.data.encode import Encoder
@@ -57,5 +56,6 @@ class ModelView:
 
 def _reader(path: str, modified: int) -> tuple[Encoder, ImageProcessor]:
     from dianjing.infer.segments import reader_of  # slow to import: torch, transformers
+    from dianjing.start import settle
 
     return reader_of(settle(load_recipe(path)))
