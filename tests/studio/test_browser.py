@@ -185,6 +185,68 @@ def test_chat_with_a_picture_and_see_what_the_model_sees(
     expect(page.locator("#seen h2")).to_be_in_viewport()
 
 
+def test_a_recipe_is_made_planned_written_and_started(tab: Callable[[], Any], start: Open, project: Path) -> None:
+    page = tab()
+    page.goto(f"{start(project)}#runs")
+    page.locator("#new-recipe").click()
+    page.locator("#recipe-from").select_option("tinyworld_pretrain")
+    field = lambda name: page.locator(f'[data-field="{name}"]')  # noqa: E731
+    expect(field("vision_tower.folder")).to_have_value("tinyworld")
+    field("data.path").fill(str(project / "nowhere.json"))
+    expect(page.locator("#plan")).to_contain_text("The data file is not there")
+    field("train.epochs").fill("two")
+    expect(page.locator("#plan .notice")).to_contain_text("a whole number is needed")
+    field("data.path").fill(str(project / "data.json"))
+    field("data.images").fill(str(project / "images"))
+    field("output").fill(str(project / "drafted"))
+    field("train.epochs").fill("1000000")
+    field("train.global_batch_size").fill("4")
+    field("train.log_every").evaluate("one => { one.value = '1' }")  # folded away
+    field("train.sample_every").fill("2")
+    field("train.sample_path").fill(str(project / "data.json"))
+    expect(page.locator("#plan table")).to_be_visible()
+    expect(page.locator("#plan")).to_contain_text("8 records, 2000000 steps")
+    page.locator("#recipe-name").fill("drafted")
+    page.locator("#write-and-start").click()
+    expect(page.locator("#run h1")).to_have_text("drafted")
+    expect(page.locator("#run circle.shown")).to_be_visible()
+    page.locator("#run circle").first.click()
+    expect(page.locator("#run-samples h2")).to_have_text("Sample answers at step 2")
+    expect(page.locator("#run table img").first).to_have_js_property("complete", True)
+    page.locator("#stop").click()
+    expect(page.locator("#run-state")).to_contain_text("exit code 143")
+    assert "epochs = 1000000" in (project / "drafted.toml").read_text()
+
+
+def test_a_page_of_the_folder_opens_and_reaches_nothing(tab: Callable[[], Any], start: Open, project: Path) -> None:
+    spy = "document.body.dataset.seen = 'ran'; fetch(location.href.replace(/page.*/, 'runs')).catch(() => 0)"
+    text = f'<meta name="generator" content="dianjing"><h1>side by side</h1><script>{spy}</script>'
+    (project / "compare.html").write_text(f"<!doctype html><head></head><body>{text}</body>")
+    page = tab()
+    asked: list[str] = []
+    page.goto(f"{start(project)}#runs")
+    page.on("requestfinished", lambda request: asked.append(request.url) if request.frame != page.main_frame else None)
+    page.locator("#page-list a").click()
+    frame = page.frame_locator("#run iframe")
+    expect(frame.locator("h1")).to_have_text("side by side")
+    expect(frame.locator("body")).to_have_attribute("data-seen", "ran")
+    assert all("/page?" in url for url in asked)
+
+
+@pytest.mark.parametrize("place", ["review/0", "runs", "chat"])
+def test_a_phone_scrolls_down_and_not_sideways(tab: Callable[[], Any], start: Open, project: Path, place: str) -> None:
+    page = tab()
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{start(project, flags(project))}#{place}")
+    if place == "runs":
+        page.locator("#new-recipe").click()
+        expect(page.locator("#recipe-form")).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    bar = page.locator(".actions").bounding_box() if place.startswith("review") else None
+    assert bar is None or bar["height"] <= 0.1 * 800
+
+
 def test_a_run_is_started_followed_and_stopped(
     tab: Callable[[], Any], start: Open, project: Path, make_recipe: MakeRecipe
 ) -> None:

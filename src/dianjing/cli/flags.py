@@ -75,7 +75,7 @@ def parse_with_recipe(kind: type[RunArgumentsT], arguments: list[str], verb: str
 def _wrapped(text: str) -> str:
     """Return paragraphs in lines as long as the terminal's."""
     width = shutil.get_terminal_size().columns
-    return "\n\n".join(textwrap.fill(paragraph, width) for paragraph in text.split("\n\n"))
+    return "\n\n".join(textwrap.fill(paragraph, width, break_on_hyphens=False) for paragraph in text.split("\n\n"))
 
 
 def _today(word: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import MISSING
 from functools import cache
 from importlib.resources import files
@@ -34,10 +34,19 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
     for name, value in (overrides or {}).items():
         flag = as_flag(name)
         values[name] = check(known_field(name, flag), value, flag)
+    return complete_recipe(values, str(path))
+
+
+def complete_recipe(values: Mapping[str, object], source: str) -> Recipe:
+    """Return the recipe of checked values by dotted field name.
+
+    Raises:
+        ConfigError: one is missing, or two contradict each other; `source` is where they come from.
+    """
     values = _with_start(values)
-    _check_missing(values, str(path))
+    _check_missing(values, source)
     recipe = make_recipe(values)
-    _check_agreement(recipe, str(path))
+    _check_agreement(recipe, source)
     return recipe
 
 
@@ -104,18 +113,24 @@ def shipped_recipes() -> dict[str, Path]:
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe, defaults included, so that `load_recipe` reads the same one."""
+    writing = Path(f"{path}.writing")
+    writing.write_text(recipe_text(recipe, recipe_fields()), encoding="utf-8")
+    writing.replace(path)
+
+
+def recipe_text(recipe: Recipe, always: Container[str]) -> str:
+    """Return a recipe as TOML; of values that are the default, only those that `always` names."""
     lines: list[str] = []
     section = ""
     for name, value in flatten(recipe).items():
         before, _, key = name.rpartition(".")
+        if value is None or (value == recipe_fields()[name].default and name not in always):
+            continue
         if before != section:
             section = before
             lines += ["", f"[{section}]"]
-        if value is not None:
-            lines.append(f"{key} = {as_toml(value)}")
-    writing = Path(f"{path}.writing")
-    writing.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    writing.replace(path)
+        lines.append(f"{key} = {as_toml(value)}")
+    return "\n".join(lines) + "\n"
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:

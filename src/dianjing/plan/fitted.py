@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dianjing.config.fields import recipe_fields
-from dianjing.config.load import as_toml, flatten, make_recipe
+from dianjing.config.load import flatten, make_recipe, recipe_text
 from dianjing.config.schema import Recipe, Stage
 from dianjing.config.steps import fitting, steps_per_epoch
 from dianjing.data.picture_tokens import FixedCount
@@ -125,21 +124,11 @@ def fitted(values: Mapping[str, Any]) -> Fitted:
 
 def as_text(found: Fitted, purpose: str) -> str:
     """Return a fitted recipe as TOML that says what its numbers come from; defaults are left out."""
-    recipe, usual = found.recipe, recipe_fields()
-    train = recipe.train
+    train = found.recipe.train
     lines = [
         f"# {purpose}",
         f"# Made by `dianjing recipes new`. {found.records:,} records, {train.epochs} epochs, batches of "
         f"{train.global_batch_size}: {found.steps:,} steps;",
         f"# rates for an LLM of {found.llm_parameters / 1e6:,.0f} million weights. All numbers are yours to change.",
     ]
-    section = ""
-    for name, value in flatten(recipe).items():
-        before, _, key = name.rpartition(".")
-        if value is None or (value == usual[name].default and name not in ALWAYS):
-            continue
-        if before != section:
-            section = before
-            lines += ["", f"[{section}]"]
-        lines.append(f"{key} = {as_toml(value)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + recipe_text(found.recipe, ALWAYS)

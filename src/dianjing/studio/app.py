@@ -22,10 +22,13 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dianjing.check.codes import translated
+from dianjing.config.load import shipped_recipes
 from dianjing.errors import DataError, DianjingError
 from dianjing.language import LANGUAGES
 from dianjing.make.prompts import shipped_prompts
 from dianjing.pictures.picture import load_image
+from dianjing.serve.page import REPORT
+from dianjing.studio import recipes
 from dianjing.studio.review import OPS, Stale, Unusable
 from dianjing.studio.session import FILTERS, ReviewSession
 from dianjing.studio.studio import Studio
@@ -87,6 +90,10 @@ def build_app(studio: Studio) -> Starlette:
         Route("/runs", _runs),
         Route("/run", _run),
         Route("/run/picture", _run_picture),
+        Route("/page", _report),
+        Route("/recipe/form", _form),
+        Route("/recipe/plan", _plan, methods=["POST"]),
+        Route("/recipe/write", _write, methods=["POST"]),
         Route("/runs/start", _start, methods=["POST"]),
         Route("/runs/stop", _stop, methods=["POST"]),
         Route("/pictures", _upload, methods=["POST"]),
@@ -177,6 +184,7 @@ async def _page(request: Request) -> Response:
         "generate": studio.proposer is not None,
         "prompts": list(shipped_prompts()),
         "models": list(studio.named_models),
+        "shipped": list(shipped_recipes()),
         "recipe": studio.recipe,
         "filters": FILTERS,
         "words": words(language),
@@ -261,12 +269,37 @@ async def _runs(request: Request) -> Response:
 
 
 async def _run(request: Request) -> Response:
-    return Answer(await in_thread(_studio(request).runs.run, request.query_params.get("name", "")))
+    step = request.query_params.get("step", "")[:12]
+    at = int(step) if step.isascii() and step.isdecimal() else None
+    return Answer(await in_thread(_studio(request).runs.run, request.query_params.get("name", ""), at))
 
 
 async def _run_picture(request: Request) -> Response:
     query = request.query_params
     return _png(await in_thread(_studio(request).runs.picture, query.get("name", ""), query.get("record", "")))
+
+
+async def _report(request: Request) -> Response:
+    page = await in_thread(_studio(request).runs.page, request.query_params.get("name", ""))
+    return HTMLResponse(page, headers=REPORT)
+
+
+async def _form(request: Request) -> Response:
+    name = request.query_params.get("from", "")
+    start = name if name in shipped_recipes() else _studio(request).runs.recipe(name) if name else ""
+    return Answer({"fields": await in_thread(recipes.form, start)})
+
+
+async def _plan(request: Request) -> Response:
+    recipe = recipes.read_form(_given(await _json(request), "values", dict))
+    return Answer(await in_thread(recipes.plan, recipe))
+
+
+async def _write(request: Request) -> Response:
+    body = await _json(request)
+    recipe = recipes.read_form(_given(body, "values", dict))
+    name = await in_thread(recipes.write, _studio(request).runs.folder, _given(body, "name", str), recipe)
+    return Answer({"name": name})
 
 
 async def _start(request: Request) -> Response:

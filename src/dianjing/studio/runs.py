@@ -21,6 +21,7 @@ from PIL.Image import Image
 
 from dianjing.config.load import load_recipe
 from dianjing.errors import ConfigError, DataError, DianjingError
+from dianjing.eval.score import token_f1
 from dianjing.pictures.picture import load_image
 from dianjing.pictures.rule import PictureRule
 from dianjing.run.journal import METRICS, SAMPLE, read_rows
@@ -34,6 +35,9 @@ MANY = 2000
 POINTS = 600
 """Of a curve, at most."""
 LOG_BYTES = 8192
+REPORT_MARK = b'<meta name="generator" content="dianjing">'
+"""In the first MARKED_BYTES of a page that Dianjing wrote; no other page is shown."""
+MARKED_BYTES = 2048
 BASES = "bases.json"
 """In the folder of an exported adapter, next to its recipe; a run has none."""
 PACKAGE = Path(str(files("dianjing"))).resolve()
@@ -61,16 +65,28 @@ class Runs:
         self._lock = threading.Lock()
 
     def listing(self) -> dict[str, Any]:
-        """Return the recipes, runs and exported adapters there are, by their path, and which run is going on."""
-        recipes, runs = self._found()
+        """Return the recipes, runs, exported adapters and pages by their path, and which run is going on."""
+        recipes, runs, pages = self._found()
         going = [self._name(run) for run, one in self._started.items() if one.process.poll() is None]
         fresh = [self._name(run) for run in self._started]  # its folder may not be there yet
         return {
             "recipes": sorted(map(self._name, recipes)),
             "runs": sorted({*(self._name(run) for run in runs if not _is_export(run)), *fresh}),
             "exports": sorted(self._name(run) for run in runs if _is_export(run)),
+            "pages": sorted(map(self._name, pages)),
             "going": going,
         }
+
+    def page(self, name: str) -> str:
+        """Return a page of the folder that Dianjing wrote, such as that of `dianjing compare`.
+
+        Raises:
+            DataError: the folder has no such page.
+        """
+        page = next((page for page in self._found()[2] if self._name(page) == name), None)
+        if page is None:
+            raise DataError(f'no page "{name[:200]}" in {self.folder}')
+        return page.read_text(encoding="utf-8", errors="replace")
 
     def recipe(self, name: str) -> Path:
         """Return the file of a recipe, or of the recipe that a run was made with.
@@ -78,7 +94,7 @@ class Runs:
         Raises:
             DataError: the folder has no recipe or run of this name.
         """
-        recipes, runs = self._found()
+        recipes, runs, _ = self._found()
         known = {self._name(path): path for path in recipes} | {self._name(run): run / RECIPE for run in runs}
         if name not in known:
             raise DataError(f'no recipe or run "{name[:200]}" in {self.folder}')
@@ -133,8 +149,8 @@ class Runs:
             one.process.wait()
         return [self._name(run) for run in going]
 
-    def run(self, name: str) -> dict[str, Any]:
-        """Return how far a run is: its curve, its latest sample answers, the end of its log.
+    def run(self, name: str, step: int | None = None) -> dict[str, Any]:
+        """Return how far a run is: its curve, its sample answers (the latest, or those of a step), the end of its log.
 
         Raises:
             DataError: there is no such run.
@@ -160,7 +176,7 @@ class Runs:
             "going": bool(started) and code is None,
             "exit_code": code,
             "log": _end_of(started.log) if started else "",
-            "samples": self._samples(run),
+            **self._samples(run, step),
         }
 
     def picture(self, name: str, record: str) -> Image:
@@ -175,28 +191,36 @@ class Runs:
             raise DataError("this question has no picture in the folder")
         return load_image(root, images[record], PictureRule.of(load_recipe(recipe).data))
 
-    def _samples(self, run: Path) -> list[dict[str, Any]]:
+    def _samples(self, run: Path, step: int | None) -> dict[str, Any]:
+        """Return the sample answers of a step, and of each step their mean token F1."""
         rows, _ = read_rows(run / SAMPLES, SAMPLE)
-        last = max((row["step"] for row in rows), default=0)
+        values: dict[int, list[float]] = {}
+        for row in rows:
+            values.setdefault(row["step"], []).append(token_f1(row["answer"], row["reference"]))
+        shown = step if step in values else max(values, default=0)
         try:
             _, images = _sample_pictures(run, self._readable)
         except DianjingError:  # the recipe or the held-out file has changed; the answers can still be read
             images = {}
-        return [{**row, "picture": row["id"] in images} for row in rows if row["step"] == last]
+        return {
+            "samples": [{**row, "picture": row["id"] in images} for row in rows if row["step"] == shown],
+            "held_out": [[at, sum(some) / len(some)] for at, some in sorted(values.items())],
+        }
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
-    def _found(self) -> tuple[list[Path], list[Path]]:
-        """Return recipes, and runs and exports; links to elsewhere, hidden folders and the package are left alone."""
-        recipes, runs = [], []
+    def _found(self) -> tuple[list[Path], list[Path], list[Path]]:
+        """Return recipes, runs with exports, and pages; links, hidden folders and the package are left alone."""
+        recipes, runs, pages = [], [], []
         for folder, names in _walk(self.folder, DEPTH, Path(self._images).resolve() if self._images else None):
             if PACKAGE in (folder, *folder.parents):
                 continue
             if RECIPE in names and folder != self.folder:
                 runs.append(folder)
             recipes += [folder / name for name in names if name.endswith(".toml") and _is_recipe(folder / name)]
-        return [path for path in recipes if path.parent not in runs], runs
+            pages += [folder / name for name in names if name.endswith(".html") and _is_report(folder / name)]
+        return [path for path in recipes if path.parent not in runs], runs, pages
 
 
 def _sample_pictures(run: Path, readable: Sequence[Path]) -> tuple[str, dict[str, str]]:
@@ -233,6 +257,14 @@ def _walk(folder: Path, depth: int, without: Path | None) -> Iterator[tuple[Path
 
 def _is_export(folder: Path) -> bool:
     return (folder / BASES).is_file()
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return REPORT_MARK in file.read(MARKED_BYTES)
+    except OSError:
+        return False
 
 
 def _is_recipe(path: Path) -> bool:

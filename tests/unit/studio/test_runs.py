@@ -55,8 +55,16 @@ def test_recipes_and_runs_of_the_folder_are_listed(recipe: Recipe, tmp_path: Pat
     write_run(project / ".hidden", recipe)
     write_run(project / "adapter", recipe)
     (project / "adapter" / "bases.json").write_text("{}")
-    listing = Runs(project, "").listing()
-    assert listing == {"recipes": ["mine.toml"], "runs": ["runs/one"], "exports": ["adapter"], "going": []}
+    (project / "compare.html").write_text("<!doctype html>\n<head>" + '<meta name="generator" content="dianjing">')
+    (project / "other.html").write_text("<!doctype html>")
+    (project / "linked.html").symlink_to(project / "compare.html")
+    runs = Runs(project, "")
+    found = {"recipes": ["mine.toml"], "runs": ["runs/one"], "exports": ["adapter"], "pages": ["compare.html"]}
+    assert runs.listing() == {**found, "going": []}
+    assert "dianjing" in runs.page("compare.html")
+    for name in ("other.html", "linked.html", "../outside/x.html", "mine.toml"):
+        with pytest.raises(DataError, match="no page"):
+            runs.page(name)
 
 
 def test_the_recipes_of_the_package_are_not_those_of_the_folder() -> None:
@@ -78,6 +86,9 @@ def test_a_run_is_followed_by_its_files(recipe: Recipe, tmp_path: Path) -> None:
     assert run["curve"] == [[step, 3.0 - step / 5] for step in range(1, 6)]
     assert (run["last"]["step"], run["going"], run["exit_code"]) == (5, False, None)
     assert [row["answer"] for row in run["samples"]] == ["b4"]
+    assert run["held_out"] == [[2, 0.0], [4, 0.0]]
+    earlier = Runs(tmp_path / "project", "").run("one", step=2)
+    assert [row["answer"] for row in earlier["samples"]] == ["b2"]
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end(recipe: Recipe, tmp_path: Path) -> None:

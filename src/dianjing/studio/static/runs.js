@@ -1,15 +1,18 @@
 // Recipes and runs of the folder: start, follow, stop.
 
 import { $, element, request, say, span, toast } from "./page.js";
+import { openForm } from "./recipe.js";
 
 const PERIOD_MS = 2000;
 let chosen = "";
 let timer = 0;
 let entered = false;
+let names = [];
+let step = null;  // whose sample answers are shown; null: the latest
 
 export async function enter(place) {
   entered = true;
-  if (place) chosen = place;
+  if (place && place !== chosen) [chosen, step] = [place, null];
   await follow();
 }
 
@@ -22,7 +25,8 @@ async function follow() {
   clearTimeout(timer);
   const { value } = await request("runs");
   lists(value);
-  if (chosen) await show(chosen);
+  if (chosen.endsWith(".html")) page(chosen);
+  else if (chosen) await show(chosen);
   if (entered) timer = setTimeout(() => (document.hidden ? later() : follow()), PERIOD_MS);
 }
 
@@ -30,18 +34,33 @@ function later() {
   document.addEventListener("visibilitychange", () => { if (entered) follow(); }, { once: true });
 }
 
-function lists({ recipes, runs, going }) {
-  const begin = (recipe, resume) => async () => {
-    const { value } = await request("runs/start", { recipe, resume });
-    open(value.name);
-  };
+async function start(recipe, resume) {
+  const { value } = await request("runs/start", { recipe, resume });
+  open(value.name);
+}
+
+$("new-recipe").addEventListener("click", () => {
+  chosen = "";
+  openForm($("run"), names, async (file, now) => {
+    if (now) await start(file, false);
+    await follow();
+  });
+});
+
+function lists({ recipes, runs, pages, going }) {
+  const begin = (recipe, resume) => () => start(recipe, resume);
+  names = recipes;
   fill($("recipe-list"), recipes.map((name) => element("li", {},
     element("span", { class: "name", title: name }, ...short(name)),
     element("button", { type: "button", disabled: going.length > 0, onclick: begin(name, false) }, say("start")),
     element("button", { type: "button", class: "quiet", disabled: going.length > 0, onclick: begin(name, true) }, say("resume")))),
     say("no_recipes"));
+  const link = (name) => element("a", { href: `#runs/${encodeURIComponent(name)}`,
+    "aria-current": name === chosen ? "true" : null, title: name }, name);
+  $("pages").hidden = !pages.length;
+  fill($("page-list"), pages.map((name) => element("li", {}, link(name))), "");
   fill($("run-list"), runs.map((name) => element("li", {},
-    element("a", { href: `#runs/${encodeURIComponent(name)}`, "aria-current": name === chosen ? "true" : null, title: name }, name),
+    link(name),
     going.includes(name) ? element("span", { class: "chip going" }, say("going")) : null)), say("no_runs"));
 }
 
@@ -65,12 +84,19 @@ function redraw(box, shown, make) {
 }
 
 function open(name) {
-  chosen = name;
+  [chosen, step] = [name, null];
   location.hash = `runs/${encodeURIComponent(name)}`;
 }
 
+// A page that Dianjing wrote, in a frame that reaches nothing but what stands in its file.
+function page(name) {
+  if ($("run").dataset.name === name) return;
+  $("run").dataset.name = name;
+  $("run").replaceChildren(element("iframe", { src: `page?name=${encodeURIComponent(name)}`, title: name, sandbox: "allow-scripts" }));
+}
+
 async function show(name) {
-  const { value: run } = await request(`run?name=${encodeURIComponent(name)}`);
+  const { value: run } = await request(`run?name=${encodeURIComponent(name)}${step === null ? "" : `&step=${step}`}`);
   if (name !== chosen) return;
   const state = run.going ? say("going")
     : run.exit_code !== null ? say("ended", { code: run.exit_code })
@@ -100,7 +126,7 @@ async function show(name) {
       : element("p", { class: "faint" }, run.going ? say("starting") : ""),
     damaged ? element("p", { class: "faint" }, damaged) : "",
   ]);
-  redraw($("run-curve"), run.curve, () => (run.curve.length > 1 ? [curve(run.curve)] : []));
+  redraw($("run-curve"), [run.curve, run.held_out, step], () => (run.curve.length > 1 ? [curve(run.curve, run.held_out)] : []));
   redraw($("run-samples"), run.samples, () => samples(run));
   const failed = (run.exit_code ?? 0) !== 0;
   redraw($("run-log"), [run.log, failed], () => (run.log
@@ -129,8 +155,8 @@ function svg(tag, attributes, text) {
   return made;
 }
 
-// The loss over the steps, with a few round numbers at the sides.
-function curve(points) {
+// The loss over the steps, with a few round numbers at the sides; a point wherever held-out questions were answered.
+function curve(points, heldOut) {
   const [width, height, left, right, bottom, top] = [760, 290, 56, 24, 44, 14];
   const steps = points.map(([step]) => step), losses = points.map(([, loss]) => loss).filter(Number.isFinite);
   if (!losses.length) return element("span");
@@ -151,7 +177,18 @@ function curve(points) {
     .map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
   drawn.append(svg("path", { d: path, class: "line" }),
     svg("text", { x: width - right, y: height - 7, "text-anchor": "end" }, say("step")));
-  return element("figure", {}, element("figcaption", {}, say("loss")), drawn);
+  const shown = step ?? heldOut.at(-1)?.[0];
+  for (const [at, f1] of heldOut) {
+    const value = f1.toFixed(2);
+    const mark = svg("circle", { cx: x(at), cy: top + (1 - f1) * (height - top - bottom), r: 5, tabindex: 0, role: "button",
+      class: at === shown ? "held-out shown" : "held-out", "aria-label": say("held_out_point", { step: at, value }) });
+    mark.append(svg("title", {}, say("held_out_point", { step: at, value })));
+    const choose = () => { step = at; follow(); };
+    mark.addEventListener("click", choose);
+    mark.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(); });
+    drawn.append(mark);
+  }
+  return element("figure", {}, element("figcaption", {}, say("loss"), heldOut.length ? ` · ${say("held_out")}` : ""), drawn);
 }
 
 // Round numbers around a range: 1, 2 or 5 times a power of ten apart.
