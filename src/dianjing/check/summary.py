@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from dianjing.check.check import Result
 from dianjing.check.codes import CODES, SEVERITIES, Severity, in_words
+from dianjing.check.image_folder import nearby_folder
 from dianjing.check.picture_notes import SEEN_OTHERWISE
 from dianjing.console import Console
 from dianjing.language import counted, say
@@ -71,6 +73,14 @@ def facts(result: Result) -> Iterator[str]:
     """Yield what the set is like, a line each."""
     yield say("{records:,} records, {pictures:,} pictures", records=result.records, pictures=result.pictures)
     counts = result.findings.counts
+    if result.pictures and counts["picture_missing"] == result.pictures:
+        missing = [finding.text for finding in result.findings.of("picture_missing")]
+        folder = nearby_folder(result.settings.paths[0], missing)
+        yield say(
+            "none of the {number:,} pictures is there; name their folder: --images {folder}",
+            number=result.pictures,
+            folder=shlex.quote(folder) if folder else "DIR",
+        )
     if others := [f"{counts[code]:,} {say(words)}" for code, words in SEEN_OTHERWISE.items() if counts[code]]:
         yield say(
             "other programs, such as the readers of an export, see these pictures otherwise: {others}; "

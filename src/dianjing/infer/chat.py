@@ -61,6 +61,8 @@ def open_picture(path: str, rule: PictureRule) -> Image:
     if "://" in path:
         raise DataError(f"picture {path}: addresses are not opened; save the picture and give its path")
     resolved = Path(path).expanduser().resolve()
+    if not resolved.exists():
+        raise DataError(f"picture {path}: there is no such file")
     return load_image(str(resolved.parent), resolved.name, rule)
 
 

@@ -139,7 +139,7 @@ def locate(root: str, name: str) -> tuple[str, int]:
     if not os.path.isfile(path):
         if chosen := _FRAME.fullmatch(name):
             return locate(root, chosen[1])[0], int(chosen[2]) - 1
-        message = f"no such file in {root}; add the picture, or name its folder (data.images)"
+        message = f"no such file in {root}; add the picture, or name its folder (--images; in a recipe data.images)"
         raise PictureError("picture_missing", name, message)
     return path, frame
 
