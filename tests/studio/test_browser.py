@@ -211,7 +211,7 @@ def test_a_recipe_is_made_planned_written_and_started(tab: Callable[[], Any], st
     expect(page.locator("#run h1")).to_have_text("drafted")
     expect(page.locator("#run circle.shown")).to_be_visible()
     page.locator("#run circle").first.click()
-    expect(page.locator("#run-samples h2")).to_have_text("Sample answers at step 2")
+    expect(page.locator("#run-samples h2")).to_have_text("Sample answers at step 0")
     expect(page.locator("#run table img").first).to_have_js_property("complete", True)
     page.locator("#stop").click()
     expect(page.locator("#run-state")).to_contain_text("exit code 143")
