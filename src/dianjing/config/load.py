@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
     return complete_recipe(values, str(path))
 
 
-def complete_recipe(values: Mapping[str, object], source: str) -> Recipe:
+def complete_recipe(values: dict[str, object], source: str) -> Recipe:
     """Return the recipe of checked values by dotted field name.
 
     Raises:

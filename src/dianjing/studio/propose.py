@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,7 +65,7 @@ class Proposer:
         prompts = choose_prompts([prompt], language, PAIRS)
         requests = plan([picture], prompts, self._parameters)
         job = Job(
-            pictures=Pictures(root=self._root, kept=(picture,), refused={}, duplicates={}, other_files=0),
+            pictures=Pictures(root=self._root, kept=(picture,), refused={}, duplicates={}, other_files=Counter()),
             prompts=prompts,
             requests=requests,
             parameters=self._parameters,
