@@ -176,7 +176,7 @@ class Runs:
             "going": bool(started) and code is None,
             "exit_code": code,
             "log": _end_of(started.log) if started else "",
-            **self._samples(run, step),
+            **_samples(run, step, self._readable),
         }
 
     def picture(self, name: str, record: str) -> Image:
@@ -191,36 +191,41 @@ class Runs:
             raise DataError("this question has no picture in the folder")
         return load_image(root, images[record], PictureRule.of(load_recipe(recipe).data))
 
-    def _samples(self, run: Path, step: int | None) -> dict[str, Any]:
-        """Return the sample answers of a step, and of each step their mean token F1."""
-        rows, _ = read_rows(run / SAMPLES, SAMPLE)
-        values: dict[int, list[float]] = {}
-        for row in rows:
-            values.setdefault(row["step"], []).append(token_f1(row["answer"], row["reference"]))
-        shown = step if step in values else max(values, default=0)
-        try:
-            _, images = _sample_pictures(run, self._readable)
-        except DianjingError:  # the recipe or the held-out file has changed; the answers can still be read
-            images = {}
-        return {
-            "samples": [{**row, "picture": row["id"] in images} for row in rows if row["step"] == shown],
-            "held_out": [[at, sum(some) / len(some)] for at, some in sorted(values.items())],
-        }
-
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _found(self) -> tuple[list[Path], list[Path], list[Path]]:
-        """Return recipes, runs with exports, and pages; links, hidden folders and the package are left alone."""
-        recipes, runs, pages = [], [], []
-        for folder, names in _walk(self.folder, DEPTH, Path(self._images).resolve() if self._images else None):
-            if PACKAGE in (folder, *folder.parents):
-                continue
-            if RECIPE in names and folder != self.folder:
-                runs.append(folder)
-            recipes += [folder / name for name in names if name.endswith(".toml") and _is_recipe(folder / name)]
-            pages += [folder / name for name in names if name.endswith(".html") and _is_report(folder / name)]
-        return [path for path in recipes if path.parent not in runs], runs, pages
+        return _contents(self.folder, Path(self._images).resolve() if self._images else None)
+
+
+def _samples(run: Path, step: int | None, readable: Sequence[Path]) -> dict[str, Any]:
+    """Return the sample answers of a step, and of each step their mean token F1."""
+    rows, _ = read_rows(run / SAMPLES, SAMPLE)
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["step"], []).append(token_f1(row["answer"], row["reference"]))
+    shown = step if step in values else max(values, default=0)
+    try:
+        _, images = _sample_pictures(run, readable)
+    except DianjingError:  # the recipe or the held-out file has changed; the answers can still be read
+        images = {}
+    return {
+        "samples": [{**row, "picture": row["id"] in images} for row in rows if row["step"] == shown],
+        "held_out": [[at, sum(some) / len(some)] for at, some in sorted(values.items())],
+    }
+
+
+def _contents(folder: Path, images: Path | None) -> tuple[list[Path], list[Path], list[Path]]:
+    """Return recipes, runs with exports, and pages; links, hidden folders and the package are left alone."""
+    recipes, runs, pages = [], [], []
+    for inside, names in _walk(folder, DEPTH, images):
+        if PACKAGE in (inside, *inside.parents):
+            continue
+        if RECIPE in names and inside != folder:
+            runs.append(inside)
+        recipes += [inside / name for name in names if name.endswith(".toml") and _is_recipe(inside / name)]
+        pages += [inside / name for name in names if name.endswith(".html") and _is_report(inside / name)]
+    return [path for path in recipes if path.parent not in runs], runs, pages
 
 
 def _sample_pictures(run: Path, readable: Sequence[Path]) -> tuple[str, dict[str, str]]:
