@@ -50,6 +50,10 @@ def test_saved_and_read_back(drawn: dict[str, Any]) -> None:
     if drawn["language_model.tuning"] == "full":
         drawn["language_model.quantization"] = ""
     drawn["train.sample_path"] += "x"
+    drawn["data.held_out"] += "x"
+    drawn["train.probe_every"] = 1
+    if drawn["train.stop_when"]:
+        drawn["train.stop_when"] = "no better for 3"
     recipe = make_recipe(drawn)
     with tempfile.TemporaryDirectory() as folder:
         save_recipe(recipe, Path(folder) / "recipe.toml")

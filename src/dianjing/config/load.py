@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Container, Iterator, Mapping
@@ -167,6 +168,12 @@ def as_toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
+def stop_after(stop_when: str) -> int | None:
+    """Return N of train.stop_when = "no better for N", None for any other text."""
+    found = re.fullmatch(r"no better for ([1-9][0-9]{0,8})", stop_when)
+    return int(found[1]) if found else None
+
+
 def _flatten(table: Mapping[str, Any], source: str) -> Iterator[tuple[str, object]]:
     for name, value in table.items():
         if name not in sections():
@@ -202,6 +209,18 @@ def _check_agreement(recipe: Recipe, source: str) -> None:
         raise ConfigError(
             f'{source}: language_model.tuning is "full", but language_model.quantization is "{held}" and quantized '
             'weights cannot train; set tuning to "lora", or quantization to ""'
+        )
+    if recipe.train.stop_when:
+        if stop_after(recipe.train.stop_when) is None:
+            raise ConfigError(
+                f'{source}: train.stop_when is "{recipe.train.stop_when}"; write "no better for N", N in steps, or ""'
+            )
+        if not recipe.data.held_out:
+            raise ConfigError(f"{source}: train.stop_when looks at the held-out loss; name records in data.held_out")
+    if recipe.data.held_out and not recipe.train.probe_every:
+        raise ConfigError(
+            f"{source}: data.held_out names records, but train.probe_every is 0, so nothing would be measured; set it "
+            "to -1, or above 0"
         )
     if recipe.train.sample_every and not recipe.train.sample_path:
         raise ConfigError(

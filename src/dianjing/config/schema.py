@@ -126,6 +126,9 @@ class DataConfig:
     order: Order = "shuffle"
     """"shuffle" = a new random order each epoch, "sequential" = the file's, "length_grouped" = batches of similar
     lengths, records with pictures apart from those without (XTuner's finetune)."""
+    held_out: str = ""
+    """LLaVA JSON with records that are not trained on: their loss is measured during the run (train.probe_every), and
+    the checkpoint at which it was lowest is kept as well."""
     workers: int = -1
     """Processes that decode pictures for the training process; -1 = chosen by the number of cores when training on a
     GPU, none on a CPU."""
@@ -168,6 +171,11 @@ class TrainConfig:
     """Optimizer steps between two checkpoints; one is always written at the end."""
     keep: AtLeastOne = 2
     """Newest checkpoints kept on disk."""
+    probe_every: int = 0
+    """Optimizer steps between two measurements of the loss of a few fixed records, with the right pictures, with others
+    and with none; 0 = never, -1 = as often as takes 1 % of the time."""
+    stop_when: str = ""
+    """"no better for N" ends the run when the held-out loss has not been lower for N steps; "" = after all steps."""
     sample_every: Count = 0
     """Optimizer steps between sample answers on held-out pictures; 0 = never."""
     sample_path: str = ""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from dianjing.data.cache import cached_survey
 from dianjing.data.encode import Encoder, Example
 from dianjing.data.pack import pack
 from dianjing.data.picture_tokens import Size
+from dianjing.data.record import Record
 from dianjing.data.source import Records, open_files
 from dianjing.data.survey import image_folder, naming
 from dianjing.data.workers import from_workers
@@ -94,20 +95,28 @@ class Dataset:
         Raises:
             DataError: a picture is broken, or no longer there.
         """
+        batch = self.batch_of([self.records[i] for i in indices])
+        lengths = [end - start for start, end in pairwise(batch.cu_seqlens.tolist())]
+        assert lengths == [self.lengths[i] for i in indices], f"{batch.ids[0]}: read otherwise than at the door"
+        return batch
+
+    def batch_of(self, records: Sequence[Record]) -> Batch:
+        """Return the batch of any records whose pictures lie where those of the data set do.
+
+        Raises:
+            DataError: a picture is broken, or no longer there.
+        """
         from dianjing.data.collate import collate
 
         assert self.image_processor, "a data set without an image processor makes no batches"
         pixels: list[UInt8[Tensor, "3 height width"]] = []
         examples: list[Example] = []
-        records = [self.records[i] for i in indices]
         for record in records:
             folder = image_folder(self.config, record.source)
             with naming(record):
                 pictures = [self._pixels(folder, name) for name in record.images]
             pixels += [picture for picture, _ in pictures]
             examples.append(self.encoder.encode(record, [size for _, size in pictures]))
-        lengths = [len(example.input_ids) for example in examples]
-        assert lengths == [self.lengths[i] for i in indices], f"{records[0].where}: read otherwise than at the door"
         return collate(
             examples,
             pixels,

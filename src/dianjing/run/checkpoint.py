@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ SPARE = 1.1
 def save(
     run: Path, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: TrainState, keep: int
 ) -> Path:
-    """Write the checkpoint of a step, then delete all but the `keep` newest.
+    """Write the checkpoint of a step, then delete all but the `keep` newest and that of the lowest held-out loss.
 
     Raises:
         CheckpointError: it cannot be written; the earlier ones are as they were.
@@ -182,9 +183,19 @@ def _write(folder: Path, trainable: Mapping[str, Tensor], optimizer: Mapping[str
 def _rotate(run: Path, step: int, keep: int) -> None:
     """Keep the newest up to `step`; a later one was found damaged when the run was resumed."""
     usable = [path for path in checkpoints(run) if step_of(path) <= step]
-    for path in _others(checkpoints(run), usable[-keep:]):
+    for path in _others(checkpoints(run), [*usable[-keep:], *best(usable)]):
         doomed = path.rename(path.with_name(WRITING + path.name))
         shutil.rmtree(doomed)
+
+
+def best(found: Sequence[Path]) -> list[Path]:
+    """Return the checkpoint with the lowest held-out loss, the earliest of equal ones; none if it was not measured."""
+    losses: list[tuple[float, Path]] = []
+    for path in found:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # damaged: it is not the best
+            loss = read_state(path).held_out_loss
+            losses += [] if loss is None else [(loss, path)]
+    return [min(losses, key=lambda one: one[0])[1]] if losses else []
 
 
 def _others(paths: list[Path], kept: list[Path]) -> Iterator[Path]:

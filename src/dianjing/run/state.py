@@ -20,6 +20,7 @@ FREE_TO_CHANGE = frozenset(
         "output",
         "data.path",
         "data.images",
+        "data.held_out",
         "data.workers",
         "data.pack_tokens",
         "train.compile",
@@ -28,6 +29,8 @@ FREE_TO_CHANGE = frozenset(
         "train.log_every",
         "train.save_every",
         "train.keep",
+        "train.probe_every",
+        "train.stop_when",
         "train.sample_every",
         "train.sample_path",
         "train.sample_count",
@@ -54,6 +57,8 @@ class TrainState:
     """Counts of the data set, and its fingerprint."""
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     """Of SUBJECTS, and of the projector before the first step; none in checkpoints of older versions."""
+    held_out_loss: float | None = None
+    """Of the recipe's held-out records after this step; None if it was not measured."""
     allowed_changes: tuple[str, ...] = ()
     """Changes of the inputs that --allow-changed let pass, in the order of time."""
 

@@ -280,9 +280,9 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with None for the numbers that JSON cannot hold."""
+    """Return a row with None for the numbers that JSON cannot hold, and without what probes have measured."""
     numbers = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-    return {**row, **dict.fromkeys(numbers)}
+    return {**{name: value for name, value in row.items() if name != "probe"}, **dict.fromkeys(numbers)}
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -103,6 +103,11 @@ class Engine:
             self._accelerator.backward(share * self._accelerator.num_processes)
         return share.detach()
 
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the summed loss of a batch, without a gradient; called on all ranks, each with the same batch."""
+        return self._losses(batch)
+
     def step(self, loss: Tensor, probe: nn.Module | None = None) -> StepOutcome:
         """Clip, and take the step unless its loss or the norm of its gradient is not finite.
 

@@ -27,6 +27,7 @@ from dianjing.run.journal import Journal, read_journal
 from dianjing.run.layout import BOARD, CURVE
 from dianjing.train.closing import closing, seconds_until
 from dianjing.train.curve import draw_curve
+from dianjing.train.probe import RIGHT, sight_gap
 
 SKIPPED_SHOWN = 5
 
@@ -120,6 +121,8 @@ class StepLog:
         self._run = run
         self._first_step, self._total_steps, self._log_every = first_step, total_steps, log_every
         self._window: list[StepResult] = []
+        self._probes: list[dict[str, Any]] = []
+        """Not written yet."""
         self._board: Any = None
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -154,10 +157,10 @@ class StepLog:
         if self._board:
             self._board.close()
 
-    def step(self, result: StepResult) -> None:
-        """Count a step; every log_every steps, and after the last, write a line."""
+    def step(self, result: StepResult, *, last: bool = False) -> None:
+        """Count a step; every log_every steps, and after the `last`, write a line."""
         self._window.append(result)
-        due = result.step % self._log_every == 0 or result.step == self._total_steps
+        due = last or result.step % self._log_every == 0 or result.step == self._total_steps
         metrics = self._metrics()
         line = say(
             "loss {loss:.4f}  rate {learning_rate:.2e}  {samples_per_second:.1f} samples/s",
@@ -173,6 +176,16 @@ class StepLog:
         if self._run:
             self._record(metrics, [note for result in self._window for note in result.notes])
         self._window = []
+
+    def probe(self, found: dict[str, Any]) -> None:
+        """Print what a probe has measured, and keep it for the next line."""
+        self._probes.append(found)
+        for name, losses in found.items():
+            if name == "step":
+                continue
+            gap = sight_gap(losses)
+            more = "" if gap is None else f", {gap:+.4f} with other pictures"
+            self._console.print(f"step {found['step']}  {name.replace('_', '-')} probe: loss {losses[RIGHT]:.4f}{more}")
 
     def curve(self) -> None:
         """Draw the loss so far."""
@@ -200,7 +213,9 @@ class StepLog:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(self._seconds_before + time.monotonic() - self._began, 3),
         }
-        self._journal.append({**metrics, **now, **({"notes": notes} if notes else {})})
+        probes = {"probe": self._probes} if self._probes else {}
+        self._journal.append({**metrics, **now, **({"notes": notes} if notes else {}), **probes})
+        self._probes = []
         for name, value in metrics.items():
             if self._board and name != "step":
                 self._board.add_scalar(f"train/{name}", value, int(metrics["step"]))

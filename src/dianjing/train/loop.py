@@ -8,8 +8,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -27,11 +30,12 @@ from dianjing.language import say
 from dianjing.model.build import build
 from dianjing.model.compile import speed_up
 from dianjing.model.folders import base_folders
-from dianjing.model.stage import apply_stage
+from dianjing.model.stage import PARTS, apply_stage, learning_rate
 from dianjing.model.weights import load_start, load_trainable_state
 from dianjing.progress import watched
 from dianjing.run.checkpoint import newest, require_space, save, state_to_resume
 from dianjing.run.fingerprints import PROJECTOR_START, fingerprints, weights_fingerprint
+from dianjing.run.journal import read_journal
 from dianjing.run.layout import OPTIMIZER, RECIPE, TRAINABLE, checkpoints
 from dianjing.run.lock import locked
 from dianjing.run.state import TrainState, state_at
@@ -40,10 +44,11 @@ from dianjing.train.log import Log
 from dianjing.train.memory import WithinMemory, out_of_memory_explained, plan_checkpointing
 from dianjing.train.places import require_new
 from dianjing.train.precision import settle_precision
+from dianjing.train.probe import Probes, probes_of, verdict
 from dianjing.train.ranks import SILENCE_MINUTES, one_error
 from dianjing.train.samples import Samples
 from dianjing.train.shards import require_engine, start_engine
-from dianjing.train.silent_failures import SilentFailures
+from dianjing.train.silent_failures import STILL_STEPS, SilentFailures, WeightWatch
 from dianjing.train.start_checks import require_learning, require_pictures, require_same_eyes
 from dianjing.train.step import Parts, over_ranks, take_step
 from dianjing.train.strategy import Strategy, strategy_of
@@ -132,9 +137,11 @@ def _train(
         engine=engine,
         dataset=dataset,
         silent_failures=SilentFailures(),
+        probes=Probes(recipe, dataset, state.total_steps, _measured(run, state.step), log.warn),
         within_memory=WithinMemory(built.model, recipe, accelerator, checkpointing=checkpointing, warn=log.warn),
     )
     _take_all_steps(parts, strategy, state, log, samples, run)
+    log.show(*verdict(parts.probes.history))
     log.peak_memory(accelerator.device)
     log.closing(run)
 
@@ -147,18 +154,49 @@ def _take_all_steps(parts: Parts, strategy: Strategy, state: TrainState, log: Lo
     ):
         if accelerator.is_main_process and state.step == 0:
             samples.answer(0)
+        if state.step == 0 and parts.probes.due(0):
+            step_log.probe(_probe(parts, 0))
+        weights = (
+            None if state.step else WeightWatch(parts.model, {part: learning_rate(recipe, part) for part in PARTS})
+        )
         for step, (batches, data_wait) in enumerate(_batches(parts, strategy, state), start=state.step + 1):
-            step_log.step(take_step(parts, step, state.total_steps, batches, data_wait))
-            last = step == state.total_steps
+            result = take_step(parts, step, state.total_steps, batches, data_wait)
+            if weights and step == min(STILL_STEPS, state.total_steps):
+                seen = parts.silent_failures.steps_with_pictures > 0
+                weights.require_movement(step, seen, partial(over_ranks, accelerator))
+                weights = None
+            if parts.probes.due(step):
+                step_log.probe(_probe(parts, step))
+            enough = bool(recipe.train.stop_when) and _on_any_rank(accelerator, parts.probes.worn_out(step)) != 0
+            last = enough or step == state.total_steps
+            step_log.step(result, last=last)
             stopped_by = _on_any_rank(accelerator, interrupt.number)
             if last or stopped_by or step % recipe.train.save_every == 0:
-                _save(parts, state_at(step, recipe, parts.dataset, state.fingerprints, state.allowed_changes), run)
+                _save(parts, _state_after(parts, step, state), run)
                 step_log.curve()
             if accelerator.is_main_process and samples.due(step, last):
                 samples.answer(step)
             accelerator.wait_for_everyone()
             if stopped_by and not last:
                 raise Stopped(stopped_by, f"stopped after step {step} of {state.total_steps}, with a checkpoint")
+            if enough:
+                log.show(f"ended after step {step} of {state.total_steps}: {recipe.train.stop_when}")
+                return
+
+
+def _state_after(parts: Parts, step: int, start: TrainState) -> TrainState:
+    """Return the state to save after a step."""
+    now = state_at(step, parts.recipe, parts.dataset, start.fingerprints, start.allowed_changes)
+    return replace(now, held_out_loss=parts.probes.held_out_loss(step))
+
+
+def _probe(parts: Parts, step: int) -> dict[str, Any]:
+    return parts.probes.measure(step, parts.model, parts.engine.loss, parts.accelerator.device)
+
+
+def _measured(run: Path, step: int) -> list[dict[str, Any]]:
+    """Return what the probes of a run have measured up to a step."""
+    return [found for found in probes_of(read_journal(run)) if step and found["step"] <= step]
 
 
 def _save(parts: Parts, state: TrainState, run: Path) -> None:

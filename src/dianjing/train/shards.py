@@ -95,6 +95,14 @@ class Fsdp2(ShardedEngine):
         share.backward()
         return share.detach()
 
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the summed loss of a batch; what was gathered for it is given up, since no backward pass follows."""
+        loss = super().loss(batch)
+        for module in self._losses.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+        return loss
+
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back this rank's shards of what `optimizer_state` returned."""
         from torch.distributed.tensor import distribute_tensor

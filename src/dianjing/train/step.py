@@ -23,6 +23,7 @@ from dianjing.train.engine import Engine
 from dianjing.train.log import StepResult
 from dianjing.train.memory import WithinMemory
 from dianjing.train.optim import learning_rate_factor, set_learning_rates
+from dianjing.train.probe import Probes
 from dianjing.train.silent_failures import SilentFailures
 
 
@@ -36,6 +37,7 @@ class Parts:
     engine: Engine
     dataset: Dataset
     silent_failures: SilentFailures
+    probes: Probes
     within_memory: WithinMemory
 
 

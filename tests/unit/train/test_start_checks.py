@@ -24,6 +24,11 @@ def test_a_run_in_which_nothing_would_change_is_refused(make_recipe: Any) -> Non
         train(make_recipe(projector={"learning_rate": 0.0}), quiet=True)
 
 
+def test_a_rate_that_no_weight_can_feel_stops_the_run(make_recipe: Any) -> None:
+    with pytest.raises(TrainError, match=r"step 2: weights that train .*: projector at a rate of 1e-30"):
+        train(make_recipe(train={"learning_rate": 1e-30}), quiet=True)
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
