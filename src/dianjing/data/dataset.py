@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -96,7 +96,7 @@ class Dataset:
             DataError: a picture is broken, or no longer there.
         """
         batch = self.batch_of([self.records[i] for i in indices])
-        lengths = [end - start for start, end in pairwise(batch.cu_seqlens.tolist())]
+        lengths = [int(length) for length in batch.cu_seqlens.diff()]
         assert lengths == [self.lengths[i] for i in indices], f"{batch.ids[0]}: read otherwise than at the door"
         return batch
 

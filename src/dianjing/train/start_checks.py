@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import LlavaForConditionalGeneration
 
@@ -125,5 +126,6 @@ def require_same_eyes(
 
 def _layer(model: LlavaForConditionalGeneration, layer: int) -> int | None:
     """Return how many layers of the tower lie below a feature layer, None where the tower has fewer."""
-    number = model.config.vision_config.num_hidden_layers + 1
+    tower: Any = model.config.vision_config
+    number = tower.num_hidden_layers + 1
     return range(number)[layer] if -number <= layer < number else None
