@@ -107,11 +107,9 @@ def _train(
     if text := few_steps(recipe, dataset.num_records):
         log.warn(text)
     require_pictures(dataset, recipe.stage)
-
     found = fingerprints(*base_folders(recipe), dataset)
-    origin: Sequence[str] = ()
+    origin = [] if checkpoint else require_same_eyes(recipe, built.model, found, allowed, log.warn)
     if not checkpoint:
-        origin = require_same_eyes(recipe, built.model, found, allowed, log.warn)
         found[PROJECTOR_START] = weights_fingerprint(built.model.model.multi_modal_projector.state_dict())
     state = state_at(0, recipe, dataset, found, origin)
     require_learning(recipe, stage, state.total_steps, log.warn)
@@ -129,7 +127,6 @@ def _train(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _prepare_folder(run, recipe, stage.trainable)
-
     parts = Parts(
         recipe=recipe,
         accelerator=accelerator,
