@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dianjing.config.schema import OnLong
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
@@ -231,10 +231,11 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a folder, from its tokenizer.json, else its tokenizer.model; none of its code is run.
+    """Return the tokenizer of a folder, from its tokenizer.json, its tokenizer.model, or its vocab.json and
+    merges.txt; none of its code is run.
 
     Raises:
-        ModelError: it has neither, or they cannot be read.
+        ModelError: it has none of them, or they cannot be read.
     """
     folder = Path(folder)
     try:
@@ -252,11 +253,19 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             return loaded
         if (folder / "tokenizer.model").is_file():
             return load_sentencepiece(folder, config, **settings)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            loader = cast(Any, AutoTokenizer)
+            return loader.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False, **settings)
     except ModelError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for what it cannot read
         raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
-    raise ModelError(f"{folder}: there is no tokenizer.json and no tokenizer.model; copy the LLM's tokenizer there")
+    others = sorted(one.name for one in folder.glob("*.tiktoken"))
+    there = f" ({others[0]} is not read)" if others else ""
+    raise ModelError(
+        f"{folder}: there is no tokenizer.json, no tokenizer.model, and no vocab.json with merges.txt{there}; copy the "
+        "LLM's tokenizer there"
+    )
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:

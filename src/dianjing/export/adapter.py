@@ -20,12 +20,13 @@ from dianjing.export.merge import merged_state
 from dianjing.export.receipt import Case, Proof, compare
 from dianjing.infer.generate import Conversation, LoadedModel
 from dianjing.infer.load import load_for_use
-from dianjing.model.adapter import PARTS, PROJECTOR_FILE, save_adapter
+from dianjing.model.adapter import PARTS, save_adapter
 from dianjing.model.build import assemble, build
 from dianjing.model.folders import resolve
 from dianjing.model.language import load_language_model
 from dianjing.model.stage import part_of
 from dianjing.model.towers.families import load_tower, prepared_size
+from dianjing.model.weights import PROJECTOR_FILE
 
 COMPARED = "the folder on its bases, read by Dianjing (first half) and by plain peft (second), against the run"
 LOADING = """\

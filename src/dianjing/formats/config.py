@@ -15,6 +15,8 @@ AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "max_position_embeddings", "rope_theta", "image_size", "patch_size"),
 )
+LATENT = ("deepseek_v2", "deepseek_v3")
+"""Architectures whose attention has keys and values of its own for every head."""
 ACTIVATIONS = ("hidden_act", "hidden_activation")
 USUAL = ("silu", "gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 """Activations for which transformers need not be asked: with it comes torch, and a wrong folder is said before that."""
@@ -32,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_object(path)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         if isinstance(part, dict) and (fault := impossible(part)):
-            raise ModelError(f"{path}: {fault}; copy it again")
+            raise ModelError(f"{path}: {fault}{'' if 'write' in fault else '; copy it again'}")
     return config
 
 
@@ -47,6 +49,11 @@ def impossible(config: Mapping[str, Any]) -> str:
     heads, groups = numbers.get("num_attention_heads", 0), numbers.get("num_key_value_heads", 1)
     if heads % groups:
         return f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, {groups}"
+    if heads != groups and groups > 1 and str(config.get("model_type")).startswith(LATENT):
+        return f"num_key_value_heads is {groups}, where this architecture has as many as heads, {heads}"
+    rows, padding = numbers.get("vocab_size"), config.get("pad_token_id")
+    if rows and isinstance(padding, int) and padding >= rows:
+        return f"pad_token_id is {padding}, beyond the {rows} tokens of the LLM; write null or a token that it has"
     for name in ACTIVATIONS:
         if isinstance(activation := config.get(name), str) and activation not in USUAL:
             from transformers.activations import ACT2FN

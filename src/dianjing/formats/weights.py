@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dianjing.errors import ModelError
 from dianjing.formats.config import read_object
+from dianjing.formats.folder_kind import damage, is_pointer
 
+LFS_FAULT = "a git-lfs pointer, not the weights; fetch them with `git lfs pull`"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """The first that is there is read, whole or in the shards that its index names."""
 
@@ -30,10 +32,26 @@ def weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            return [folder / name]
+            return _whole([folder / name])
         if index.is_file():
-            return _shards(index)
+            return _whole(_shards(index))
+    for name in WEIGHT_FILES:
+        stem, _, suffix = name.partition(".")
+        if shards := sorted(one.name for one in folder.glob(f"{stem}-*-of-*.{suffix}")):
+            raise ModelError(
+                f"{folder}: {len(shards)} shards are there ({shards[0]}, ...), but not their index, {name}.index.json; "
+                "download it too"
+            )
     raise ModelError(f"{folder}: it has no weights; put {' or '.join(WEIGHT_FILES)} there, or shards with their index")
+
+
+def _whole(files: list[Path]) -> list[Path]:
+    """Refuse files of safetensors that are cut short or only stand for the file, before any is read."""
+    for path in files:
+        problem = damage(path) if path.suffix == ".safetensors" else LFS_FAULT if is_pointer(path) else ""
+        if problem:
+            raise ModelError(f"{path}: {problem}")
+    return files
 
 
 def _shards(index: Path) -> list[Path]:

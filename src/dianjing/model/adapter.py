@@ -30,11 +30,10 @@ from dianjing.errors import ModelError
 from dianjing.formats.weights import name_some
 from dianjing.model.folders import TINYWORLD, Part, resolve
 from dianjing.model.stage import part_of
-from dianjing.model.weights import PROJECTOR, trainable_state
+from dianjing.model.weights import PROJECTOR, PROJECTOR_FILE, trainable_state
 from dianjing.run.fingerprints import HASHED, base_fingerprint
 from dianjing.run.layout import RECIPE
 
-PROJECTOR_FILE = "projector.safetensors"
 BASES_FILE = "bases.json"
 PARTS: tuple[Part, ...] = ("language_model", "vision_tower")
 _PREFIXES = {

@@ -21,13 +21,14 @@ from dianjing.data.encode import Encoder, image_token_id, load_tokenizer
 from dianjing.data.picture_tokens import Size
 from dianjing.data.template import check_template, doubts, template_for
 from dianjing.errors import ModelError
+from dianjing.formats.weights import weight_files
 from dianjing.layers.attention import PACKED, UNREAD_MASK
 from dianjing.layers.fp8 import quantize_layers_to_fp8, require_fp8
 from dianjing.layers.nf4 import quantize_layers, require_bitsandbytes
 from dianjing.model.folders import base_folders
 from dianjing.model.language import LoadReport, count, load_language_model
 from dianjing.model.projector import KINDS, picture_tokens
-from dianjing.model.towers.families import load_tower, select_strategy, tower_family
+from dianjing.model.towers.families import load_tower, select_strategy, tower_config, tower_family
 from dianjing.model.weights import load_projector
 from dianjing.pictures.image import ImageProcessor
 from dianjing.pictures.rule import PictureRule
@@ -70,14 +71,16 @@ def build(
     tokenizer = load_tokenizer(llm_folder)
     template, chosen = template_for(tokenizer, recipe.language_model.template)
     check_template(template, tokenizer)
+    for folder in (llm_folder, tower_folder):  # said before either is read
+        weight_files(folder)
+    image_processor = tower_family(tower_config(tower_folder)).preprocessing(
+        tower_folder, recipe.data.aspect, PictureRule.of(recipe.data)
+    )
 
     llm, llm_report = load_language_model(llm_folder, dtype)
     if quantization:
         (quantize_layers if quantization == "nf4" else quantize_layers_to_fp8)(llm, device)
     tower, tower_report = load_tower(tower_folder, dtype)
-    image_processor = tower_family(tower.config).preprocessing(
-        tower_folder, recipe.data.aspect, PictureRule.of(recipe.data)
-    )
     _require_size(tower, image_processor, tower_folder)
     size = image_processor.size, image_processor.size
     image_id = image_token_id(tokenizer)

@@ -9,10 +9,12 @@ from typing import Literal
 from dianjing.config.schema import Recipe
 from dianjing.errors import ModelError
 from dianjing.formats.config import read_config
+from dianjing.formats.folder_kind import eyes_already, wrong_folder
 from dianjing.formats.gguf import is_gguf
 from dianjing.model.hub import hub_folder, is_hub_name
 
 TINYWORLD = "tinyworld"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 Part = Literal["language_model", "vision_tower"]
 
 
@@ -23,11 +25,13 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
     has none.
 
     Raises:
-        ModelError: the folder does not exist.
+        ModelError: the folder does not exist, or is another than one of a model.
     """
     if not folder:
         raise ModelError(f"{part}.folder is not given; name a folder there, or a model that sees in start_from")
     path = Path(__file__).parents[1] / TINYWORLD / "models" / part if folder == TINYWORLD else Path(folder).expanduser()
+    if path.is_file() and path.suffix in WEIGHTS:
+        raise ModelError(f"{folder}: a file of weights, where a folder is needed; give the folder it lies in")
     if is_gguf(path):
         raise ModelError(
             f"{folder}: a GGUF file, where a folder is needed; make one: dianjing import {folder} models/{path.stem}"
@@ -40,6 +44,8 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
             f"{folder}: no such {kind} folder; give a folder on this machine, a model of the hub (owner/name), "
             f'or "{TINYWORLD}"'
         )
+    if problem := wrong_folder(path):
+        raise ModelError(f"{folder}: {problem}")
     return path
 
 
@@ -49,8 +55,15 @@ def check_models(recipe: Recipe, *, weights: bool = True) -> None:
     Raises:
         ModelError: a folder does not exist, or is not one of a model.
     """
-    read_config(resolve(recipe.language_model.folder, "language_model", weights=weights))
-    read_config(resolve(recipe.vision_tower.folder, "vision_tower", weights=weights))
+    read_config(_base(recipe.language_model.folder, "language_model", weights))
+    read_config(_base(recipe.vision_tower.folder, "vision_tower", weights))
+
+
+def _base(folder: str, part: Part, weights: bool) -> Path:
+    path = resolve(folder, part, weights=weights)
+    if problem := eyes_already(path):
+        raise ModelError(f"{folder}: {problem}")
+    return path
 
 
 def projector_source(init_from: str | Path) -> Path:
@@ -72,4 +85,4 @@ def base_folders(recipe: Recipe) -> tuple[Path, Path]:
         ModelError: a folder does not exist.
     """
     llm, tower = recipe.language_model.folder, recipe.vision_tower.folder
-    return resolve(llm, "language_model"), resolve(tower, "vision_tower")
+    return _base(llm, "language_model", True), _base(tower, "vision_tower", True)

@@ -126,6 +126,9 @@ def _require_text_only(folder: Path, config: Mapping[str, Any]) -> None:
             f'{folder}: model_type "{config.get("model_type")}" is multimodal already ({found}); '
             "give a text-only LLM, which gets its eyes here"
         )
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, Mapping) and "mrope" in (scaling.get("type"), scaling.get("rope_type")):
+        raise ModelError(f"{folder}: the text part of a model that sees (rope type mrope); give a text-only LLM")
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
         raise ModelError(

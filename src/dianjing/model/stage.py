@@ -61,6 +61,8 @@ class StageReport:
 
     stage: str
     parts: tuple[PartReport, ...]
+    left_out: int = 0
+    """Parameters of experts that get no adapter, since they are not linear layers but one tensor."""
 
     @property
     def trainable(self) -> int:
@@ -83,6 +85,11 @@ class StageReport:
             weights=in_units(weights),
             training=in_units(training),
         )
+        if self.left_out:
+            table.caption += "\n" + say(
+                "the LLM's experts ({number} parameters) get no adapters and stay as they are",
+                number=f"{self.left_out:,}",
+            )
         table.caption_justify = "left"
         return table
 
@@ -204,7 +211,11 @@ def _report(model: LlavaForConditionalGeneration, recipe: Recipe) -> StageReport
                 num_bytes=sum(map(num_bytes, weights)),
             )
         )
-    return StageReport(recipe.stage, tuple(rows))
+    experts = 0
+    if recipe.language_model.tuning == "lora":
+        fused = (weight for name, weight in model.named_parameters() if ".experts." in name and weight.dim() == 3)
+        experts = sum(weight.numel() for weight in fused if not weight.requires_grad)
+    return StageReport(recipe.stage, tuple(rows), experts)
 
 
 def held_as(weight: nn.Parameter) -> str:

@@ -24,6 +24,8 @@ from dianjing.run.checkpoint import find_checkpoint
 from dianjing.run.layout import TRAINABLE
 
 PROJECTOR = "model.multi_modal_projector."
+PROJECTOR_FILE = "projector.safetensors"
+"""In an `adapter` export."""
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -76,19 +78,20 @@ def load_projector(
 ) -> Path:
     """Put the projector of another run's newest whole checkpoint into the model; return the file or folder it was in.
 
-    `source` is the folder of a run or of one of its checkpoints, a LLaVA in transformers' layout, or a checkpoint of
-    XTuner or LLaVA in any form that `dianjing import` reads. `notify` (default: stderr) gets a line for each checkpoint
-    that was passed over.
+    `source` is the folder of a run or of one of its checkpoints, an `adapter` export, a LLaVA in transformers'
+    layout, or a checkpoint of XTuner or LLaVA in any form that `dianjing import` reads. `notify` (default: stderr) gets
+    a line for each checkpoint that was passed over.
 
     Raises:
         CheckpointError: there is no checkpoint in the run, or none that is whole.
         ModelError: nothing is there; or its projector joins another vision tower or LLM, or does not hold weights.
     """
     path = projector_source(source)
-    checkpoint = find_checkpoint(path, notify)
+    learned = _exported_projector(path)
+    checkpoint = None if learned else find_checkpoint(path, notify)
     projector = model.model.multi_modal_projector
     kind = kind_of(projector)
-    learned = _own_projector(checkpoint) if checkpoint else _foreign_projector(path, kind)
+    learned = learned or (_own_projector(checkpoint) if checkpoint else _foreign_projector(path, kind))
     own = projector.state_dict()
     _require_projector(learned, own, kind, checkpoint or path)
     for name, weight in own.items():
@@ -132,6 +135,11 @@ def _require_projector(learned: Mapping[str, Tensor], own: Mapping[str, Tensor],
             f"{where}: {name_some(broken)} hold values that are not finite: the run had failed when this was saved; "
             "name an earlier checkpoint in projector.init_from"
         )
+
+
+def _exported_projector(path: Path) -> dict[str, Tensor]:
+    """Return the projector of an `adapter` export; nothing for anything else."""
+    return load_file(path / PROJECTOR_FILE) if (path / PROJECTOR_FILE).is_file() else {}
 
 
 def _own_projector(checkpoint: Path) -> dict[str, Tensor]:

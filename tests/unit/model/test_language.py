@@ -95,7 +95,7 @@ def test_weights_of_internlm2_that_are_not_exactly_its_own_are_refused(tmp_path:
 
 def test_damaged_weights_are_refused(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cut short"):
         load_language_model(folder, torch.float32)
 
 
