@@ -25,7 +25,7 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
     has none.
 
     Raises:
-        ModelError: the folder does not exist, or is another than one of a model.
+        ModelError: the folder does not exist.
     """
     if not folder:
         raise ModelError(f"{part}.folder is not given; name a folder there, or a model that sees in start_from")
@@ -44,8 +44,6 @@ def resolve(folder: str, part: Part, *, weights: bool = True) -> Path:
             f"{folder}: no such {kind} folder; give a folder on this machine, a model of the hub (owner/name), "
             f'or "{TINYWORLD}"'
         )
-    if problem := wrong_folder(path):
-        raise ModelError(f"{folder}: {problem}")
     return path
 
 
@@ -61,7 +59,7 @@ def check_models(recipe: Recipe, *, weights: bool = True) -> None:
 
 def _base(folder: str, part: Part, weights: bool) -> Path:
     path = resolve(folder, part, weights=weights)
-    if problem := eyes_already(path):
+    if problem := wrong_folder(path) or eyes_already(path):
         raise ModelError(f"{folder}: {problem}")
     return path
 

@@ -66,11 +66,15 @@ def pointer(folder: Path) -> None:
         (pointer, r"git-lfs pointers, not the files themselves; fetch them with `git lfs pull`"),
     ],
 )
-def test_a_folder_is_called_what_it_is(write: Callable[[Path], object], words: str, tmp_path: Path) -> None:
-    write(tmp_path)
+def test_a_folder_is_called_what_it_is(
+    write: Callable[[Path], object], words: str, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder)
     for part in ("language_model", "vision_tower"):
         with pytest.raises(ModelError, match=words):
-            resolve(str(tmp_path), part)  # type: ignore[arg-type]
+            base_folders(make_recipe(**{part: {"folder": str(folder)}}))
 
 
 @pytest.mark.parametrize("model_type", ["llava_qwen", "tinyllava", "llava_llama"])
