@@ -71,11 +71,7 @@ def build(
     tokenizer = load_tokenizer(llm_folder)
     template, chosen = template_for(tokenizer, recipe.language_model.template)
     check_template(template, tokenizer)
-    for folder in (llm_folder, tower_folder):  # said before either is read
-        weight_files(folder)
-    image_processor = tower_family(tower_config(tower_folder)).preprocessing(
-        tower_folder, recipe.data.aspect, PictureRule.of(recipe.data)
-    )
+    image_processor = _before_weights(llm_folder, tower_folder, recipe)
 
     llm, llm_report = load_language_model(llm_folder, dtype)
     if quantization:
@@ -215,6 +211,14 @@ def _packed_logits(llm: Any, records: list[Tensor]) -> Float[Tensor, "tokens voc
         max_seqlen=max(lengths),
     ).last_hidden_state[0]
     return llm.get_output_embeddings()(hidden)
+
+
+def _before_weights(llm_folder: Path, tower_folder: Path, recipe: Recipe) -> ImageProcessor:
+    """Return the tower's preprocessing; what is wrong with either folder is said before the weights of one are read."""
+    for folder in (llm_folder, tower_folder):
+        weight_files(folder)
+    family = tower_family(tower_config(tower_folder))
+    return family.preprocessing(tower_folder, recipe.data.aspect, PictureRule.of(recipe.data))
 
 
 def _require_size(tower: PreTrainedModel, image_processor: ImageProcessor, folder: Path) -> None:
