@@ -10,8 +10,8 @@ import pytest
 from tests.house.source import MODULES, Module
 
 READING_ORDER = """
-errors constants extras language console progress lock journal config layers pictures data formats run model plan infer
-eval benchmark train importing serve check export start tinyworld doctor make demo studio cli __main__
+errors constants extras language output console progress lock journal config layers pictures data formats run model plan
+infer eval benchmark train importing serve check export start tinyworld doctor make demo studio cli __main__
 """
 """Folders, and the files beside them, from the bottom up: asking a model stands before training, since a run shows
 sample answers."""

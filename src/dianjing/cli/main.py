@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from dianjing import __version__
-from dianjing.console import finish_output, open_output
 from dianjing.errors import ConfigError, DianjingError
 from dianjing.language import choose_language, say
+from dianjing.output import finish_output, open_output
 
 VERBS = {
     "demo": "watch a blind model learn to see, on drawn scenes",

@@ -12,7 +12,6 @@ import tyro
 from dianjing.cli.flags import parse
 from dianjing.config.schema import DataConfig
 from dianjing.console import Console
-from dianjing.data.source import DataFile
 from dianjing.data.template import OWN, TEMPLATES
 from dianjing.errors import ConfigError
 
@@ -54,9 +53,10 @@ def run(arguments: list[str]) -> int:
     chosen = parse(Arguments, arguments, NAME, SUMMARY)
     if chosen.out and not chosen.vision_tower:
         raise ConfigError("--out shows the pictures after preprocessing: say which --vision-tower does it")
-    DataFile(chosen.data)
-
     # Slow to import, so a typing error is said before.
+    from dianjing.data.source import DataFile
+
+    DataFile(chosen.data)
     from dianjing.cli.show_records import open_records, page, print_record, report_lines
 
     notices = Console(stderr=True, highlight=False)

@@ -16,7 +16,6 @@ from dianjing.config.schema import Recipe
 from dianjing.errors import ConfigError, ModelError
 from dianjing.language import say
 from dianjing.train.launch import LAUNCHED
-from dianjing.train.places import check_places, require_new
 
 NAME = "train"
 BUSY = 0.5
@@ -47,6 +46,8 @@ def run(arguments: list[str]) -> int:
     given = parse_with_recipe(Arguments, arguments, NAME, f"{SUMMARY}\n{DETAILS}")
     if given.allow_changed:
         _check_allowed(given.allow_changed)
+    from dianjing.train.places import check_places  # not for the help
+
     recipe = _with_start(given)
     if "WORLD_SIZE" not in os.environ:  # ranks say it together, once
         check_places(recipe, resume=given.resume)
@@ -82,6 +83,8 @@ def _with_start(given: Arguments) -> Recipe:
     """Return the recipe with what start_from brings; the process that the user began says what that is."""
     if not given.recipe.start_from:
         return given.recipe
+    from dianjing.train.places import require_new
+
     if not given.resume:
         require_new(Path(given.recipe.output).expanduser())
     quiet = given.quiet or "WORLD_SIZE" in os.environ

@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
-
-from jinja2.exceptions import SecurityError
 
 from dianjing.errors import ModelError, shortened
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from transformers import PreTrainedTokenizerBase  # slow to import
 
 Message = tuple[str, str]
@@ -115,6 +114,8 @@ def _in_limits(read: Callable[[], Turns]) -> Turns:
     Raises:
         TurnsError: as `read` raises it, or it takes too much time or memory.
     """
+    from multiprocessing.connection import Pipe  # as jinja2 below, not for a list of templates
+
     receiving, sending = Pipe(duplex=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads' locks; the child needs none
@@ -178,6 +179,8 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, source: str) -> Render:
     """Return a renderer in transformers' sandbox; a template for pictures wants its texts as content parts."""
 
     template = STOPPED_CLOCK + source if "strftime_now" in source else source
+
+    from jinja2.exceptions import SecurityError
 
     def render(messages: Sequence[Message], asking: bool, *, parts: bool = False) -> str:
         said = [
