@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dianjing.config.schema import OnLong
 from dianjing.constants import IGNORE_INDEX, IMAGE_MARKER
@@ -254,6 +254,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         if (folder / "tokenizer.model").is_file():
             return load_sentencepiece(folder, config, **settings)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            from transformers import AutoTokenizer  # imports torch
+
             loader = cast(Any, AutoTokenizer)
             return loader.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False, **settings)
     except ModelError:
