@@ -1,4 +1,4 @@
-"""What is written to standard output and error: any character, and a reader that may go away."""
+"""Standard output takes any character, to a reader that may go away."""
 
 from __future__ import annotations
 
